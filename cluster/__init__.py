@@ -1,0 +1,1 @@
+"""Everything that decides and faces users: routers, placement, fleet, gateway, command line."""

@@ -1,0 +1,50 @@
+"""What a client may ask of the sampling of one sequence, and what comes out of each step. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling of one sequence. Every field is checked at the gateway and again in the router (`limits`)."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0  # 64 bits; the gateway draws one when the client gives none, so that a fail-over continues alike
+    stop_ids: tuple[int, ...] = ()  # besides the model's end-of-sequence ids
+    ignore_eos: bool = False
+    min_tokens: int = 0  # end-of-sequence and stop ids are not sampled before
+    logprobs: int | None = None  # None: none; n: of the sampled token and of the n likeliest
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (natural, of the distribution before temperature and filters) at one position."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step gave one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...]  # usually one; empty on the message that only ends a request
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, before the first token; first entry None
+    finish: Finish | None = None
+    error: str | None = None

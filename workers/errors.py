@@ -1,0 +1,30 @@
+"""The errors of the tensor side. Every message names what is wrong and what to do about it.
+
+ExpertMeshError
+├── CheckpointError   a checkpoint that cannot be served: names the file and the tensor
+├── WireError         bytes of another process that do not follow the wire format
+└── WorkerLost        an expert worker's stream broke, or its reply is late
+"""
+
+from __future__ import annotations
+
+
+class ExpertMeshError(Exception):
+    """Base of every error ExpertMesh raises on purpose."""
+
+
+class CheckpointError(ExpertMeshError):
+    """A checkpoint that cannot be served. The message names the file and the tensor."""
+
+
+class WireError(ExpertMeshError):
+    """A frame of another process that does not follow the wire format."""
+
+
+class WorkerLost(ExpertMeshError):
+    """The stream to an expert worker broke, or its reply did not come within the deadline."""
+
+    def __init__(self, worker: str, reason: str) -> None:
+        super().__init__(f"expert worker {worker}: {reason}")
+        self.worker = worker
+        self.reason = reason

@@ -1,0 +1,24 @@
+"""What a process of the cluster tells the controller about itself, and what it hears back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["gateway", "router", "expert", "controller"]
+State = Literal["starting", "ready", "draining", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process, as `expertmesh status --json` shows it."""
+
+    role: Role
+    id: str  # stable over restarts: `expert-0`, `router-1`
+    pid: int
+    node: str  # Ray node id
+    state: State
+    address: str  # host:port of its gRPC service; the base URL for a gateway
+    metrics_url: str | None = None
+    epoch: int = 0  # the placement epoch it works with: a router's acknowledgement
+    detail: dict[str, object] = field(default_factory=dict)  # numbers for people: experts held, blocks free
