@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -20,9 +21,7 @@ class Batch:
     slots_T: Tensor  # int64, where the row's K and V go: block * block_size + offset
     q_start: tuple[int, ...]  # S + 1 prefix sums: the rows of sequence s are q_start[s]:q_start[s + 1], never empty
     context_S: Tensor  # int32, KV tokens of the sequence including its rows of this batch
-    block_table_SB: (
-        Tensor  # int32, block i of a sequence holds its tokens i * block_size onwards; padded with any value
-    )
+    block_table_SB: Tensor  # int32, block i of a sequence holds its tokens from i * block_size on; padded anyhow
     logit_rows_R: Tensor  # int64, ascending; the last row of a sequence to sample from, all of them for prompt logprobs
 
     @property
@@ -38,7 +37,7 @@ class Batch:
         """
         n = min(n, self.n_rows)
         cuts = [self.n_rows * i // n for i in range(n + 1)]
-        return tuple(self._rows(a, b) for a, b in zip(cuts, cuts[1:], strict=False)) if n > 1 else (self,)
+        return tuple(self._rows(a, b) for a, b in pairwise(cuts)) if n > 1 else (self,)
 
     def _rows(self, begin: int, end: int) -> Batch:
         """The rows begin:end as a batch of their own."""

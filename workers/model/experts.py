@@ -11,7 +11,7 @@ class Experts(Protocol):
     """Computes the expert half of every MoE layer: an `ExpertShard` in one process, an `Exchange` in a cluster.
 
     Shape legend: T token rows of one micro-batch, D hidden size, K experts per token.
-    Not thread-safe: one step loop owns it. Several dispatches may be in flight; they are combined in any order, each once.
+    Not thread-safe: one step loop owns it. Several dispatches may be in flight, each combined once.
     """
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
