@@ -208,16 +208,22 @@ class Event(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """"starting", "ready" or "draining": on the first event of a stream and whenever it changes, else "".
+    A router that drains refuses new requests with the code "draining"; another router takes them.
+    """
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]: ...
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___Output] | None = ...,
+        state: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -315,7 +321,9 @@ class Refusal(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
     code: _builtins.str
-    """OpenAI's string code, e.g. "queue_full", "context_length_exceeded", "invalid_value"."""
+    """OpenAI's string code, e.g. "queue_full", "context_length_exceeded", "invalid_value"; "draining" is between
+    router and gateway.
+    """
     message: _builtins.str
     param: _builtins.str
     """Field at fault, or ""."""
@@ -374,6 +382,7 @@ class DescribeReply(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     REPAIRS_FIELD_NUMBER: _builtins.int
     DROPPED_REPLIES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     router: _builtins.str
     pid: _builtins.int
     epoch: _builtins.int
@@ -391,6 +400,8 @@ class DescribeReply(_message.Message):
     repairs: _builtins.int
     """Parts of a dispatch that were sent again after a loss, and replies that nobody awaited any more."""
     dropped_replies: _builtins.int
+    state: _builtins.str
+    """As in Event."""
     @_builtins.property
     def connected(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Expert workers with an open stream."""
@@ -411,10 +422,11 @@ class DescribeReply(_message.Message):
         preemptions: _builtins.int = ...,
         repairs: _builtins.int = ...,
         dropped_replies: _builtins.int = ...,
+        state: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "dropped_replies", b"dropped_replies", "epoch", b"epoch", "free_blocks", b"free_blocks", "pid", b"pid", "preemptions", b"preemptions", "repairs", b"repairs", "router", b"router", "running", b"running", "steps", b"steps", "tokens", b"tokens", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "dropped_replies", b"dropped_replies", "epoch", b"epoch", "free_blocks", b"free_blocks", "pid", b"pid", "preemptions", b"preemptions", "repairs", b"repairs", "router", b"router", "running", b"running", "state", b"state", "steps", b"steps", "tokens", b"tokens", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
