@@ -3,10 +3,13 @@
 ExpertMeshError
 ├── CheckpointError   a checkpoint that cannot be served: names the file and the tensor
 ├── WireError         bytes of another process that do not follow the wire format
-└── WorkerLost        an expert worker's stream broke, or its reply is late
+├── WorkerLost        an expert worker's stream broke, or its reply is late
+└── ExpertNotHeld     rows for an expert that has no slot in this shard
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class ExpertMeshError(Exception):
@@ -28,3 +31,13 @@ class WorkerLost(ExpertMeshError):
         super().__init__(f"expert worker {worker}: {reason}")
         self.worker = worker
         self.reason = reason
+
+
+class ExpertNotHeld(ExpertMeshError):
+    """Rows for experts of a layer that have no slot in this shard: the sender routed by another placement."""
+
+    def __init__(self, layer: int, experts: Sequence[int]) -> None:
+        names = ", ".join(map(str, experts))
+        super().__init__(f"layer {layer}: this shard holds no replica of expert {names}")
+        self.layer = layer
+        self.experts = tuple(experts)

@@ -1,0 +1,111 @@
+"""ExpertShard: the experts that one process holds, on one device. Knows no Ray and no gRPC.
+
+Legend: T token rows, P (token, expert) pairs, K choices a token, D hidden, F ffn.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workers.errors import ExpertNotHeld
+from workers.kernels.experts import LayerExperts
+
+if TYPE_CHECKING:
+    from workers.checkpoint import ExpertWeights
+    from workers.spec import ModelSpec
+
+
+@dataclass(slots=True)
+class Slot:
+    """The place of one replica: which expert it is, its size in bytes and the rows it computed so far."""
+
+    layer: int
+    expert: int
+    weight_bytes: int
+    rows: int = 0
+
+
+class ExpertShard:
+    """Slots with the weights of `(layer, expert)` replicas, and the grouped SwiGLU over them.
+
+    `forward` is what an expert worker serves; `dispatch`/`combine` make the shard the `Experts` of a one-process model.
+    One thread may load and unload while another computes; a forward sees a layer as it was when it began.
+    """
+
+    def __init__(self, spec: ModelSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype or spec.dtype
+        self.hidden_size = spec.hidden_size
+        self.ffn_size = spec.ffn_size
+        self._layers = [
+            LayerExperts(spec.n_experts, spec.hidden_size, spec.ffn_size, self.device, self.dtype)
+            for _ in range(spec.n_layers)
+        ]
+        self._locks = [threading.Lock() for _ in range(spec.n_layers)]
+        self._slots: dict[tuple[int, int], Slot] = {}
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Every slot, ascending by (layer, expert). Rows counters are live."""
+        return tuple(slot for _, slot in sorted(self._slots.copy().items()))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of expert weights resident on the device."""
+        return sum(slot.weight_bytes for slot in self.slots)
+
+    def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
+        """Put a replica of `(layer, expert)` on the device, in the shard's dtype; replaces one that is there."""
+        w13_2FD = torch.empty(2 * self.ffn_size, self.hidden_size, dtype=self.dtype, device=self.device)
+        w13_2FD[: self.ffn_size] = weights.w1_FD
+        w13_2FD[self.ffn_size :] = weights.w3_FD
+        w2_DF = torch.empty(self.hidden_size, self.ffn_size, dtype=self.dtype, device=self.device).copy_(weights.w2_DF)
+        with self._locks[layer]:
+            self._layers[layer].put(expert, w13_2FD, w2_DF)
+            self._slots[layer, expert] = Slot(layer, expert, w13_2FD.nbytes + w2_DF.nbytes)
+
+    def unload(self, layer: int, expert: int) -> None:
+        """Free the replica of `(layer, expert)`. Raises ExpertNotHeld when there is none."""
+        with self._locks[layer]:
+            if self._slots.pop((layer, expert), None) is None:
+                raise ExpertNotHeld(layer, (expert,))
+            self._layers[layer].drop(expert)
+
+    def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+        """`y[p] = expert(expert_P[p])(x[token_P[p]])`, unweighted, in the shard's dtype. Returns [P, D].
+
+        x_TD is in the shard's dtype on its device; token_P and expert_P are int32 or int64, and expert_P ascends.
+        Raises ExpertNotHeld when an expert has no slot here.
+        """
+        with self._locks[layer]:
+            self._count(layer, expert_P)
+            return self._layers[layer].forward(x_TD, token_P, expert_P)
+
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Compute the experts of `layer` at once; the handle is the result. See `workers.model.experts.Experts`."""
+        with self._locks[layer]:
+            self._count(layer, expert_ids_TK)
+            return self._layers[layer].forward_combined(x_TD, expert_ids_TK, weights_TK)
+
+    def combine(self, handle: Tensor) -> Tensor:
+        """y_TD, in the dtype of the dispatched rows: the weighted sum, added in expert order in float32."""
+        return handle
+
+    def micro_batches(self, n_rows: int) -> int:
+        """One: there is nothing to overlap in one process."""
+        return 1
+
+    def _count(self, layer: int, expert_ids: Tensor) -> None:
+        """Add the rows of each expert to its slot's counter; raise ExpertNotHeld before anything is computed."""
+        counts_E = torch.bincount(expert_ids.flatten(), minlength=self._layers[layer].n_experts).tolist()
+        missing = [expert for expert, rows in enumerate(counts_E) if rows and (layer, expert) not in self._slots]
+        if missing:
+            raise ExpertNotHeld(layer, missing)
+        for expert, rows in enumerate(counts_E):
+            if rows:
+                self._slots[layer, expert].rows += rows
