@@ -6,20 +6,14 @@ Shape legend: V vocabulary, D hidden size, E experts, F expert FFN size; project
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers.errors import CheckpointError
-from workers.spec import ModelSpec, Shape, read_json
-from workers.tensor_file import TensorFile
-
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+from workers.spec import ModelSpec, Shape
+from workers.tensor_store import TensorStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,48 +49,43 @@ class ExpertWeights:
 
 
 class Checkpoint:
-    """A checkpoint directory, opened: `config.json` and the headers are read, no tensor is.
+    """A checkpoint directory, opened: `config.json`, the index and a header are read, no tensor is.
 
-    Raises CheckpointError when the directory holds no Mixtral in safetensors. `verify` before serving finds the rest.
-    Not thread-safe.
+    Raises CheckpointError when the directory holds no Mixtral in safetensors; `verify` finds the rest before anything
+    is served. Not thread-safe.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: no such directory")
         spec = ModelSpec.from_config(self.path)
-        self.bytes_read = 0  # of tensor data; headers and JSON files are not counted
-        self._files: dict[str, TensorFile] = {}
-        self._index = self._read_index()
-        names = spec.tensor_names
-        self._fused = self._holds(names.fused_experts(0)["gate_up"][0])
+        self._store = TensorStore(self.path)
+        self._fused = spec.tensor_names.fused_experts(0)["gate_up"][0] in self._store
         # The files know their dtype better than `config.json`, in which it is optional.
-        self.spec = dataclasses.replace(spec, dtype=self._file(names.embed()[0]).check(*names.embed()))
+        self.spec = dataclasses.replace(spec, dtype=self._store.check(*spec.tensor_names.embed()))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data read so far; headers and JSON files are not counted."""
+        return self._store.bytes_read
 
     def verify(self) -> None:
         """Check by the headers alone that every tensor of the model is there, whole and of the right shape.
 
         Raises one CheckpointError: the first thing that is wrong, with file and tensor.
         """
-        for name, shape in self._expected():
-            self._file(name).check(name, shape)
+        for name, shape in self.spec.tensor_names.every(fused=self._fused):
+            self._store.check(name, shape)
 
     def dense(self, dtype: torch.dtype) -> DenseWeights:
         """Read everything but the experts, as `dtype`."""
         names = self.spec.tensor_names
-        embed_VD = self._read(*names.embed(), dtype)
+        embed_VD = self._store.read(*names.embed(), dtype)
         return DenseWeights(
             embed_VD=embed_VD,
-            norm_D=self._read(*names.norm(), dtype),
-            head_VD=embed_VD if self.spec.tie_embeddings else self._read(*names.head(), dtype),
+            norm_D=self._store.read(*names.norm(), dtype),
+            head_VD=embed_VD if self.spec.tie_embeddings else self._store.read(*names.head(), dtype),
             layers=tuple(
-                DenseLayer(
-                    **{
-                        field: self._read(name, shape, dtype)
-                        for field, (name, shape) in names.layer(layer, fused=self._fused).items()
-                    }
-                )
+                DenseLayer(**self._read_all(names.layer(layer, fused=self._fused), dtype))
                 for layer in range(self.spec.n_layers)
             ),
         )
@@ -105,78 +94,16 @@ class Checkpoint:
         """Read one expert, as `dtype`."""
         names = self.spec.tensor_names
         if not self._fused:
-            return ExpertWeights(
-                **{
-                    field: self._read(name, shape, dtype)
-                    for field, (name, shape) in names.expert(layer, expert).items()
-                }
-            )
-        fused, ffn, hidden = names.fused_experts(layer), self.spec.ffn_size, self.spec.hidden_size
-        gate_up, down = fused["gate_up"], fused["down"]
+            return ExpertWeights(**self._read_all(names.expert(layer, expert), dtype))
+        ffn, hidden = self.spec.ffn_size, self.spec.hidden_size
         size = ffn * hidden
+        fused = names.fused_experts(layer)
+        gate_up, down = fused["gate_up"], fused["down"]
         return ExpertWeights(
-            w1_FD=self._read(*gate_up, dtype, (2 * expert) * size, (ffn, hidden)),
-            w2_DF=self._read(*down, dtype, expert * size, (hidden, ffn)),
-            w3_FD=self._read(*gate_up, dtype, (2 * expert + 1) * size, (ffn, hidden)),
+            w1_FD=self._store.read(*gate_up, dtype, first=2 * expert * size, part=(ffn, hidden)),
+            w2_DF=self._store.read(*down, dtype, first=expert * size, part=(hidden, ffn)),
+            w3_FD=self._store.read(*gate_up, dtype, first=(2 * expert + 1) * size, part=(ffn, hidden)),
         )
 
-    def _read(self, name: str, shape: Shape, dtype: torch.dtype, first: int = 0, part: Shape | None = None) -> Tensor:
-        """Tensor `name`, which must have `shape`, or `part` of it from element `first` on."""
-        file = self._file(name)
-        file.check(name, shape)
-        tensor = file.read(name, first, part or shape)
-        self.bytes_read += tensor.nbytes
-        return tensor.to(dtype)
-
-    def _expected(self) -> Iterator[tuple[str, Shape]]:
-        """Every tensor the model needs, layer by layer."""
-        names = self.spec.tensor_names
-        yield names.embed()
-        for layer in range(self.spec.n_layers):
-            yield from names.layer(layer, fused=self._fused).values()
-            if self._fused:
-                yield from names.fused_experts(layer).values()
-            else:
-                for expert in range(self.spec.n_experts):
-                    yield from names.expert(layer, expert).values()
-        yield names.norm()
-        if not self.spec.tie_embeddings:
-            yield names.head()
-
-    def _read_index(self) -> dict[str, str] | None:
-        """Tensor name -> file name of a sharded checkpoint; None when all is in one file."""
-        if (self.path / _SINGLE).is_file():
-            return None
-        index_path = self.path / _INDEX
-        if not index_path.is_file():
-            raise self._no_weights()
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index_path}: has no `weight_map` object")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{index_path}: tensor {name} is said to be in {file!r}, not a file name")
-        return weight_map
-
-    def _no_weights(self) -> CheckpointError:
-        pickle = next((found for pattern in _PICKLES for found in sorted(self.path.glob(pattern))), None)
-        if pickle is not None:
-            return CheckpointError(
-                f"{pickle}: a pickle checkpoint can run code when it is loaded; only safetensors are read: convert it"
-            )
-        return CheckpointError(f"{self.path / _SINGLE}: no such file, nor {_INDEX}; only safetensors are read")
-
-    def _holds(self, name: str) -> bool:
-        return name in (self._file(name).tensors if self._index is None else self._index)
-
-    def _file(self, name: str) -> TensorFile:
-        """The file that holds tensor `name`, its header read once."""
-        if self._index is None:
-            file = _SINGLE
-        elif name in self._index:
-            file = self._index[name]
-        else:
-            raise CheckpointError(f"{self.path / _INDEX}: tensor {name} is missing")
-        if file not in self._files:
-            self._files[file] = TensorFile.open(self.path / file)
-        return self._files[file]
+    def _read_all(self, tensors: dict[str, tuple[str, Shape]], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {field: self._store.read(name, shape, dtype) for field, (name, shape) in tensors.items()}

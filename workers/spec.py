@@ -6,7 +6,7 @@ Shape legend: V vocabulary, D hidden size, H query heads, G key/value heads, A h
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,6 +140,20 @@ class TensorNames:
             "down": (prefix + "down_proj", (experts, hidden, ffn)),
         }
 
+    def every(self, *, fused: bool) -> Iterator[tuple[str, Shape]]:
+        """Every tensor a checkpoint must hold, in the order of the computation."""
+        yield self.embed()
+        for layer in range(self.spec.n_layers):
+            yield from self.layer(layer, fused=fused).values()
+            if fused:
+                yield from self.fused_experts(layer).values()
+            else:
+                for expert in range(self.spec.n_experts):
+                    yield from self.expert(layer, expert).values()
+        yield self.norm()
+        if not self.spec.tie_embeddings:
+            yield self.head()
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises CheckpointError naming the file."""
@@ -177,7 +191,8 @@ class _Config:
         """Refuse whatever would be computed wrongly rather than exactly."""
         kind = self.values.get("model_type")
         if kind != "mixtral":
-            raise CheckpointError(f"{self.path}: unsupported architecture {kind!r}; supported: 'mixtral'")
+            hint = "; `expertmesh model upcycle` makes a Mixtral of it" if kind in ("llama", "mistral") else ""
+            raise CheckpointError(f"{self.path}: unsupported architecture {kind!r}; supported: 'mixtral'{hint}")
         if self.values.get("quantization_config"):
             raise CheckpointError(f"{self.path}: quantized checkpoints (`quantization_config`) are not supported")
         activation = self.values.get("hidden_act", "silu")

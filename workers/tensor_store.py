@@ -1,0 +1,83 @@
+"""The safetensors of a checkpoint directory, in one file or sharded with an index, as one table of tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.errors import CheckpointError
+from workers.spec import Shape, read_json
+from workers.tensor_file import TensorFile
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class TensorStore:
+    """Tensors by name. Opening reads the index alone; a file's header is read when one of its tensors is asked for.
+
+    Raises CheckpointError, naming file and tensor. Not thread-safe.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory")
+        self.directory = directory
+        self.bytes_read = 0  # of tensor data; headers and the index are not counted
+        self._files: dict[str, TensorFile] = {}
+        self._index = self._read_index()
+
+    def __contains__(self, name: str) -> bool:
+        return name in (self._file(name).tensors if self._index is None else self._index)
+
+    def check(self, name: str, shape: Shape) -> torch.dtype:
+        """The dtype on disk of a tensor that is there, whole, of `shape` and of a supported dtype; headers alone."""
+        return self._file(name).check(name, shape)
+
+    def read(
+        self, name: str, shape: Shape, dtype: torch.dtype | None = None, *, first: int = 0, part: Shape | None = None
+    ) -> Tensor:
+        """Tensor `name`, which must have `shape`, or of it `part`: the elements from `first` on. None: dtype on disk."""
+        file = self._file(name)
+        file.check(name, shape)
+        tensor = file.read(name, first, part or shape)
+        self.bytes_read += tensor.nbytes
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def _read_index(self) -> dict[str, str] | None:
+        """Tensor name -> file name of a sharded checkpoint; None when all is in one file."""
+        if (self.directory / _SINGLE).is_file():
+            return None
+        index_path = self.directory / _INDEX
+        if not index_path.is_file():
+            raise self._no_weights()
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index_path}: has no `weight_map` object")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{index_path}: tensor {name} is said to be in {file!r}, not a file name")
+        return weight_map
+
+    def _no_weights(self) -> CheckpointError:
+        pickle = next((found for pattern in _PICKLES for found in sorted(self.directory.glob(pattern))), None)
+        if pickle is not None:
+            return CheckpointError(
+                f"{pickle}: a pickle checkpoint can run code when it is loaded; only safetensors are read: convert it"
+            )
+        return CheckpointError(f"{self.directory / _SINGLE}: no such file, nor {_INDEX}; only safetensors are read")
+
+    def _file(self, name: str) -> TensorFile:
+        """The file that holds tensor `name`, its header read once."""
+        if self._index is None:
+            file = _SINGLE
+        elif name in self._index:
+            file = self._index[name]
+        else:
+            raise CheckpointError(f"{self.directory / _INDEX}: tensor {name} is missing")
+        if file not in self._files:
+            self._files[file] = TensorFile.open(self.directory / file)
+        return self._files[file]
