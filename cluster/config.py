@@ -1,7 +1,8 @@
 """The one configuration tree. Command line, YAML file and environment all read these fields, under these names.
 
 A field `reply_timeout_s` is `--reply-timeout-s` on the command line, `reply_timeout_s:` in the YAML file and
-`EXPERTMESH_REPLY_TIMEOUT_S` in the environment. Nearest wins: command line, environment, file, default.
+`EXPERTMESH_REPLY_TIMEOUT_S` in the environment. Nearest wins: command line, environment, file, default
+(`cluster.config_load`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of the configuration with the sentence that `--help` and `expertmesh config` show."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, at_least: float | None = None, at_most: float | None = None) -> Any:
+    """A field of the configuration: the sentence that `--help` shows, and the bounds that loading enforces."""
+    return field(default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most})
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,26 +24,37 @@ class Config:
     model: str = option("default", "`default`, a checkpoint directory, or a hub id")
     served_model_name: str | None = option(None, "name in the API; default: the directory's or hub id's last part")
     host: str = option("127.0.0.1", "address the gateway listens on")
-    port: int = option(8000, "port the gateway listens on")
-    transport: Literal["grpc", "local"] = option("grpc", "how rows travel between router and experts")
-    expert_workers: int = option(2, "number of expert worker processes")
-    routers: int = option(1, "number of router processes")
-    gateways: int = option(1, "number of gateway processes")
+    port: int = option(8000, "port the gateway listens on", at_least=1, at_most=65535)
+    transport: Literal["grpc", "local"] = option(
+        "grpc", "how rows travel between router and experts; local: one router holds them all"
+    )
+    expert_workers: int = option(2, "number of expert worker processes", at_least=1)
+    routers: int = option(1, "number of router processes", at_least=1)
+    gateways: int = option(1, "number of gateway processes", at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "compute dtype; auto: float32 on CPU, bfloat16 on GPU"
     )
-    router_threads: int = option(0, "CPU threads of a router; 0: an even share of the cores")
-    worker_threads: int = option(0, "CPU threads of an expert worker; 0: an even share of the cores")
-    kv_cache_mb: int = option(512, "KV cache of each router, MiB")
-    block_size: int = option(16, "tokens per KV block")
-    max_context: int = option(0, "longest prompt + answer in tokens; 0: what the model allows")
-    max_batch_tokens: int = option(512, "most token rows in one step; longer prompts are prefilled in chunks")
-    max_sequences: int = option(64, "most sequences in one step of one router")
-    max_queue: int = option(256, "most requests waiting at one router; one more gets 429")
-    reply_timeout_s: float = option(10.0, "a reply of an expert worker later than this is asked for again")
-    rejoin_timeout_s: float = option(120.0, "how long a step waits for an expert that has no live replica")
-    max_body_bytes: int = option(8 * 1024 * 1024, "largest request body; a larger one gets 413")
-    api_keys_file: Path | None = option(None, "file with one API key per line; without it no key is asked for")
+    router_threads: int = option(0, "CPU threads of a router; 0: an even share of the cores", at_least=0)
+    worker_threads: int = option(0, "CPU threads of an expert worker; 0: an even share of the cores", at_least=0)
+    kv_cache_mb: int = option(512, "KV cache of each router, MiB", at_least=1)
+    block_size: int = option(16, "tokens per KV block", at_least=1, at_most=4096)
+    max_context: int = option(0, "longest prompt + answer in tokens; 0: what the model allows", at_least=0)
+    max_batch_tokens: int = option(
+        512, "most token rows in one step; longer prompts are prefilled in chunks", at_least=1
+    )
+    max_sequences: int = option(64, "most sequences in one step of one router", at_least=1)
+    max_queue: int = option(256, "most requests waiting at one router; one more gets 429", at_least=1)
+    reply_timeout_s: float = option(
+        10.0, "a reply of an expert worker later than this is asked for again", at_least=0.01
+    )
+    rejoin_timeout_s: float = option(
+        120.0, "how long a step waits for an expert that has no live replica", at_least=0.01
+    )
+    max_body_bytes: int = option(8 * 1024 * 1024, "largest request body; a larger one gets 413", at_least=1024)
+    api_keys_file: Path | None = option(  # noqa: RUF009
+        None, "file with one API key per line; without it no key is asked for"
+    )
     allow_no_keys: bool = option(False, "listen beyond loopback without API keys")
-    drain_timeout_s: float = option(30.0, "how long open requests may finish when the cluster stops")
+    drain_timeout_s: float = option(30.0, "how long open requests may finish when the cluster stops", at_least=0)
+    ray_address: str | None = option(None, "running Ray cluster to join; default: RAY_ADDRESS, else start Ray here")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "log level of every process")

@@ -1,0 +1,114 @@
+"""Catches an option that is read under another name, a wrong precedence, a lost origin, or a value let through."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config
+from cluster.config_load import load
+from cluster.errors import ConfigError
+
+
+def yaml_file(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_defaults_have_origin_default() -> None:
+    loaded = load({}, {})
+    assert loaded.config == Config()
+    assert set(loaded.origins) == {f.name for f in fields(Config)}
+    assert set(loaded.origins.values()) == {"default"}
+
+
+def test_nearest_wins_and_is_named(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "port: 1\nrouters: 2\nblock_size: 8\nkv_cache_mb: 9\n")
+    environ = {"EXPERTMESH_PORT": "2", "EXPERTMESH_ROUTERS": "3"}
+    loaded = load({"port": 3, "host": None}, environ, file)
+    assert (loaded.config.port, loaded.config.routers, loaded.config.block_size) == (3, 3, 8)
+    assert loaded.origins["port"] == "--port"
+    assert loaded.origins["routers"] == "EXPERTMESH_ROUTERS"
+    assert loaded.origins["block_size"] == str(file)
+    assert loaded.origins["host"] == "default"
+
+
+def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("sk-1\n")
+    special = {
+        "transport": "grpc",
+        "dtype": "bfloat16",
+        "log_level": "debug",
+        "max_body_bytes": "2048",
+        "api_keys_file": str(keys),
+        "allow_no_keys": "true",
+    }
+    values = {f.name: special.get(f.name, "7") for f in fields(Config)}
+    from_env = load({}, {f"EXPERTMESH_{name.upper()}": value for name, value in values.items()})
+    from_yaml = load({}, {}, yaml_file(tmp_path, "".join(f"{name}: {value}\n" for name, value in values.items())))
+    assert from_env.config == from_yaml.config
+    assert "default" not in set(from_env.origins.values()) | set(from_yaml.origins.values())
+
+
+def test_config_file_and_ray_address_from_environment(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "port: 11\n")
+    loaded = load({}, {"EXPERTMESH_CONFIG": str(file), "RAY_ADDRESS": "10.0.0.1:6379"})
+    assert loaded.config.port == 11
+    assert loaded.config.ray_address == "10.0.0.1:6379"
+    assert loaded.origins["ray_address"] == "RAY_ADDRESS"
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "says"),
+    [
+        ({}, {"EXPERTMESH_PORT": "http"}, r"port \(EXPERTMESH_PORT\): 'http' is not a whole number"),
+        ({"port": 70000}, {}, r"port \(--port\): 70000 must be between 1 and 65535"),
+        ({"expert_workers": 0}, {}, r"expert_workers \(--expert-workers\): 0 must be at least 1"),
+        ({"transport": "carrier-pigeon"}, {}, r"transport \(--transport\): .* is not one of grpc, local"),
+        ({}, {"EXPERTMESH_ALLOW_NO_KEYS": "maybe"}, r"allow_no_keys .* is not true or false"),
+        ({}, {"EXPERTMESH_REPLY_TIMEOUT_S": "nan"}, r"reply_timeout_s .* must be at least"),
+        ({"transport": "local", "routers": 2}, {}, r"routers \(--routers\): 2 does not go with transport local"),
+        ({"host": "0.0.0.0"}, {}, r"host \(--host\): .* no API keys"),
+        ({"host": "::"}, {}, r"host \(--host\): .* no API keys"),
+        ({"host": "example.org"}, {}, r"host \(--host\): .* no API keys"),
+        ({"api_keys_file": "/nowhere/keys"}, {}, r"api_keys_file \(--api-keys-file\): .* is not a file"),
+    ],
+)
+def test_refusals_name_option_and_origin(given: dict[str, object], environ: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(given, environ)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    assert load({"host": host}, {}).config.host == host
+
+
+def test_beyond_loopback_with_keys_or_the_explicit_flag(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("sk-1\n")
+    assert load({"host": "0.0.0.0", "api_keys_file": keys}, {}).config.api_keys_file == keys
+    assert load({"host": "0.0.0.0", "allow_no_keys": True}, {}).config.allow_no_keys
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prot: 1\n", "unknown option prot"),
+        ("- port\n", "expected `option: value` lines"),
+        ("port: [1\n", "not YAML"),
+        ("port: true\n", "port .*serve.yaml.*: True is not a whole number"),
+        ("port: 80.5\n", "80.5 is not a whole number"),
+        ("host: [a]\n", "is not a text"),
+    ],
+)
+def test_yaml_mistakes(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load({}, {}, yaml_file(tmp_path, text))
+
+
+def test_missing_config_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--config .*nowhere.yaml: No such file"):
+        load({}, {}, tmp_path / "nowhere.yaml")
