@@ -40,7 +40,7 @@ class TensorStore:
     def read(
         self, name: str, shape: Shape, dtype: torch.dtype | None = None, *, first: int = 0, part: Shape | None = None
     ) -> Tensor:
-        """Tensor `name`, which must have `shape`, or of it `part`: the elements from `first` on. None: dtype on disk."""
+        """Tensor `name`, which must have `shape`, or `part` of it from element `first` on. No `dtype`: that on disk."""
         file = self._file(name)
         file.check(name, shape)
         tensor = file.read(name, first, part or shape)
