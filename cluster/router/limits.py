@@ -1,0 +1,66 @@
+"""What a request may ask for. The gateway's schemas state these limits; the router enforces them again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from cluster.errors import RequestError
+from cluster.router.params import SamplingParams
+
+MAX_CHOICES = 128  # sequences of one request: n, times the prompts
+MAX_LOGPROBS = 20  # likeliest tokens per position
+MAX_STOPS = 16  # stop strings
+MAX_STOP_CHARACTERS = 512  # of one stop string
+MAX_STOP_IDS = 64
+MAX_BIAS_ENTRIES = 1024
+MAX_BIAS = 100.0
+MAX_TEMPERATURE = 2.0
+MAX_PENALTY = 2.0  # presence and frequency, either sign; repetition, from MIN_REPETITION_PENALTY
+MIN_REPETITION_PENALTY = 0.01
+
+
+def check(prompt_ids: Sequence[int], params: SamplingParams, *, vocab_size: int, max_context: int) -> None:
+    """Raise RequestError naming the field that is out of its range."""
+    room = max_context - len(prompt_ids)
+    if not prompt_ids:
+        raise _invalid("prompt", "is empty")
+    if max(prompt_ids) >= vocab_size or min(prompt_ids) < 0:
+        raise _invalid("prompt", f"has a token id outside 0..{vocab_size - 1}")
+    if params.max_tokens > room:
+        raise RequestError(
+            f"This model's maximum context length is {max_context} tokens; you asked for {len(prompt_ids)} in the "
+            f"prompt and {params.max_tokens} in the answer",
+            code="context_length_exceeded",
+        )
+    _check_range("max_tokens", params.max_tokens, 1, max_context)
+    _check_range("min_tokens", params.min_tokens, 0, params.max_tokens)
+    _check_range("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
+    _check_range("top_k", params.top_k, 0, 2**31 - 1)
+    _check_range("top_p", params.top_p, 0.0, 1.0)
+    _check_range("min_p", params.min_p, 0.0, 1.0)
+    _check_range("repetition_penalty", params.repetition_penalty, MIN_REPETITION_PENALTY, MAX_PENALTY)
+    _check_range("presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_range("frequency_penalty", params.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_range("logprobs", params.logprobs or 0, 0, MAX_LOGPROBS)
+    _check_range("prompt_logprobs", params.prompt_logprobs or 0, 0, MAX_LOGPROBS)
+    _check_ids("stop_token_ids", params.stop_ids, MAX_STOP_IDS, vocab_size)
+    _check_ids("logit_bias", tuple(params.logit_bias), MAX_BIAS_ENTRIES, vocab_size)
+    for bias in params.logit_bias.values():
+        _check_range("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+
+
+def _check_range(param: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise _invalid(param, f"must be between {low} and {high}, not {value}")
+
+
+def _check_ids(param: str, ids: Sequence[int], most: int, vocab_size: int) -> None:
+    if len(ids) > most:
+        raise _invalid(param, f"has {len(ids)} entries; at most {most} are allowed")
+    if any(not 0 <= token_id < vocab_size for token_id in ids):
+        raise _invalid(param, f"has a token id outside 0..{vocab_size - 1}")
+
+
+def _invalid(param: str, what: str) -> RequestError:
+    return RequestError(f"'{param}' {what}", code="invalid_value", param=param)
