@@ -1,0 +1,118 @@
+"""One multiplexed stream to one router, kept open: connect, read events, reconnect."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+
+from cluster.gateway.journal import Entry
+from cluster.router.codec import encode_cancel
+from workers.pb import generation_pb2 as pb
+from workers.pb import generation_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    # A router that hangs, or whose machine is gone without a word, is noticed within ten seconds.
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+]
+_RETRY_S = 0.1  # between two streams; gRPC itself spaces the attempts to connect
+
+
+class Link:
+    """The stream to one router. `state` is what the router last said of itself, "" while there is no stream.
+
+    `on_event(link, event)` is called for each event, `on_change(link)` when `state` changed; both in the loop.
+    """
+
+    def __init__(
+        self,
+        router: str,
+        address: str,
+        on_event: Callable[[Link, pb.Event], None],
+        on_change: Callable[[Link], None],
+    ) -> None:
+        self.router = router
+        self.address = address
+        self.state = ""
+        self.retired = False  # the router left the fleet: finish what is open, take nothing new
+        self.requests: dict[str, Entry] = {}  # open on this stream
+        self._on_event = on_event
+        self._on_change = on_change
+        self._commands: asyncio.Queue[pb.Command] = asyncio.Queue()
+        self._task = asyncio.create_task(self._run(), name=f"link to {router}")
+
+    def submit(self, entry: Entry) -> None:
+        entry.link = self
+        self.requests[entry.request_id] = entry
+        self._commands.put_nowait(entry.submit())
+
+    def release(self, entry: Entry) -> None:
+        """The request no longer runs here."""
+        entry.link = None
+        del self.requests[entry.request_id]
+
+    def cancel(self, entry: Entry) -> None:
+        self.release(entry)
+        self._commands.put_nowait(encode_cancel(entry.request_id))
+
+    def close(self) -> asyncio.Task[None]:
+        """End the stream; the task returned is done once the connection is closed."""
+        self._task.cancel()
+        return self._task
+
+    async def _run(self) -> None:
+        async with grpc.aio.insecure_channel(self.address, options=_OPTIONS) as channel:
+            stub = generation_pb2_grpc.GenerationStub(channel)
+            while True:
+                try:
+                    await self._stream(stub)
+                    reason = "the router ended it"
+                except grpc.aio.AioRpcError as error:
+                    reason = f"{error.code().name}: {error.details()}"
+                except Exception:
+                    log.exception("router %s at %s: the stream failed", self.router, self.address)
+                    reason = "an error of our own"
+                if self.state:
+                    log.warning("router %s at %s: stream lost (%s)", self.router, self.address, reason)
+                    self._set_state("")
+                await asyncio.sleep(_RETRY_S)
+
+    async def _stream(self, stub: generation_pb2_grpc.GenerationAsyncStub) -> None:
+        """One stream, from the router's first word to the last."""
+        self._commands = asyncio.Queue()  # what a broken stream left unsent belongs to other routers by now
+        call = stub.Stream(wait_for_ready=True)
+        writer = asyncio.create_task(self._write(call))
+        try:
+            async for event in call:
+                if event.state:
+                    self._set_state(event.state)
+                if event.outputs:
+                    self._on_event(self, event)
+        finally:
+            writer.cancel()
+            call.cancel()
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[pb.Command, pb.Event]) -> None:
+        try:
+            while True:
+                await call.write(await self._commands.get())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the stream broke; its reader says so
+
+    def _set_state(self, state: str) -> None:
+        self.state = state
+        self._on_change(self)

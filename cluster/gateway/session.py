@@ -1,0 +1,221 @@
+"""Requests over all routers: each runs on one of them, and on another when that one is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from types import TracebackType
+from typing import Self
+
+from cluster.errors import RequestError
+from cluster.gateway.journal import Entry
+from cluster.gateway.link import Link
+from cluster.router.codec import decode_output, decode_refusal
+from cluster.router.params import SamplingParams, StepOutput
+from workers.pb import generation_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+# A request that was on this many routers in a row when they died, without a token between, is probably why they did.
+_MAX_LOSSES = 8
+_FULL_RETRY_S = 0.25  # a continued request that finds every queue full asks again after this
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStats:
+    router: str
+    address: str
+    state: str  # what the router says of itself; "" without a stream
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStats:
+    """Numbers of one gateway: `open` requests, of which `waiting` have no router; the rest counts since start."""
+
+    links: tuple[LinkStats, ...]
+    open: int
+    waiting: int
+    requests: int
+    tokens: int
+    fail_overs: int
+
+
+class Session:
+    """The gateway's side of all routers. Belongs to the running asyncio loop.
+
+    `update` says which routers there are; `generate` runs one request. A request waits at most `rejoin_timeout_s`
+    for a router when there is none, whether it is new or was running on one that died.
+    """
+
+    def __init__(self, routers: Mapping[str, str] | None = None, *, rejoin_timeout_s: float = 120.0) -> None:
+        self._rejoin_timeout_s = rejoin_timeout_s
+        self._links: list[Link] = []
+        self._closing: set[asyncio.Task[None]] = set()
+        self._ids = count()
+        self._open: set[Entry] = set()
+        self._waiting: dict[str, Entry] = {}  # without a router, oldest first
+        self._requests = self._tokens = self._fail_overs = 0
+        self.update(routers or {})
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def update(self, routers: Mapping[str, str]) -> None:
+        """The routers of the fleet as id -> `host:port`; the whole view, not a change of it.
+
+        What runs on a router that left the view goes on there as long as its stream lives: a view can be wrong for a
+        moment, a stream cannot.
+        """
+        for link in self._links:
+            link.retired = routers.get(link.router) != link.address
+        known = {(link.router, link.address) for link in self._links}
+        for router, address in routers.items():
+            if (router, address) not in known:
+                self._links.append(Link(router, address, self._on_event, self._on_change))
+        self._sweep()
+
+    def ready(self) -> bool:
+        """Whether a router is connected and says that it is ready."""
+        return any(link.state == "ready" and not link.retired for link in self._links)
+
+    def stats(self) -> SessionStats:
+        links = tuple(LinkStats(link.router, link.address, link.state, len(link.requests)) for link in self._links)
+        return SessionStats(links, len(self._open), len(self._waiting), self._requests, self._tokens, self._fail_overs)
+
+    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[StepOutput, None]:
+        """Run one request; the last output has `finish`. Closing the generator cancels the request at once.
+
+        `prompt_logprobs` come at most once. RequestError when it is refused, or can go on nowhere; a refusal comes
+        before the first output.
+        """
+        entry = Entry(str(next(self._ids)), prompt_ids, params)
+        self._requests += 1
+        self._open.add(entry)
+        try:
+            self._place(entry)
+            while True:
+                output = await entry.outputs.get()
+                if isinstance(output, RequestError):
+                    raise output
+                yield output
+                if output.finish is not None:
+                    return
+        finally:
+            self._leave(entry)
+
+    async def close(self) -> None:
+        """End every open request with an error and close all streams."""
+        for entry in list(self._open):
+            entry.fail(RequestError("the gateway is being stopped", code="service_unavailable", status=503))
+            self._leave(entry)
+        self.update({})
+        while self._closing:
+            await asyncio.wait(self._closing)
+
+    # Where a request runs.
+
+    def _place(self, entry: Entry) -> None:
+        """Give a request to the ready router with the fewest of ours, or let it wait for one."""
+        ready = [link for link in self._links if link.state == "ready" and not link.retired and link not in entry.full]
+        if not ready:
+            self._wait(entry)
+            return
+        self._stop_waiting(entry)
+        min(ready, key=lambda link: len(link.requests)).submit(entry)
+
+    def _wait(self, entry: Entry) -> None:
+        if entry.request_id not in self._waiting:
+            self._waiting[entry.request_id] = entry
+            entry.expiry = asyncio.get_running_loop().call_later(self._rejoin_timeout_s, self._expire, entry)
+
+    def _stop_waiting(self, entry: Entry) -> None:
+        if self._waiting.pop(entry.request_id, None) is not None and entry.expiry is not None:
+            entry.expiry.cancel()
+
+    def _expire(self, entry: Entry) -> None:
+        self._stop_waiting(entry)
+        message = f"no router became available within {self._rejoin_timeout_s:g} s"
+        entry.fail(RequestError(message, code="service_unavailable", status=503, retry_after_s=5))
+
+    def _leave(self, entry: Entry) -> None:
+        """The reader is done with a request, or gone."""
+        self._open.discard(entry)
+        self._stop_waiting(entry)
+        if entry.link is not None:
+            link = entry.link
+            link.cancel(entry)
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Close the links of routers that left the fleet, once nothing runs on them."""
+        for link in [link for link in self._links if link.retired and not link.requests]:
+            self._links.remove(link)
+            task = link.close()
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    # What routers say.
+
+    def _on_event(self, link: Link, event: pb.Event) -> None:
+        for message in event.outputs:
+            if (entry := link.requests.get(message.request_id)) is None:
+                continue  # cancelled while it was on the way
+            if message.finish:
+                link.release(entry)
+            if message.finish == "error":
+                self._refused(link, entry, decode_refusal(message.refusal))
+                continue
+            output = decode_output(message)
+            self._tokens += len(output.token_ids)
+            entry.record(output)
+        self._sweep()
+
+    def _refused(self, link: Link, entry: Entry, error: RequestError) -> None:
+        if error.code == "draining":
+            self._place(entry)
+        elif error.code == "queue_full":
+            entry.full.add(link)
+            if any(other.state == "ready" and other not in entry.full for other in self._links):
+                self._place(entry)
+            elif entry.accepted:
+                asyncio.get_running_loop().call_later(_FULL_RETRY_S, self._retry, entry)
+            else:
+                entry.fail(error)
+        else:
+            entry.fail(error)
+
+    def _retry(self, entry: Entry) -> None:
+        if entry in self._open and entry.link is None:
+            entry.full.clear()
+            self._place(entry)
+
+    def _on_change(self, link: Link) -> None:
+        if link.state == "ready":
+            for entry in list(self._waiting.values()):
+                self._place(entry)
+        elif link.state == "":
+            lost = list(link.requests.values())
+            for entry in lost:
+                link.release(entry)
+                self._fail_over(entry)
+            self._sweep()
+
+    def _fail_over(self, entry: Entry) -> None:
+        entry.losses += 1
+        entry.full.clear()
+        self._fail_overs += 1
+        if entry.losses >= _MAX_LOSSES:
+            log.error("request %s lost %d routers in a row; given up", entry.request_id, entry.losses)
+            message = f"{entry.losses} routers in a row were lost while they worked on this request"
+            entry.fail(RequestError(message, code="internal_error", status=500))
+        elif not entry.end_by_length():
+            self._place(entry)

@@ -1,0 +1,111 @@
+"""Generation messages <-> the plain types of `cluster.router.params`. Nothing else knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import cast
+
+from cluster.errors import RequestError
+from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
+from workers.pb import generation_pb2 as pb
+
+# Sampling has the fields of SamplingParams, one for one.
+_SCALARS = tuple(
+    field.name
+    for field in fields(SamplingParams)
+    if field.name not in {"logit_bias", "stop_ids", "logprobs", "prompt_logprobs"}
+)
+
+
+def encode_submit(
+    request_id: str, prompt_ids: Sequence[int], params: SamplingParams, emitted_ids: Sequence[int] = ()
+) -> pb.Command:
+    sampling = pb.Sampling(
+        **{name: getattr(params, name) for name in _SCALARS},
+        logit_bias=params.logit_bias,
+        stop_ids=params.stop_ids,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+    )
+    submit = pb.Submit(request_id=request_id, prompt_ids=prompt_ids, emitted_ids=emitted_ids, sampling=sampling)
+    return pb.Command(submit=submit)
+
+
+def encode_cancel(request_id: str) -> pb.Command:
+    return pb.Command(cancel=pb.Cancel(request_id=request_id))
+
+
+def decode_sampling(sampling: pb.Sampling) -> SamplingParams:
+    return SamplingParams(
+        **{name: getattr(sampling, name) for name in _SCALARS},
+        logit_bias=dict(sampling.logit_bias),
+        stop_ids=tuple(sampling.stop_ids),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+    )
+
+
+def merge_output(message: pb.Output, output: StepOutput) -> None:
+    """Append what one more step gave a request to the message that is on its way."""
+    message.token_ids.extend(output.token_ids)
+    if output.logprobs:
+        message.logprobs.extend([_encode_logprobs(entry) for entry in output.logprobs])
+    if output.prompt_logprobs is not None:
+        message.prompt_logprobs.extend([_encode_logprobs(entry) for entry in output.prompt_logprobs])
+    if output.finish is not None:
+        message.finish = output.finish
+        if output.finish == "error":
+            message.refusal.CopyFrom(encode_refusal(internal_error(output.error)))
+
+
+def decode_output(message: pb.Output) -> StepOutput:
+    """The inverse of `merge_output`; the refusal of a message whose `finish` is "error" is read apart."""
+    prompt_logprobs = None
+    if message.prompt_logprobs:
+        prompt_logprobs = (None, *(_decode_logprobs(entry) for entry in message.prompt_logprobs[1:]))
+    return StepOutput(
+        message.request_id,
+        tuple(message.token_ids),
+        tuple([_decode_logprobs(entry) for entry in message.logprobs]) if message.logprobs else (),
+        prompt_logprobs,
+        cast(Finish, message.finish) if message.finish else None,
+    )
+
+
+def encode_refusal(error: RequestError) -> pb.Refusal:
+    return pb.Refusal(
+        code=error.code,
+        message=str(error),
+        param=error.param or "",
+        status=error.status,
+        retry_after_s=error.retry_after_s or 0,
+    )
+
+
+def decode_refusal(refusal: pb.Refusal) -> RequestError:
+    return RequestError(
+        refusal.message,
+        code=refusal.code,
+        param=refusal.param or None,
+        status=refusal.status,
+        retry_after_s=refusal.retry_after_s or None,
+    )
+
+
+def internal_error(reason: str | None) -> RequestError:
+    return RequestError(reason or "the router could not go on with this request", code="internal_error", status=500)
+
+
+def _encode_logprobs(entry: TokenLogprobs | None) -> pb.Logprobs:
+    if entry is None:
+        return pb.Logprobs()
+    return pb.Logprobs(
+        logprob=entry.logprob,
+        top_ids=[token for token, _ in entry.top],
+        top_logprobs=[logprob for _, logprob in entry.top],
+    )
+
+
+def _decode_logprobs(message: pb.Logprobs) -> TokenLogprobs:
+    return TokenLogprobs(message.logprob, tuple(zip(message.top_ids, message.top_logprobs, strict=True)))

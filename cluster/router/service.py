@@ -1,0 +1,227 @@
+"""The Generation service of one router: gateways' streams on one side, the engine's step loop on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Sequence
+from itertools import count
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from cluster.errors import RequestError, StartError
+from cluster.router.codec import decode_sampling
+from cluster.router.engine_thread import EngineLike, EngineThread, Refused
+from cluster.router.outbox import Outbox
+from cluster.router.params import StepOutput
+from workers.pb import generation_pb2 as pb
+from workers.pb import generation_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+SERVICE = "expertmesh.generation.v1.Generation"
+# Prompts and their log-probabilities are the largest messages: 32k tokens with 20 candidates each take 8 MB.
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a taken port is an error, not a second listener
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 2000),
+]
+# A gateway that reads nothing while this many tokens wait for it is gone; its requests go on through another.
+_MAX_PENDING_TOKENS = 65536
+
+
+class GenerationService:
+    """Serves `engine` on `host:port` (port 0: any free one) until `stop`.
+
+    `state` is what gateways hear: "starting" and "draining" routers get no new requests. All methods belong to the
+    asyncio loop that called `start`.
+    """
+
+    def __init__(
+        self, engine: EngineLike, host: str, port: int = 0, *, router: str = "router-0", state: str = "ready"
+    ) -> None:
+        self.router = router
+        self.state = state
+        self.host, self.port = host, port
+        self._engine = engine
+        self._thread = EngineThread(engine, self._hand_over)
+        self._streams: set[Outbox] = set()
+        self._open: dict[str, tuple[Outbox, str]] = {}  # engine's id -> stream, gateway's id
+        self._ids = count()
+        self._inbox: list[StepOutput | Refused] = []
+        self._inbox_lock = threading.Lock()
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    async def start(self) -> None:
+        """Listen and start the step loop; StartError when the address cannot be bound."""
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._health = health_aio.HealthServicer()
+        self._server = grpc.aio.server(options=_OPTIONS)
+        generation_pb2_grpc.add_GenerationServicer_to_server(_Servicer(self), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        try:
+            self.port = self._server.add_insecure_port(self.address)
+        except RuntimeError as error:
+            raise StartError(f"router {self.router} cannot listen on {self.address}: {error}") from error
+        await self.set_state(self.state)
+        self._thread.start()
+        await self._server.start()
+
+    async def set_state(self, state: str) -> None:
+        """Tell every gateway and the health service: "starting", "ready" or "draining"."""
+        self.state = state
+        serving = (
+            health_pb2.HealthCheckResponse.SERVING if state == "ready" else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for name in ("", SERVICE):
+            await self._health.set(name, serving)
+        for stream in self._streams:
+            stream.announce(state)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and let the open ones finish; False when some were still open after `timeout_s`."""
+        await self.set_state("draining")
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("router %s: %d requests outlived the drain; they go on elsewhere", self.router, len(self._open))
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """End every stream at once (gateways continue what was open on other routers) and the step loop."""
+        await self._server.stop(grace=None)
+        if not await asyncio.to_thread(self._thread.stop, 10.0):
+            log.warning("router %s: the step in progress did not end; its thread is left behind", self.router)
+
+    def describe(self) -> pb.DescribeReply:
+        """The engine's numbers under the names of DescribeReply; those it does not count stay zero."""
+        stats = self._engine.stats()
+        reply = pb.DescribeReply(router=self.router, pid=os.getpid(), state=self.state)
+        for descriptor in pb.DescribeReply.DESCRIPTOR.fields:
+            value = getattr(stats, descriptor.name, None)
+            if isinstance(value, (list, tuple, set, frozenset)):
+                getattr(reply, descriptor.name).extend(value)
+            elif value is not None:
+                setattr(reply, descriptor.name, value)
+        return reply
+
+    # From the gateways.
+
+    async def serve_stream(self, commands: AsyncIterator[pb.Command], context: _Context) -> None:
+        """One gateway: commands in, events out. When it ends, for whatever reason, its requests are cancelled."""
+        stream = Outbox()
+        self._streams.add(stream)
+        stream.announce(self.state)
+        reader = asyncio.create_task(self._read(stream, commands))
+        try:
+            while (event := await stream.take()) is not None:
+                await context.write(event)
+        finally:
+            reader.cancel()
+            self._streams.discard(stream)
+            self._drop(list(stream.open.values()))
+
+    async def _read(self, stream: Outbox, commands: AsyncIterator[pb.Command]) -> None:
+        try:
+            async for command in commands:
+                if command.HasField("submit"):
+                    self._submit(stream, command.submit)
+                elif (engine_id := stream.open.get(command.cancel.request_id)) is not None:
+                    self._drop([engine_id])
+        except Exception:
+            log.exception("router %s: a gateway's stream broke off", self.router)
+        finally:
+            stream.close()
+
+    def _submit(self, stream: Outbox, submit: pb.Submit) -> None:
+        if self.state == "draining":
+            error = RequestError("this router is being stopped", code="draining", status=503, retry_after_s=1)
+            stream.refuse(submit.request_id, error)
+            return
+        if submit.request_id in stream.open:
+            error = RequestError(f"request id {submit.request_id} is in use", code="invalid_value", param="request_id")
+            stream.refuse(submit.request_id, error)
+            return
+        engine_id = f"{submit.request_id}@{next(self._ids)}"
+        stream.open[submit.request_id] = engine_id
+        self._open[engine_id] = (stream, submit.request_id)
+        self._idle.clear()
+        params = decode_sampling(submit.sampling)
+        self._thread.submit(engine_id, list(submit.prompt_ids), params, list(submit.emitted_ids))
+
+    def _drop(self, engine_ids: Sequence[str]) -> None:
+        if engine_ids:
+            self._thread.cancel(engine_ids)
+            for engine_id in engine_ids:
+                self._forget(engine_id)
+
+    def _forget(self, engine_id: str) -> None:
+        stream, request_id = self._open.pop(engine_id)
+        del stream.open[request_id]
+        if not self._open:
+            self._idle.set()
+
+    # From the engine.
+
+    def _hand_over(self, outputs: Sequence[StepOutput | Refused]) -> None:
+        """In the engine's thread: wake the loop once, however many steps it is behind."""
+        with self._inbox_lock:
+            asleep = not self._inbox
+            self._inbox += outputs
+        if asleep:
+            try:
+                self._loop.call_soon_threadsafe(self._distribute)
+            except RuntimeError:  # the loop was closed before the step ended: nobody is left to tell
+                log.debug("router %s: outputs after the loop's end", self.router)
+
+    def _distribute(self) -> None:
+        with self._inbox_lock:
+            outputs, self._inbox = self._inbox, []
+        for output in outputs:
+            if (entry := self._open.get(output.request_id)) is None:
+                continue  # cancelled while the step ran
+            stream, request_id = entry
+            if isinstance(output, Refused):
+                stream.refuse(request_id, output.error)
+            else:
+                stream.put(request_id, output)
+            if isinstance(output, Refused) or output.finish is not None:
+                self._forget(output.request_id)
+            elif stream.pending_tokens > _MAX_PENDING_TOKENS:
+                log.warning("router %s: a gateway reads too slowly; its stream is closed", self.router)
+                self._drop(list(stream.open.values()))
+                stream.close()
+
+
+class _Servicer(generation_pb2_grpc.GenerationServicer):
+    """The service as gRPC calls it."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
+
+    # gRPC takes this style too; the stubs know only generators.
+    async def Stream(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.Command], context: _Context
+    ) -> None:
+        await self._service.serve_stream(request_iterator, context)
+
+    async def Describe(self, request: pb.DescribeRequest, context: _Context) -> pb.DescribeReply:
+        return self._service.describe()
