@@ -1,0 +1,69 @@
+"""A random Mixtral of given sizes, for tests and benchmarks: every expert different, so that a wrong one shows."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cluster.models.tokenizer import MIN_VOCABULARY, write_tokenizer
+from cluster.models.writer import building, config_of, write_json, write_weights
+from workers.spec import ModelSpec, Shape
+
+SMALL = ModelSpec(
+    hidden_size=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_size=96, n_experts=8, top_k=2,
+    vocab_size=512, rope_theta=1e6, norm_eps=1e-5, sliding_window=None, tie_embeddings=False, max_context=2048,
+    bos_id=1, eos_ids=(2,), dtype=torch.float32,
+)  # fmt: skip
+"""A model that computes a step in a millisecond; `dataclasses.replace` makes others of it."""
+
+
+def write_random(
+    dest: Path, spec: ModelSpec = SMALL, *, seed: int = 0, fused: bool = False, shard_bytes: int | None = None
+) -> None:
+    """Write a random checkpoint with the sizes and dtype of `spec` to `dest`, which must not exist or be empty.
+
+    The same seed gives the same model in either layout (`fused`) and any sharding. With a vocabulary of at least
+    `MIN_VOCABULARY` tokens it has a tokenizer and a chat template, so that the gateway can serve it.
+    Raises CheckpointError when it cannot be written.
+    """
+    names = spec.tensor_names
+    parts = {
+        names.fused_experts(layer)[fused_field][0]: (layer, fields)
+        for layer in range(spec.n_layers)
+        for fused_field, fields in (("gate_up", ("w1_FD", "w3_FD")), ("down", ("w2_DF",)))
+    }
+
+    def make(name: str, shape: Shape) -> Tensor:
+        if name not in parts:
+            return _draw(name, shape, spec, seed)
+        layer, fields = parts[name]
+        experts = (names.expert(layer, expert) for expert in range(spec.n_experts))
+        return torch.stack([torch.cat([_draw(*expert[field], spec, seed) for field in fields]) for expert in experts])
+
+    with building(dest) as directory:
+        write_json(directory / "config.json", config_of(spec))
+        write_weights(directory, list(names.every(fused=fused)), spec.dtype, make, shard_bytes=shard_bytes)
+        if spec.vocab_size >= MIN_VOCABULARY:
+            write_tokenizer(directory, spec.vocab_size)
+
+
+def _draw(name: str, shape: Shape, spec: ModelSpec, seed: int) -> Tensor:
+    """Normal numbers, scaled so that activations and logits are of order one at any size.
+
+    Seeded by the tensor's role, not by the order of writing: the layouts call the gate differently.
+    """
+    role = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+    digest = hashlib.blake2b(f"{seed}/{role}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) == 1:  # a norm: near one, but not one, so that a forgotten weight shows
+        return 1 + 0.1 * noise
+    if name == spec.tensor_names.embed()[0]:  # tied, it is the head too: between the two scales
+        return noise * (1 / math.sqrt(math.sqrt(spec.hidden_size)) if spec.tie_embeddings else 1.0)
+    if ".gate." in name:  # twice as steep, so that the two best experts get clearly different weights
+        return noise * 2 / math.sqrt(spec.hidden_size)
+    return noise / math.sqrt(shape[-1])
