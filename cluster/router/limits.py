@@ -33,7 +33,8 @@ def check(prompt_ids: Sequence[int], params: SamplingParams, *, vocab_size: int,
             f"prompt and {params.max_tokens} in the answer",
             code="context_length_exceeded",
         )
-    _check_range("max_tokens", params.max_tokens, 1, max_context)
+    scores_only = params.prompt_logprobs is not None  # then an empty answer makes sense
+    _check_range("max_tokens", params.max_tokens, 0 if scores_only else 1, max_context)
     _check_range("min_tokens", params.min_tokens, 0, params.max_tokens)
     _check_range("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
     _check_range("top_k", params.top_k, 0, 2**31 - 1)
@@ -42,12 +43,18 @@ def check(prompt_ids: Sequence[int], params: SamplingParams, *, vocab_size: int,
     _check_range("repetition_penalty", params.repetition_penalty, MIN_REPETITION_PENALTY, MAX_PENALTY)
     _check_range("presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
     _check_range("frequency_penalty", params.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_range("seed", params.seed, 0, 2**64 - 1)
     _check_range("logprobs", params.logprobs or 0, 0, MAX_LOGPROBS)
     _check_range("prompt_logprobs", params.prompt_logprobs or 0, 0, MAX_LOGPROBS)
     _check_ids("stop_token_ids", params.stop_ids, MAX_STOP_IDS, vocab_size)
     _check_ids("logit_bias", tuple(params.logit_bias), MAX_BIAS_ENTRIES, vocab_size)
     for bias in params.logit_bias.values():
         _check_range("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+
+
+def check_emitted(emitted_ids: Sequence[int], params: SamplingParams, *, vocab_size: int) -> None:
+    """Raise RequestError unless `emitted_ids` can be the beginning of the answer of such a request."""
+    _check_ids("emitted_ids", emitted_ids, params.max_tokens, vocab_size)
 
 
 def _check_range(param: str, value: float, low: float, high: float) -> None:

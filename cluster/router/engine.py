@@ -1,0 +1,192 @@
+"""The step loop of a router: schedule, compute, sample, commit.
+
+Shape legend: R rows whose logits are wanted, S sequences that get a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.config import Config
+from cluster.errors import ExpertMeshError, RequestError
+from cluster.router import limits
+from cluster.router.batching import logits_wanted, make_batch
+from cluster.router.kv_blocks import KVBlocks
+from cluster.router.logprobs import token_logprobs
+from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
+from cluster.router.sampler import Sampler
+from cluster.router.scheduler import Chunk, Scheduler
+from cluster.router.sequence import Sequence
+from cluster.router.sizing import context_limit
+from workers.model.mixtral import Mixtral
+
+log = logging.getLogger(__name__)
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Numbers for people and metrics. Counters run since start."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    total_blocks: int
+    steps: int
+    tokens: int  # emitted
+    rows: int  # token rows computed: prompts, decoding and recomputation
+    preemptions: int
+
+
+class Engine:
+    """Serves many sequences with one model.
+
+    Not thread-safe, but for `stats`: commands come between steps (`EngineThread` sees to it). The end-of-sequence or
+    stop token that ends a sequence is part of its output; stop strings are the gateway's business.
+    """
+
+    def __init__(self, model: Mixtral, config: Config) -> None:
+        self.model = model
+        self._blocks = KVBlocks(model.cache.n_blocks, model.cache.block_size)
+        self.max_context = context_limit(config, model.spec, self._blocks.n_blocks)
+        self._scheduler = Scheduler(
+            self._blocks,
+            max_batch_tokens=config.max_batch_tokens,
+            max_sequences=config.max_sequences,
+            max_queue=config.max_queue,
+        )
+        self._sampler = Sampler(model.spec.vocab_size)
+        self._open: dict[str, Sequence] = {}
+        self._outbox: list[StepOutput] = []
+        self._steps = self._tokens = self._rows = 0
+
+    def submit(
+        self, request_id: str, prompt_ids: Items[int], params: SamplingParams, emitted_ids: Items[int] = ()
+    ) -> None:
+        """Queue a request; `emitted_ids` are the tokens another router gave it already.
+
+        Raises RequestError: a field out of its limits, a context that can never fit, a full queue, an id in use.
+        """
+        if request_id in self._open:
+            raise RequestError(f"request id {request_id} is in use", code="invalid_value", param="request_id")
+        spec = self.model.spec
+        limits.check(prompt_ids, params, vocab_size=spec.vocab_size, max_context=self.max_context)
+        limits.check_emitted(emitted_ids, params, vocab_size=spec.vocab_size)
+        sequence = Sequence(request_id, prompt_ids, params, eos_ids=spec.eos_ids, emitted_ids=emitted_ids)
+        finish = sequence.finish()
+        if finish is not None and not sequence.wants_prompt_logprobs:  # its router died between last token and end
+            self._outbox.append(StepOutput(request_id, (), finish=finish))
+            return
+        self._scheduler.submit(sequence)
+        self._open[request_id] = sequence
+
+    def cancel(self, request_id: str) -> None:
+        """End a request without a further output; its blocks are free at once. Unknown ids are ignored."""
+        if (sequence := self._open.pop(request_id, None)) is not None:
+            self._scheduler.end(sequence)
+
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return bool(self._open or self._outbox)
+
+    def step(self) -> list[StepOutput]:
+        """One forward pass over what the scheduler chose; what it gave, request by request.
+
+        Nothing is committed before every layer of the whole batch is complete. When the model fails, the requests of
+        this batch end with an error and the engine lives on.
+        """
+        outputs, self._outbox = self._outbox, []
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return outputs
+        wanted_S = [logits_wanted(chunk) for chunk in chunks]
+        try:
+            logits_RV = self._forward(chunks, wanted_S)
+        except Exception as error:
+            return outputs + self._abandon(chunks, error)
+        return outputs + self._commit(chunks, wanted_S, logits_RV)
+
+    def stats(self) -> EngineStats:
+        """Safe to call from any thread, also during a step."""
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            free_blocks=self._blocks.n_free,
+            total_blocks=self._blocks.n_blocks,
+            steps=self._steps,
+            tokens=self._tokens,
+            rows=self._rows,
+            preemptions=self._scheduler.preemptions,
+        )
+
+    def _forward(self, chunks: Items[Chunk], wanted_S: Items[int]) -> Logits:
+        """The wanted logits on the host, float32 [R, V]."""
+        batch = make_batch(chunks, wanted_S, self._blocks.block_size)
+        micro_batches = batch.split(self.model.experts.micro_batches(batch.n_rows))
+        logits_RV: Logits = self.model.forward(micro_batches).cpu().numpy()
+        self._steps += 1
+        self._rows += batch.n_rows
+        return logits_RV
+
+    def _commit(self, chunks: Items[Chunk], wanted_S: Items[int], logits_RV: Logits) -> list[StepOutput]:
+        """What is computed counts from here on; the sequences with nothing pending get their next token."""
+        outputs: list[StepOutput] = []
+        sequences: list[Sequence] = []
+        rows: list[int] = []
+        end = 0
+        for chunk, wanted in zip(chunks, wanted_S, strict=True):
+            sequence, completes = chunk.sequence, chunk.completes
+            end += wanted
+            if sequence.prompt_logprobs is not None:
+                score_prompt(sequence, sequence.prompt_logprobs, logits_RV[end - wanted : end])
+            sequence.computed += chunk.n
+            if completes and sequence.params.max_tokens == 0:  # only the scores of its prompt were wanted
+                outputs.append(self._end(sequence, "length"))
+            elif completes:
+                sequences.append(sequence)
+                rows.append(end - 1)
+        if sequences:
+            logits_SV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
+            outputs += map(self._emit, sequences, self._sampler.sample(logits_SV, sequences), logits_SV)
+        return outputs
+
+    def _emit(self, sequence: Sequence, token: int, logits_V: Logits) -> StepOutput:
+        """Commit `token`, and end the sequence with it if it is the last."""
+        if token < 0:
+            return self._end(sequence, "error", "the model gave logits that are not finite")
+        scores = sequence.take_prompt_logprobs()
+        sequence.append(token)
+        self._tokens += 1
+        finish = sequence.finish()
+        if finish is not None:
+            self.cancel(sequence.request_id)
+        n_top = sequence.params.logprobs
+        logprobs = () if n_top is None else (token_logprobs(logits_V, token, n_top),)
+        return StepOutput(sequence.request_id, (token,), logprobs, scores, finish)
+
+    def _end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> StepOutput:
+        """End a sequence without a further token."""
+        self.cancel(sequence.request_id)
+        return StepOutput(sequence.request_id, (), (), sequence.take_prompt_logprobs(), finish, error)
+
+    def _abandon(self, chunks: Items[Chunk], error: Exception) -> list[StepOutput]:
+        """End the sequences of a step that failed. They could be tried again, but whoever waits has waited enough."""
+        if isinstance(error, ExpertMeshError):
+            log.error("a step of %d sequences failed: %s", len(chunks), error)
+        else:
+            log.exception("a step of %d sequences failed", len(chunks))
+        reason = str(error) if isinstance(error, ExpertMeshError) else f"{type(error).__name__}: {error}"
+        return [self._end(chunk.sequence, "error", reason) for chunk in chunks]
+
+
+def score_prompt(sequence: Sequence, scores: list[TokenLogprobs | None], logits_RV: Logits) -> None:
+    """Append the log-probabilities of the next prompt tokens, one per row; the prompt's last row scores none."""
+    n_top = sequence.params.prompt_logprobs or 0
+    for token, logits_V in zip(sequence.tokens[len(scores) : sequence.n_prompt], logits_RV, strict=False):
+        scores.append(token_logprobs(logits_V, token, n_top))

@@ -1,0 +1,124 @@
+"""Continuous batching: which tokens of which sequences the next step computes. No tensors here."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from cluster.errors import RequestError
+from cluster.router.kv_blocks import KVBlocks
+from cluster.router.sequence import Sequence, State
+
+
+class Chunk(NamedTuple):
+    """The next `n` pending tokens of `sequence`."""
+
+    sequence: Sequence
+    n: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether nothing is pending after it, so that its last row gives the next token."""
+        return self.n == self.sequence.pending
+
+
+class Scheduler:
+    """First come, first served, within a budget of token rows a step.
+
+    Sequences that decode go first, then prefills in order of admission, then admissions. A sequence gets the blocks
+    for all its known tokens when it is admitted, so that only decoding can run out of blocks: then the sequence
+    admitted last gives all of its back and waits, first in the queue, to be computed anew.
+    """
+
+    def __init__(self, blocks: KVBlocks, *, max_batch_tokens: int, max_sequences: int, max_queue: int) -> None:
+        self.blocks = blocks
+        self.max_batch_tokens = max_batch_tokens
+        self.max_sequences = min(max_sequences, max_batch_tokens)  # each running sequence decodes in every step
+        self.max_queue = max_queue
+        self.running: list[Sequence] = []  # in order of admission
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue it. Raises RequestError: queue_full when too many wait, context_length_exceeded when it never fits."""
+        free_seats = self.max_sequences - len(self.running)  # those who arrive between two steps pass through the queue
+        if len(self.waiting) >= self.max_queue + free_seats:
+            raise RequestError(
+                f"{len(self.waiting)} requests are waiting already; try again later",
+                code="queue_full", status=429, retry_after_s=1 + len(self.waiting) // self.max_sequences,
+            )  # fmt: skip
+        longest = sequence.n_prompt + max(sequence.params.max_tokens, 1) - 1  # the last token is never computed
+        if self.blocks.needed(longest) > self.blocks.n_blocks:
+            raise RequestError(
+                f"prompt and answer need {longest} tokens of KV cache; this router has "
+                f"{self.blocks.n_blocks * self.blocks.block_size}",
+                code="context_length_exceeded", param="max_tokens",
+            )  # fmt: skip
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step, with blocks for all of them. Empty only when there is nothing to do."""
+        decoding = self._decode()
+        chunks = [Chunk(sequence, 1) for sequence in decoding]
+        budget = self.max_batch_tokens - len(chunks)
+        for sequence in self.running:
+            if budget and sequence.pending > 1:
+                chunks.append(Chunk(sequence, min(sequence.pending, budget)))
+                budget -= chunks[-1].n
+        while budget and (newcomer := self._admit()):
+            chunks.append(Chunk(newcomer, min(newcomer.pending, budget)))
+            budget -= chunks[-1].n
+        return chunks
+
+    def end(self, sequence: Sequence) -> None:
+        """Complete or cancelled: its blocks are free at once. Harmless on an ended sequence."""
+        if sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence.state is State.WAITING and sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.state = State.ENDED
+
+    def _decode(self) -> list[Sequence]:
+        """The running sequences with one pending token, each with a block for it; preempts where there is none."""
+        decoding: list[Sequence] = []
+        for sequence in tuple(self.running):
+            if sequence.state is not State.RUNNING or sequence.pending != 1:
+                continue
+            if sequence.computed == len(sequence.blocks) * self.blocks.block_size:
+                while not self.blocks.n_free and self.running[-1] is not sequence:
+                    self._preempt(self.running[-1])
+                if not self.blocks.n_free:
+                    self._preempt(sequence)
+                    break  # it was the last
+                sequence.blocks.extend(self.blocks.allocate(1))
+            decoding.append(sequence)
+        return decoding
+
+    def _admit(self) -> Sequence | None:
+        """Move the head of the queue to the running ones, if there is room for it."""
+        if not self.waiting or len(self.running) >= self.max_sequences:
+            return None
+        sequence = self.waiting[0]
+        need = self.blocks.needed(len(sequence.tokens))
+        # One spare block for each running sequence: else the newcomer would soon be preempted by their growth.
+        if self.blocks.n_free < need + len(self.running):
+            return None
+        self.waiting.popleft()
+        sequence.blocks.extend(self.blocks.allocate(need))
+        sequence.state = State.RUNNING
+        self.running.append(sequence)
+        return sequence
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take all blocks of the last of the running back; it is computed anew when it is its turn again."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.state = State.WAITING
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.free(sequence.blocks)
+        del sequence.blocks[:]
+        sequence.computed = 0

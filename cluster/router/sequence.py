@@ -1,0 +1,91 @@
+"""One generation in progress. No tensors here."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Items
+from enum import Enum
+
+from cluster.router.params import Finish, SamplingParams, TokenLogprobs
+from cluster.router.sampling_state import SamplingState
+
+
+class State(Enum):
+    WAITING = "waiting"  # not admitted yet, or preempted
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class Sequence:
+    """Prompt and emitted tokens of one request, and how far the KV cache has got with them.
+
+    A sequence that another router began starts with its emitted tokens: they are computed with the prompt, count
+    against `max_tokens`, and sampling goes on at the position after them.
+    """
+
+    __slots__ = (
+        "blocks", "computed", "n_prompt", "params", "prompt_logprobs", "request_id",
+        "sampling", "state", "stops", "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_ids: Items[int],
+        params: SamplingParams,
+        *,
+        eos_ids: Items[int] = (),
+        emitted_ids: Items[int] = (),
+    ) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.n_prompt = len(prompt_ids)
+        self.tokens = [*prompt_ids, *emitted_ids]
+        self.stops = frozenset(params.stop_ids if params.ignore_eos else (*params.stop_ids, *eos_ids))
+        self.sampling = SamplingState(params, prompt_ids, emitted_ids)
+        self.computed = 0  # tokens whose K and V are in the cache
+        self.blocks = array("i")
+        self.state = State.WAITING
+        # By position; grows as the prompt is computed. None: not wanted, or sent already, be it by another router.
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if params.prompt_logprobs is not None and not emitted_ids:
+            self.prompt_logprobs = [None]
+
+    @property
+    def n_emitted(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are known but not in the cache: 1 while it decodes, more while it prefills."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt tokens are still to be scored."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.n_prompt
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
+        """The scores of the prompt, once they are complete, and only once."""
+        if self.prompt_logprobs is None or self.wants_prompt_logprobs:
+            return None
+        scores, self.prompt_logprobs = tuple(self.prompt_logprobs), None
+        return scores
+
+    @property
+    def bans_stops(self) -> bool:
+        """Whether the next token must not end the sequence."""
+        return self.n_emitted < self.params.min_tokens
+
+    def append(self, token: int) -> None:
+        """One more emitted token."""
+        self.tokens.append(token)
+        if self.sampling.seen is not None:
+            self.sampling.seen.add(token)
+
+    def finish(self) -> Finish | None:
+        """Why the sequence is complete with the tokens it has; None while it is not."""
+        n_emitted = self.n_emitted
+        if n_emitted and self.tokens[-1] in self.stops and n_emitted > self.params.min_tokens:
+            return "stop"
+        return "length" if n_emitted >= self.params.max_tokens else None
