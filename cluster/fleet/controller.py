@@ -1,0 +1,97 @@
+"""The controller: one Ray actor that every process calls in a loop. It holds no connection and touches no token."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Collection
+
+import psutil
+import ray
+
+from cluster.fleet.membership import Membership, View
+from cluster.placement.placement import Placement, striped
+from workers.member import Member
+
+NAMESPACE = "expertmesh"
+NAME = "controller"
+_POLL_S = 1.0  # a call that has no news returns after this: it is the heartbeat
+_SWEEP_S = 0.25
+
+
+class Controller:
+    """Membership, health and placement epochs, behind one call. A Ray async actor.
+
+    Everything it knows comes from its constructor and from the calls of the members, so a restarted controller is
+    complete again after one round of calls.
+    """
+
+    def __init__(self, n_layers: int, n_experts: int, workers: Collection[str], expected: Collection[str]) -> None:
+        # Nanoseconds: a restarted controller starts above every version it ever gave out.
+        self._membership = Membership(
+            striped(n_layers, n_experts, tuple(workers)), expected, time.monotonic(), time.time_ns()
+        )
+        self._changed = asyncio.Condition()
+        self._node = ray.get_runtime_context().get_node_id()
+        self._sweeper = asyncio.get_event_loop().create_task(self._sweep())
+
+    async def sync(self, member: Member, known_version: int) -> View:
+        """Register, live, acknowledge `member.epoch`, and hear of the others.
+
+        Returns as soon as the view is another than `known_version`, else after a second with the same one.
+        """
+        self._membership.report(member, time.monotonic())
+        async with self._changed:
+            self._changed.notify_all()
+        return await self._news(known_version)
+
+    async def view(self) -> View:
+        """The view, with the controller itself among the members."""
+        view = self._membership.view
+        myself = Member("controller", NAME, os.getpid(), self._node, "ready", "")
+        return View(view.version, (*view.members, myself), view.placement, view.draining)
+
+    async def publish(self, placement: Placement) -> None:
+        """Put the next placement in force."""
+        self._membership.publish(placement)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def acknowledged(self) -> int:
+        """The newest epoch that every live router works with."""
+        return self._membership.acknowledged()
+
+    async def drain(self) -> None:
+        """Tell every member that the cluster is being stopped."""
+        self._membership.drain()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _news(self, known_version: int) -> View:
+        deadline = time.monotonic() + _POLL_S
+        while True:
+            settled = self._membership.settled(time.monotonic())
+            if settled and self._membership.view.version != known_version:
+                return self._membership.view
+            remaining = deadline - time.monotonic()
+            if settled and remaining <= 0:
+                return self._membership.view
+            try:
+                async with asyncio.timeout(remaining if settled else _SWEEP_S), self._changed:
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            before = self._membership.view.version
+            self._membership.sweep(time.monotonic(), self._is_dead)
+            if self._membership.view.version != before:
+                async with self._changed:
+                    self._changed.notify_all()
+
+    def _is_dead(self, member: Member) -> bool:
+        """Whether a process of this node is gone; those of other nodes are judged by their silence."""
+        return member.node == self._node and not psutil.pid_exists(member.pid)

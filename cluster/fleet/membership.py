@@ -1,0 +1,100 @@
+"""Who is in the cluster and which placement is in force. Plain logic: no Ray, no clock, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+
+from cluster.placement.placement import Placement
+from workers.member import Member, Role
+
+LOST_AFTER_S = 5.0  # a member says something every second; on a busy machine a second can be three
+REBUILD_S = 2.0  # a controller that just started hears every member within two rounds of calls
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What every member hears. A higher version is a newer view, also across restarts of the controller."""
+
+    version: int
+    members: tuple[Member, ...]  # by role and id; those that left stay, as `lost`
+    placement: Placement
+    draining: bool = False  # the cluster is being stopped: finish what is open, take nothing new
+
+    def addresses(self, role: Role) -> Mapping[str, str]:
+        """`id -> host:port` of the live members of `role` that have an address."""
+        return {
+            member.id: member.address
+            for member in self.members
+            if member.role == role and member.state != "lost" and member.address
+        }
+
+
+class Membership:
+    """The controller's memory. The caller brings the time, so that it needs none of its own.
+
+    `expected` are the ids a complete cluster has. Until they all reported, or `REBUILD_S` passed, the view is not
+    `settled` and is shown to nobody: a controller that was restarted would else tell routers that all workers left.
+    """
+
+    def __init__(self, placement: Placement, expected: Collection[str], now: float, first_version: int) -> None:
+        self._placement = placement
+        self._expected = frozenset(expected)
+        self._started = now
+        self._version = first_version
+        self._draining = False
+        self._members: dict[str, Member] = {}
+        self._heard: dict[str, float] = {}
+        self._view: View | None = None
+
+    def report(self, member: Member, now: float) -> None:
+        """`member` said something: it registers, lives on, or acknowledges an epoch."""
+        known = self._members.get(member.id)
+        self._members[member.id] = member
+        self._heard[member.id] = now
+        # `detail` are numbers for people: they must not wake every member each second.
+        if known is None or replace(known, detail={}) != replace(member, detail={}):
+            self._changed()
+        else:
+            self._view = None
+
+    def sweep(self, now: float, is_dead: Callable[[Member], bool]) -> None:
+        """Mark as lost whoever is silent for too long or, as far as the caller can tell, dead."""
+        for member in list(self._members.values()):
+            silent = now - self._heard[member.id] > LOST_AFTER_S
+            if member.state != "lost" and (silent or is_dead(member)):
+                self._members[member.id] = replace(member, state="lost")
+                self._changed()
+
+    def publish(self, placement: Placement) -> None:
+        """Put the next placement in force; ValueError unless its epoch follows the present one."""
+        if placement.epoch != self._placement.epoch + 1:
+            raise ValueError(f"epoch {placement.epoch} does not follow epoch {self._placement.epoch}")
+        self._placement = placement
+        self._changed()
+
+    def drain(self) -> None:
+        """From now on the cluster is being stopped."""
+        if not self._draining:
+            self._draining = True
+            self._changed()
+
+    def acknowledged(self) -> int:
+        """The newest epoch that every live router works with: experts that only older ones name can be unloaded."""
+        routers = [member for member in self._members.values() if member.role == "router" and member.state != "lost"]
+        return min((member.epoch for member in routers), default=self._placement.epoch)
+
+    def settled(self, now: float) -> bool:
+        """Whether the view may be shown: all expected members reported, or had the time to."""
+        return now - self._started >= REBUILD_S or self._expected <= self._members.keys()
+
+    @property
+    def view(self) -> View:
+        if self._view is None:
+            members = sorted(self._members.values(), key=lambda member: (member.role, member.id))
+            self._view = View(self._version, tuple(members), self._placement, self._draining)
+        return self._view
+
+    def _changed(self) -> None:
+        self._version += 1
+        self._view = None
