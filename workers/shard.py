@@ -40,6 +40,7 @@ class ExpertShard:
     def __init__(self, spec: ModelSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
         self.device = torch.device(device)
         self.dtype = dtype or spec.dtype
+        self.n_layers = spec.n_layers
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size
         self._layers = [
