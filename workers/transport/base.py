@@ -6,20 +6,13 @@ Shape legend: T token rows of one part, P (token, expert) pairs of one part, D h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from workers.wire import Tag
 
-class Tag(NamedTuple):
-    """Which dispatch a message belongs to. A reply whose tag is not the awaited one is dropped and counted."""
-
-    router: int  # number of the router, drawn anew at every router start, so that a restarted router is another one
-    epoch: int  # placement epoch the rows were routed under
-    step: int  # the router's step counter
-    layer: int
-    part: int  # micro-batch within the step
-    attempt: int  # 0, then 1 more for every repair of this part
+__all__ = ["Rows", "Tag", "Transport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +21,8 @@ class Rows:
 
     tag: Tag
     x_TD: Tensor  # token rows, the model's compute dtype
-    token_P: Tensor  # int32: which row of x_TD each pair takes
-    expert_P: Tensor  # int32: which expert computes it; ascending, so that the pairs of one expert are contiguous
+    token_P: Tensor  # int32, host memory: which row of x_TD each pair takes
+    expert_P: Tensor  # int32, host memory: which expert computes it; ascending
 
 
 class Transport(Protocol):
@@ -38,8 +31,10 @@ class Transport(Protocol):
     Requests to one worker are answered in the order they were sent; several may be in flight.
     """
 
+    dropped_replies: int  # replies that nobody awaited any more
+
     def connect(self, worker: str, address: str) -> None:
-        """Open (or reopen, if the address changed) the way to `worker`. Returns before it is usable."""
+        """Open the way to `worker`; reopen it if it broke or the address changed. Returns before it is usable."""
 
     def disconnect(self, worker: str) -> None:
         """Forget `worker`. What is in flight is lost."""
@@ -47,10 +42,11 @@ class Transport(Protocol):
     def send(self, worker: str, rows: Rows) -> None:
         """Hand over `rows` and return at once. Raises WorkerLost when the stream is known to be broken."""
 
-    def receive(self, worker: str, tag: Tag, timeout_s: float) -> Tensor:
-        """The reply y_PD to the rows sent with `tag`, unweighted, in the order of the pairs.
+    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
+        """Write the reply to the rows sent with `tag` into `out_PD`: unweighted, in the order of the pairs.
 
-        Raises WorkerLost when the stream breaks or nothing came within `timeout_s`.
+        out_PD is contiguous and has the dtype and device of the rows. Returns the nanoseconds the worker computed.
+        Raises WorkerLost when the stream breaks, nothing came within `timeout_s`, or the worker refused the rows.
         """
 
     def close(self) -> None:

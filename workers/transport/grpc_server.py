@@ -1,0 +1,139 @@
+"""The expert worker's side of the gRPC transport: a server around an ExpertShard."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from workers import wire
+from workers.errors import ExpertMeshError, WireError
+from workers.pb import experts_pb2 as pb
+from workers.shard import ExpertShard
+from workers.transport.batcher import Batcher
+from workers.transport.grpc_options import EXPERTS_SERVICE, SERVER_OPTIONS
+
+_log = logging.getLogger(__name__)
+_MAX_STREAMS = 256  # a stream holds a thread; the threads are started as they are needed
+
+
+class ExpertServer:
+    """Serves one shard to any number of routers: Exchange, Describe and gRPC's health service."""
+
+    def __init__(self, shard: ExpertShard, worker: str, host: str, port: int = 0) -> None:
+        """Listens on `host`:`port` alone (0: any free port). Raises OSError when that cannot be had."""
+        self._shard = shard
+        self._worker = worker
+        self._batcher = Batcher(shard)
+        self._health = health.HealthServicer()
+        self._idle = threading.Condition()
+        self._in_flight = 0
+        self._streams = 0
+        self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "experts"), options=_options())
+        experts = grpc.method_handlers_generic_handler(EXPERTS_SERVICE, self._handlers())
+        self._server.add_generic_rpc_handlers((experts,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        bracketed = f"[{host}]" if ":" in host else host
+        try:
+            bound = self._server.add_insecure_port(f"{bracketed}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"expert worker {worker} cannot listen on {bracketed}:{port}: {error}") from None
+        self.address = f"{bracketed}:{bound}"
+
+    def start(self) -> None:
+        """Take requests from now on; the shard is loaded."""
+        self._server.start()
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self, grace_s: float) -> None:
+        """Say NOT_SERVING, answer what has arrived (at most `grace_s` seconds), then close every stream."""
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        with self._idle:
+            self._idle.wait_for(lambda: self._in_flight == 0, grace_s)
+        self._server.stop(0).wait()
+
+    def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        return {
+            # No serialisers: frames are the bytes on the wire.
+            "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self._describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
+            ),
+        }
+
+    def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        self._count(streams=1)
+        try:
+            for first in frames:
+                self._count(in_flight=1)
+                try:
+                    yield from self._answer(first, frames)
+                finally:
+                    self._count(in_flight=-1)
+        except WireError as error:
+            _log.warning("stream of %s closed: %s", context.peer(), error)
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            self._count(streams=-1)
+
+    def _answer(self, first: bytes, frames: Iterator[bytes]) -> Iterator[bytes]:
+        """The frames of the reply. Raises WireError when the frames of the stream can no longer be told apart."""
+        header = wire.parse(first)
+        request = wire.request(header, wire.payload(header, first, lambda: _following(frames)))
+        try:
+            self._check(header)
+            y_PD, compute_ns = self._batcher.compute(header.tag.layer, request)
+            return wire.reply_frames(header.tag, header.n_tokens, y_PD, compute_ns)
+        except ExpertMeshError as error:
+            return wire.error_frames(header.tag, str(error))
+        except Exception as error:
+            # The router repairs this elsewhere; the worker lives on for the others.
+            _log.exception("layer %d, %d pairs", header.tag.layer, header.n_pairs)
+            return wire.error_frames(header.tag, f"{type(error).__name__}: {error}")
+
+    def _check(self, header: wire.Header) -> None:
+        shard = self._shard
+        if header.width != shard.hidden_size or header.dtype != shard.dtype or header.tag.layer >= shard.n_layers:
+            raise WireError(
+                f"rows of {header.width} {header.dtype} for layer {header.tag.layer}; this worker holds "
+                f"{shard.n_layers} layers of {shard.hidden_size} {shard.dtype}"
+            )
+
+    def _describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+        return pb.DescribeReply(
+            worker=self._worker,
+            pid=os.getpid(),
+            slots=[pb.Slot(layer=slot.layer, expert=slot.expert, rows=slot.rows) for slot in self._shard.slots],
+            weight_bytes=self._shard.weight_bytes,
+            rows=self._batcher.rows,
+            compute_seconds=self._batcher.compute_seconds,
+            streams=self._streams,
+        )
+
+    def _count(self, *, in_flight: int = 0, streams: int = 0) -> None:
+        with self._idle:
+            self._in_flight += in_flight
+            self._streams += streams
+            if self._in_flight == 0:
+                self._idle.notify_all()
+
+    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for service in ("", EXPERTS_SERVICE):
+            self._health.set(service, status)
+
+
+def _following(frames: Iterator[bytes]) -> bytes:
+    for frame in frames:
+        return frame
+    raise WireError("the stream ended within a message")
+
+
+def _options() -> list[tuple[str, int]]:
+    return [(name.decode(), value) for name, value in SERVER_OPTIONS]

@@ -1,0 +1,212 @@
+"""Rows and replies as raw little-endian frames on the Exchange stream of `proto/experts.proto`.
+
+A message is a header, then its payload, cut into frames of exactly FRAME_BYTES (the last one is what is left). The
+header says how many bytes follow; everything is checked before a byte is allocated for them. Tensors that come out of
+a message alias its bytes; tensors that go in are copied once, into the frames.
+
+Legend: T token rows, P (token, expert) pairs, D hidden size.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.errors import WireError
+
+FRAME_BYTES = 1 << 20
+MAX_PAYLOAD_BYTES = 1 << 30
+MAX_EXPERTS = 1 << 16
+
+REQUEST, REPLY, ERROR = 1, 2, 3
+
+_MAGIC = b"XMSH"
+_VERSION = 1
+_HEADER = struct.Struct("<4sBBBx QQQIII III Q Q")
+HEADER_BYTES = _HEADER.size
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ITEM_BYTES = (4, 2, 2)
+_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_PAIR_BYTES = 8  # token and expert, int32 each
+
+with warnings.catch_warnings():
+    # torch says once per process that it cannot enforce read-only memory. Nothing here writes to what it received.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(bytes(4), dtype=torch.float32)
+
+
+class Tag(NamedTuple):
+    """Which dispatch a message belongs to. A reply whose tag is not the awaited one is dropped and counted."""
+
+    router: int  # 64 bits, drawn anew at every router start, so that a restarted router is another one
+    epoch: int  # placement epoch the rows were routed under
+    step: int  # the router's step counter
+    layer: int
+    part: int  # number of the dispatch within the step
+    attempt: int  # 0, then 1 more for every repair of these rows
+
+
+class Header(NamedTuple):
+    """What stands before the payload. The sizes of an ERROR are 0."""
+
+    kind: int
+    dtype: torch.dtype
+    tag: Tag
+    n_tokens: int
+    n_pairs: int
+    width: int
+    payload_bytes: int
+    compute_ns: int  # replies: nanoseconds the worker computed
+
+
+class Request(NamedTuple):
+    """The tensors of a REQUEST; they alias the message."""
+
+    x_TD: Tensor
+    token_P: Tensor
+    expert_P: Tensor
+
+
+def request_frames(tag: Tag, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Iterator[bytes]:
+    """The frames that carry rows to a worker. x_TD: a compute dtype; token_P, expert_P: int32; all in host memory."""
+    n_tokens, width = x_TD.shape
+    n_pairs = len(token_P)
+    payload_bytes = x_TD.nbytes + n_pairs * _PAIR_BYTES
+    code = _CODES[x_TD.dtype]
+    head = _HEADER.pack(_MAGIC, _VERSION, REQUEST, code, *tag, n_tokens, n_pairs, width, payload_bytes, 0)
+    return _cut(head, payload_bytes, [raw(x_TD), raw(token_P), raw(expert_P)])
+
+
+def reply_frames(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> Iterator[bytes]:
+    """The frames that carry expert rows back. y_PD: a compute dtype, in host memory."""
+    n_pairs, width = y_PD.shape
+    code = _CODES[y_PD.dtype]
+    head = _HEADER.pack(_MAGIC, _VERSION, REPLY, code, *tag, n_tokens, n_pairs, width, y_PD.nbytes, compute_ns)
+    return _cut(head, y_PD.nbytes, [raw(y_PD)])
+
+
+def error_frames(tag: Tag, text: str) -> Iterator[bytes]:
+    """The frame that says why rows were not computed; long texts are cut to one frame."""
+    payload = text.encode()[: FRAME_BYTES - HEADER_BYTES]
+    head = _HEADER.pack(_MAGIC, _VERSION, ERROR, 0, *tag, 0, 0, 0, len(payload), 0)
+    return iter((head + payload,))
+
+
+def parse(first: bytes) -> Header:
+    """The header of the message that `first` begins. Raises WireError unless all its sizes fit together."""
+    if len(first) < HEADER_BYTES:
+        raise WireError(f"a first frame of {len(first)} bytes; the header alone has {HEADER_BYTES}")
+    magic, version, kind, code, *rest = _HEADER.unpack_from(first)
+    if magic != _MAGIC or version != _VERSION:
+        raise WireError(f"magic {magic!r}, version {version}; expected {_MAGIC!r}, {_VERSION}")
+    if kind not in (REQUEST, REPLY, ERROR) or code >= len(_DTYPES):
+        raise WireError(f"kind {kind} or dtype {code} does not exist")
+    tag = Tag._make(rest[:6])
+    n_tokens, n_pairs, width, payload_bytes, compute_ns = rest[6:]
+    if payload_bytes > MAX_PAYLOAD_BYTES:
+        raise WireError(f"{payload_bytes} bytes announced; the limit is {MAX_PAYLOAD_BYTES}")
+    _check_sizes(kind, n_tokens, n_pairs, width, payload_bytes, _ITEM_BYTES[code])
+    _check_frame(first, HEADER_BYTES + payload_bytes)
+    return Header(kind, _DTYPES[code], tag, n_tokens, n_pairs, width, payload_bytes, compute_ns)
+
+
+def payload(header: Header, first: bytes, following: Callable[[], bytes]) -> memoryview:
+    """The payload whose first frame is `first`: a view of it, or a new buffer filled from the `following` frames."""
+    if len(first) == HEADER_BYTES + header.payload_bytes:
+        return memoryview(first)[HEADER_BYTES:]
+    # numpy leaves the pages untouched: an announced size costs memory only as its bytes arrive.
+    buffer = np.empty(header.payload_bytes, np.uint8).data
+    fill(buffer, first, following)
+    return buffer
+
+
+def fill(target: memoryview, first: bytes, following: Callable[[], bytes]) -> None:
+    """Copy the payload that `first` begins into `target`, which has its size."""
+    done = len(first) - HEADER_BYTES
+    target[:done] = memoryview(first)[HEADER_BYTES:]
+    while done < len(target):
+        frame = following()
+        _check_frame(frame, len(target) - done)
+        target[done : done + len(frame)] = frame
+        done += len(frame)
+
+
+def skip(header: Header, first: bytes, following: Callable[[], bytes]) -> None:
+    """Read the rest of a message that nobody awaits."""
+    left = header.payload_bytes + HEADER_BYTES - len(first)
+    while left:
+        frame = following()
+        _check_frame(frame, left)
+        left -= len(frame)
+
+
+def request(header: Header, content: memoryview) -> Request:
+    """The tensors of a request. Raises WireError when the pairs name a row that is not there or do not ascend."""
+    if header.kind != REQUEST:
+        raise WireError(f"a message of kind {header.kind} where only requests come")
+    n_tokens, n_pairs, width = header.n_tokens, header.n_pairs, header.width
+    at = header.payload_bytes - n_pairs * _PAIR_BYTES
+    token_P = np.frombuffer(content, np.uint32, n_pairs, at)
+    expert_P = np.frombuffer(content, np.uint32, n_pairs, at + 4 * n_pairs)
+    # Seen as unsigned, one comparison catches negative numbers too.
+    if token_P.max() >= n_tokens or expert_P[-1] >= MAX_EXPERTS or (expert_P[1:] < expert_P[:-1]).any():
+        raise WireError("pairs must name a row of the message and ascend by expert")
+    return Request(
+        torch.frombuffer(content, dtype=header.dtype, count=n_tokens * width).view(n_tokens, width),
+        torch.frombuffer(content, dtype=torch.int32, count=n_pairs, offset=at),
+        torch.frombuffer(content, dtype=torch.int32, count=n_pairs, offset=at + 4 * n_pairs),
+    )
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in host memory; no copy if it is contiguous."""
+    tensor = tensor.contiguous()
+    # numpy has no bfloat16.
+    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy().data.cast("B")
+
+
+def _cut(head: bytes, payload_bytes: int, parts: list[memoryview]) -> Iterator[bytes]:
+    if len(head) + payload_bytes <= FRAME_BYTES:
+        return iter((b"".join((head, *parts)),))
+    if payload_bytes > MAX_PAYLOAD_BYTES:
+        raise WireError(f"a message of {payload_bytes} bytes; the limit is {MAX_PAYLOAD_BYTES}")
+    return _frames([memoryview(head), *parts])
+
+
+def _frames(parts: list[memoryview]) -> Iterator[bytes]:
+    pieces: list[memoryview] = []
+    room = FRAME_BYTES
+    for part in parts:
+        start = 0
+        while start < len(part):
+            piece = part[start : start + room]
+            pieces.append(piece)
+            start += len(piece)
+            room -= len(piece)
+            if not room:
+                yield b"".join(pieces)
+                pieces, room = [], FRAME_BYTES
+    if pieces:
+        yield b"".join(pieces)
+
+
+def _check_sizes(kind: int, n_tokens: int, n_pairs: int, width: int, payload_bytes: int, item_bytes: int) -> None:
+    if kind == ERROR:
+        fits = n_tokens == n_pairs == width == 0 and payload_bytes <= FRAME_BYTES - HEADER_BYTES
+    elif kind == REQUEST:
+        fits = payload_bytes == n_tokens * width * item_bytes + n_pairs * _PAIR_BYTES
+    else:
+        fits = payload_bytes == n_pairs * width * item_bytes
+    if not fits or (kind != ERROR and 0 in (n_tokens, n_pairs, width)):
+        raise WireError(f"{n_tokens} rows of {width}, {n_pairs} pairs do not make {payload_bytes} bytes")
+
+
+def _check_frame(frame: bytes, left: int) -> None:
+    if len(frame) != min(left, FRAME_BYTES):
+        raise WireError(f"a frame of {len(frame)} bytes where {min(left, FRAME_BYTES)} were expected")
