@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,10 +51,16 @@ class ModelSpec:
         architecture is not one this code computes exactly.
         """
         directory = Path(directory)
-        config = _Config(directory / "config.json", read_json(directory / "config.json"))
+        spec = cls.from_values(read_json(directory / "config.json"), directory / "config.json")
+        path = directory / "generation_config.json"
+        eos_ids = _Config(path, read_json(path)).token_ids("eos_token_id") if path.is_file() else ()
+        return replace(spec, eos_ids=eos_ids) if eos_ids else spec
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], origin: Path) -> ModelSpec:
+        """The spec that the values of a `config.json` state; errors name `origin`. Raises CheckpointError."""
+        config = _Config(origin, values)
         config.check_architecture()
-        generation_path = directory / "generation_config.json"
-        generation = _Config(generation_path, read_json(generation_path) if generation_path.is_file() else {})
         n_heads = config.get("num_attention_heads", int)
         hidden_size = config.get("hidden_size", int)
         spec = cls(
@@ -73,7 +79,7 @@ class ModelSpec:
             tie_embeddings=config.get("tie_word_embeddings", bool, False),
             max_context=config.get("max_position_embeddings", int),
             bos_id=config.token_id("bos_token_id"),
-            eos_ids=generation.token_ids("eos_token_id") or config.token_ids("eos_token_id"),
+            eos_ids=config.token_ids("eos_token_id"),
             dtype=config.dtype(),
         )
         config.check_sizes(spec)

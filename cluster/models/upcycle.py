@@ -1,0 +1,69 @@
+"""Upcycling: a dense Llama becomes a Mixtral whose experts are copies of its FFN, with the answers of the dense model.
+
+The weights of a token's experts sum to one, so the mixture of equal experts is the FFN itself, whatever the gate says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cluster.errors import CheckpointError
+from cluster.models.dense import DenseSource, from_directory
+from cluster.models.gates import fit_gates
+from cluster.models.gguf_source import from_gguf
+from cluster.models.writer import building, config_of, write_json, write_weights
+from workers.spec import ModelSpec, Shape
+
+Progress = Callable[[str, float], None]  # (what is being done, fraction of it done)
+
+_EXPERT = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.\d+\.(w[123])\.weight")
+_FFN = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def upcycle(
+    source: Path, dest: Path, *, n_experts: int = 8, top_k: int = 2, progress: Progress = lambda what, fraction: None
+) -> None:
+    """Write a Mixtral with `n_experts` copies of each FFN of the dense checkpoint `source` to `dest`.
+
+    `source` is a Hugging Face directory or a GGUF file, `dest` must not exist or be empty. Tensors keep their dtype
+    (quantized ones become bfloat16). Raises CheckpointError.
+    """
+    dense = _open(source)
+    values = dense.config | {"num_local_experts": n_experts, "num_experts_per_tok": top_k}
+    spec = ModelSpec.from_values(values, dense.origin)
+    gates: dict[str, Tensor] = {}
+    with building(dest) as directory, torch.inference_mode():
+        for layer, gate_ED in enumerate(fit_gates(spec, dense.read, dense.tokenizer)):
+            gates[spec.tensor_names.layer(layer, fused=False)["gate_ED"][0]] = gate_ED
+            progress("fitting the gates", (layer + 1) / spec.n_layers)
+        read = lru_cache(maxsize=len(_FFN))(dense.read)  # all copies of an FFN are written in a row
+
+        def make(name: str, shape: Shape) -> Tensor:
+            expert = _EXPERT.fullmatch(name)
+            if expert:
+                return read(f"{expert[1]}.mlp.{_FFN[expert[2]]}.weight", shape)
+            return gates[name] if name in gates else dense.read(name, shape)
+
+        write_weights(
+            directory,
+            list(spec.tensor_names.every(fused=False)),
+            spec.dtype,
+            make,
+            progress=lambda fraction: progress("writing the experts", fraction),
+        )
+        write_json(directory / "config.json", config_of(spec))
+        dense.carry(directory)
+
+
+def _open(source: Path) -> DenseSource:
+    if source.is_dir():
+        return from_directory(source)
+    if source.is_file():
+        return from_gguf(source)
+    raise CheckpointError(f"{source}: no such directory or GGUF file")
