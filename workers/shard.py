@@ -87,6 +87,9 @@ class ExpertShard:
             self._count(layer, expert_P)
             return self._layers[layer].forward(x_TD, token_P, expert_P)
 
+    def begin_step(self, step: int) -> None:
+        """Nothing to do: nothing outlives a dispatch in one process."""
+
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Compute the experts of `layer` at once; the handle is the result. See `workers.model.experts.Experts`."""
         with self._locks[layer]:

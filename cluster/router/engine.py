@@ -128,9 +128,10 @@ class Engine:
     def _forward(self, chunks: Items[Chunk], wanted_S: Items[int]) -> Logits:
         """The wanted logits on the host, float32 [R, V]."""
         batch = make_batch(chunks, wanted_S, self._blocks.block_size)
-        micro_batches = batch.split(self.model.experts.micro_batches(batch.n_rows))
-        logits_RV: Logits = self.model.forward(micro_batches).cpu().numpy()
+        experts = self.model.experts
         self._steps += 1
+        experts.begin_step(self._steps)
+        logits_RV: Logits = self.model.forward(batch.split(experts.micro_batches(batch.n_rows))).cpu().numpy()
         self._rows += batch.n_rows
         return logits_RV
 

@@ -112,9 +112,10 @@ def weigh(logits_V: Row, params: SamplingParams, out_V: Row) -> None:
 def nucleus(weights_V: Row, top_p: float) -> np.float32:
     """The smallest weight among the likeliest tokens that together reach `top_p` of the mass."""
     mass = top_p * weights_V.sum(dtype=np.float64)
-    near = weights_V[weights_V > 1e-3]  # usually a few hundred, and all that is needed: sorting V takes far longer
-    if near.sum(dtype=np.float64) < mass:
-        near = weights_V
+    for least in (1e-3, 1e-5, 0.0):  # usually a few hundred tokens are all that is needed: sorting V takes far longer
+        near = weights_V[weights_V >= least]
+        if near.sum(dtype=np.float64) >= mass:
+            break
     descending = np.sort(near)[::-1]
     return np.float32(descending[_first_above(np.cumsum(descending, dtype=np.float64), mass, side="left")])
 

@@ -14,6 +14,9 @@ class Experts(Protocol):
     Not thread-safe: one step loop owns it. Several dispatches may be in flight, each combined once.
     """
 
+    def begin_step(self, step: int) -> None:
+        """The dispatches that follow belong to step `step`; those of a step that failed are not combined any more."""
+
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
         """Start the experts of `layer` on the rows and return a handle for `combine`.
 

@@ -1,0 +1,65 @@
+"""An engine from a checkpoint directory: with its experts elsewhere, or all of them in this process."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import torch
+
+from cluster.config import Config
+from cluster.router.engine import Engine
+from cluster.router.memory import check_memory
+from cluster.router.sizing import compute_dtype, pool_blocks
+from workers.checkpoint import Checkpoint
+from workers.model.experts import Experts
+from workers.model.kv_cache import KVCache, bytes_per_block
+from workers.model.mixtral import Mixtral
+from workers.shard import ExpertShard
+from workers.spec import ModelSpec
+
+_WORKING_BYTES = 256 * 2**20  # activations and logits of a step, code
+
+
+def build_engine(config: Config, path: str | Path, experts: Experts | None = None) -> Engine:
+    """Load the dense half of the checkpoint at `path`, and every expert too unless `experts` says where they are.
+
+    Raises CheckpointError when a tensor is missing or wrong, StartError when memory does not suffice; both before
+    anything is loaded.
+    """
+    checkpoint = Checkpoint(path)
+    checkpoint.verify()
+    spec, dtype = checkpoint.spec, compute_dtype(config)
+    n_blocks = pool_blocks(config, spec, dtype)
+    wanted = {
+        "dense weights": dense_bytes(spec, dtype),
+        "KV cache": n_blocks * bytes_per_block(spec, config.block_size, dtype),
+        "work": _WORKING_BYTES,
+    }
+    if experts is None:
+        wanted["experts"] = expert_bytes(spec, dtype) * spec.n_layers * spec.n_experts
+    check_memory(wanted)
+    dense = checkpoint.dense(dtype)
+    cache = KVCache(spec, n_blocks, config.block_size, dtype)
+    return Engine(Mixtral(spec, dense, experts or all_experts(checkpoint, dtype), cache), config)
+
+
+def all_experts(checkpoint: Checkpoint, dtype: torch.dtype) -> ExpertShard:
+    """Every expert of the model in one shard."""
+    spec = checkpoint.spec
+    shard = ExpertShard(spec, dtype=dtype)
+    for layer in range(spec.n_layers):
+        for expert in range(spec.n_experts):
+            shard.load(layer, expert, checkpoint.expert(layer, expert, dtype))
+    return shard
+
+
+def expert_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of the weights of one expert."""
+    return sum(prod(shape) for _, shape in spec.tensor_names.expert(0, 0).values()) * dtype.itemsize
+
+
+def dense_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of the weights that a router holds: all but the experts."""
+    every = sum(prod(shape) for _, shape in spec.tensor_names.every(fused=False)) * dtype.itemsize
+    return every - expert_bytes(spec, dtype) * spec.n_layers * spec.n_experts
