@@ -1,0 +1,307 @@
+"""The gateway's session against real routers on loopback: no token lost, none twice, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+
+import pytest
+
+from cluster.errors import RequestError
+from cluster.gateway import session as session_module
+from cluster.gateway.journal import Entry
+from cluster.gateway.session import Session
+from cluster.router.params import SamplingParams, StepOutput, TokenLogprobs
+from cluster.router.service import GenerationService
+from tests.fake_engine import FakeEngine, expected
+from tests.loop import in_loop, until
+
+
+class Router:
+    """One generation service around a fake engine."""
+
+    def __init__(self, name: str, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.service = GenerationService(engine, "127.0.0.1", router=name)
+
+    async def stop(self) -> None:
+        self.engine.gate.set()
+        await self.service.stop()
+
+
+@asynccontextmanager
+async def cluster(*engines: FakeEngine, rejoin_timeout_s: float = 30.0) -> AsyncIterator[tuple[Session, list[Router]]]:
+    """A session connected to one router for each engine."""
+    routers = [Router(f"router-{index}", engine) for index, engine in enumerate(engines)]
+    async with AsyncExitStack() as stack:
+        for router in routers:
+            await router.service.start()
+            stack.push_async_callback(router.stop)
+        session = await stack.enter_async_context(Session(view(routers), rejoin_timeout_s=rejoin_timeout_s))
+        await until(lambda: all(link.state == "ready" for link in session.stats().links))
+        yield session, routers
+
+
+def view(routers: Sequence[Router]) -> dict[str, str]:
+    return {router.service.router: router.service.address for router in routers}
+
+
+async def tokens_of(session: Session, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
+    return [token async for output in session.generate(prompt_ids, params) for token in output.token_ids]
+
+
+def start(session: Session, requests: int, params: SamplingParams) -> list[asyncio.Task[list[int]]]:
+    return [asyncio.create_task(tokens_of(session, [index, 7], params)) for index in range(requests)]
+
+
+async def assert_undisturbed(tasks: Sequence[asyncio.Task[list[int]]], params: SamplingParams) -> None:
+    for index, tokens in enumerate(await asyncio.gather(*tasks)):
+        assert tokens == expected([index, 7], params)
+
+
+@in_loop
+async def test_requests_are_spread_over_the_routers_and_end_with_their_tokens() -> None:
+    params = SamplingParams(max_tokens=30, seed=3)
+    async with cluster(FakeEngine(), FakeEngine()) as (session, routers):
+        await assert_undisturbed(start(session, 10, params), params)
+        assert [len(router.engine.submitted) for router in routers] == [5, 5]
+        stats = session.stats()
+        assert (stats.open, stats.requests, stats.tokens, stats.fail_overs) == (0, 10, 300, 0)
+
+
+@in_loop
+async def test_a_lost_router_leaves_neither_gap_nor_repeat() -> None:
+    params = SamplingParams(max_tokens=60, seed=3, temperature=0.7)
+    async with cluster(FakeEngine(step_s=0.002), FakeEngine(step_s=0.002)) as (session, routers):
+        tasks = start(session, 8, params)
+        await until(lambda: session.stats().tokens > 80)
+        await routers[0].stop()
+        await assert_undisturbed(tasks, params)
+        assert session.stats().fail_overs == 4
+        for _, continued, emitted in routers[1].engine.submitted[4:]:
+            assert continued == params and emitted
+
+
+@in_loop
+async def test_prompt_logprobs_come_once_also_over_a_fail_over() -> None:
+    params = SamplingParams(max_tokens=60, logprobs=2, prompt_logprobs=0)
+    async with cluster(FakeEngine(step_s=0.002), FakeEngine(step_s=0.002)) as (session, routers):
+        outputs: list[StepOutput] = []
+        async for output in session.generate([4, 5, 6], params):
+            outputs.append(output)
+            if len(outputs) == 10:
+                await next(router for router in routers if router.engine.sequences).stop()
+        assert outputs[0].prompt_logprobs == (None, TokenLogprobs(-5.0), TokenLogprobs(-6.0))
+        assert all(output.prompt_logprobs is None for output in outputs[1:])
+        assert all(len(output.logprobs) == len(output.token_ids) for output in outputs)
+        assert sum((output.token_ids for output in outputs), ()) == tuple(expected([4, 5, 6], params))
+        assert outputs[-1].finish == "length"
+
+
+@in_loop
+async def test_requests_wait_for_a_router_and_go_on_when_one_comes() -> None:
+    params = SamplingParams(max_tokens=60)
+    async with cluster(FakeEngine(step_s=0.002)) as (session, [first]):
+        tasks = start(session, 4, params)
+        await until(lambda: session.stats().tokens > 40)
+        await first.stop()
+        await until(lambda: session.stats().waiting == 4)
+        assert not session.ready()
+        second = Router("router-0", FakeEngine())  # restarted: the same id at another address
+        await second.service.start()
+        session.update(view([second]))
+        await assert_undisturbed(tasks, params)
+        assert [link.address for link in session.stats().links] == [second.service.address]
+        await second.stop()
+
+
+@in_loop
+async def test_a_router_that_restarts_at_its_address_is_found_again() -> None:
+    params = SamplingParams(max_tokens=60)
+    async with cluster(FakeEngine(step_s=0.002)) as (session, [first]):
+        tasks = start(session, 2, params)
+        await until(lambda: session.stats().tokens > 20)
+        await first.stop()
+        second = GenerationService(FakeEngine(), "127.0.0.1", first.service.port)
+        await second.start()
+        await assert_undisturbed(tasks, params)
+        await second.stop()
+
+
+@in_loop
+async def test_without_a_router_the_wait_has_an_end() -> None:
+    async with Session(rejoin_timeout_s=0.05) as session:
+        with pytest.raises(RequestError, match="no router") as caught:
+            await tokens_of(session, [1], SamplingParams(max_tokens=1))
+        assert (caught.value.status, caught.value.code) == (503, "service_unavailable")
+        assert session.stats().open == session.stats().waiting == 0
+
+
+@in_loop
+async def test_a_draining_router_keeps_its_requests_and_gets_no_new_ones() -> None:
+    params = SamplingParams(max_tokens=60)
+    async with cluster(FakeEngine(step_s=0.002), FakeEngine(step_s=0.002)) as (session, routers):
+        tasks = start(session, 4, params)
+        await until(lambda: session.stats().tokens > 20)
+        drained = asyncio.create_task(routers[0].service.drain(30))
+        await asyncio.sleep(0)
+        late = [asyncio.create_task(tokens_of(session, [9], params)) for _ in range(4)]
+        assert await drained
+        await assert_undisturbed(tasks, params)
+        assert await asyncio.gather(*late) == [expected([9], params)] * 4
+        assert len(routers[0].engine.submitted) == 2
+        assert session.stats().fail_overs == 0
+
+
+@in_loop
+async def test_what_outlives_the_drain_goes_on_elsewhere() -> None:
+    params = SamplingParams(max_tokens=100)
+    async with cluster(FakeEngine(step_s=0.002), FakeEngine(step_s=0.002)) as (session, routers):
+        tasks = start(session, 4, params)
+        await until(lambda: session.stats().tokens > 20)
+        assert not await routers[0].service.drain(0.01)
+        await routers[0].stop()
+        await assert_undisturbed(tasks, params)
+
+
+@in_loop
+async def test_a_router_that_left_the_view_finishes_what_it_has() -> None:
+    params = SamplingParams(max_tokens=60)
+    async with cluster(FakeEngine(step_s=0.002), FakeEngine(step_s=0.002)) as (session, routers):
+        tasks = start(session, 4, params)
+        await until(lambda: session.stats().tokens > 20)
+        session.update(view(routers[1:]))
+        await assert_undisturbed(tasks, params)
+        assert session.stats().fail_overs == 0
+        assert [link.router for link in session.stats().links] == ["router-1"]
+
+
+@in_loop
+async def test_a_full_queue_sends_a_request_to_the_next_router_and_then_refuses_it() -> None:
+    params = SamplingParams(max_tokens=2)
+    async with cluster(FakeEngine(max_queue=0), FakeEngine()) as (session, routers):
+        assert await tokens_of(session, [1], params) == expected([1], params)
+        assert await tokens_of(session, [1], params) == expected([1], params)
+        routers[1].engine.max_queue = 0
+        with pytest.raises(RequestError) as caught:
+            await tokens_of(session, [1], params)
+        assert (caught.value.status, caught.value.code, caught.value.retry_after_s) == (429, "queue_full", 3)
+
+
+@in_loop
+async def test_a_continued_request_waits_for_room_instead_of_being_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_FULL_RETRY_S", 0.01)
+    params = SamplingParams(max_tokens=60)
+    async with cluster(FakeEngine(step_s=0.002), FakeEngine(max_queue=0)) as (session, routers):
+        tasks = start(session, 4, params)
+        await until(lambda: session.stats().tokens > 20)
+        await routers[0].stop()
+        await asyncio.sleep(0.05)
+        routers[1].engine.max_queue = 10
+        await assert_undisturbed(tasks, params)
+
+
+@in_loop
+async def test_other_refusals_reach_the_client_as_they_are() -> None:
+    async with cluster(FakeEngine(), FakeEngine()) as (session, _):
+        with pytest.raises(RequestError) as caught:
+            await tokens_of(session, [1] * 1001, SamplingParams(max_tokens=1))
+        assert (caught.value.code, caught.value.param, caught.value.status) == (
+            "context_length_exceeded", "prompt", 400,
+        )  # fmt: skip
+
+
+@in_loop
+async def test_a_client_that_leaves_frees_its_sequence() -> None:
+    params = SamplingParams(max_tokens=10**6)
+    async with cluster(FakeEngine(step_s=0.001)) as (session, [router]):
+        async with aclosing(session.generate([1], params)) as outputs:
+            async for _ in outputs:
+                break
+        await until(lambda: router.engine.cancelled == 1)
+        [task] = start(session, 1, params)
+        await until(lambda: session.stats().tokens > 10)
+        task.cancel()
+        await until(lambda: router.engine.cancelled == 2)
+        assert session.stats().open == 0 and not router.engine.sequences and not router.service._open
+
+
+@in_loop
+async def test_a_client_that_leaves_while_there_is_no_router_is_forgotten() -> None:
+    async with Session() as session:
+        [task] = start(session, 1, SamplingParams(max_tokens=1))
+        await until(lambda: session.stats().waiting == 1)
+        task.cancel()
+        await until(lambda: session.stats().waiting == session.stats().open == 0)
+
+
+@in_loop
+async def test_a_request_that_takes_every_router_down_is_given_up() -> None:
+    engines = [FakeEngine() for _ in range(session_module._MAX_LOSSES + 1)]
+    async with cluster(*engines) as (session, routers):
+        for engine in engines:
+            engine.gate.clear()
+        [task] = start(session, 1, SamplingParams(max_tokens=5))
+        for _ in range(session_module._MAX_LOSSES):
+            await until(lambda: any(router.service._open for router in routers))
+            victim = next(router for router in routers if router.service._open)
+            await victim.service._server.stop(None)
+            await until(lambda victim=victim: not victim.service._open)  # type: ignore[misc]
+        with pytest.raises(RequestError, match="in a row"):
+            await task
+
+
+@in_loop
+async def test_closing_the_session_ends_its_requests_with_an_error() -> None:
+    async with cluster(FakeEngine(step_s=0.001)) as (session, [router]):
+        tasks = start(session, 3, SamplingParams(max_tokens=10**6))
+        await until(lambda: len(router.engine.sequences) == 3)
+        await session.close()
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [getattr(error, "status", None) for error in errors] == [503] * 3
+        await until(lambda: not router.engine.sequences)
+
+
+def test_the_journal_ends_what_had_all_its_tokens_when_the_router_died() -> None:
+    async def main() -> None:
+        entry = Entry("0", [1], SamplingParams(max_tokens=2, prompt_logprobs=0))
+        assert not entry.end_by_length()
+        entry.record(StepOutput("0", (5,), prompt_logprobs=(None,)))
+        assert not entry.end_by_length()
+        assert not entry.submit().submit.sampling.HasField("prompt_logprobs")
+        entry.record(StepOutput("0", (6,)))
+        assert entry.end_by_length()
+        assert [entry.outputs.get_nowait() for _ in range(3)][-1] == StepOutput("0", (), finish="length")
+
+    asyncio.run(main())
+
+
+@in_loop
+async def test_nothing_leaks_over_500_requests_of_which_half_are_cancelled() -> None:
+    chance = random.Random(1)
+    params = SamplingParams(max_tokens=20)
+    async with cluster(FakeEngine(step_s=0.001), FakeEngine(step_s=0.001)) as (session, routers):
+
+        async def request(index: int) -> None:
+            stop_after = chance.randrange(20) if index % 2 else None
+            task = asyncio.create_task(tokens_of(session, [index], params))
+            if stop_after is None:
+                assert await task == expected([index], params)
+            else:
+                await asyncio.sleep(stop_after * 0.001)
+                task.cancel()
+
+        await asyncio.gather(*(request(index) for index in range(20)))
+        await until(lambda: session.stats().open == 0)
+        tasks, files = len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
+        for batch in range(10):
+            await asyncio.gather(*(request(batch * 50 + index) for index in range(50)))
+        await until(lambda: all(not router.engine.sequences for router in routers))
+        assert (len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))) == (tasks, files)
+        assert session.stats().open == session.stats().waiting == 0
+        assert all(link.requests == 0 for link in session.stats().links)
+        assert all(not router.service._open and len(router.service._streams) == 1 for router in routers)
+    await until(lambda: len(asyncio.all_tasks()) == 2)  # the test's own and the limit around it
