@@ -1,4 +1,4 @@
-"""Two router processes that are killed again and again, at times both at once: would catch a token lost, doubled or changed by a fail-over."""
+"""Two router processes killed again and again, at times both at once: would catch a token lost, doubled or changed."""
 
 from __future__ import annotations
 
