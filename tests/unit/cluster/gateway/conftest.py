@@ -1,12 +1,14 @@
-"""Small tokenizers of the two kinds, in directories as a checkpoint has them."""
+"""Small tokenizers of the two kinds, in directories as a checkpoint has them; a gateway without a model."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tokenizers
+from fake_gateway import Served, serve
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CHATML = (
@@ -71,3 +73,18 @@ def sentence_piece_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return save(tmp_path_factory.mktemp("sentence_piece"), tokenizer, INSTRUCT, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def _served(byte_level_path: Path) -> Iterator[Served]:
+    with serve(byte_level_path, max_body_bytes=100_000) as served:
+        yield served
+
+
+@pytest.fixture
+def served(_served: Served) -> Iterator[Served]:
+    """The gateway most tests use; its session as new."""
+    script = _served.session.script
+    _served.session.reset()
+    yield _served
+    _served.session.script = script

@@ -1,0 +1,52 @@
+"""The gateway's HTTP application. Whoever runs it (uvicorn, Ray Serve, a test) brings the session."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
+
+from cluster.config import Config
+from cluster.gateway import http_errors, responses
+from cluster.gateway.context import Gateway, ModelCard, Session
+from cluster.gateway.front import Front
+from cluster.gateway.keys import ApiKeys, check_exposure
+from cluster.gateway.metrics import Metrics
+from cluster.gateway.openai_routes import openai_routes
+from cluster.gateway.service_routes import service_routes
+from cluster.gateway.token_routes import token_routes
+from cluster.gateway.tokenizer import Tokenizer
+
+
+def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: Session) -> FastAPI:
+    """The OpenAI-compatible API of one model.
+
+    Raises ConfigError where the keys cannot be read, or where none is asked for and `config.host` can be reached from
+    other machines.
+    """
+    check_exposure(config)
+    keys = ApiKeys.from_file(config.api_keys_file) if config.api_keys_file is not None else None
+    gateway = Gateway(config, model, tokenizer, session, Metrics())
+    app = FastAPI(
+        title="ExpertMesh",
+        description="A mixture-of-experts model behind OpenAI's API",
+        version=_version(),
+        redoc_url=None,
+        responses=responses.ERRORS,
+    )
+    http_errors.install(app)
+    app.add_middleware(Front, keys=keys, max_body_bytes=config.max_body_bytes, metrics=gateway.metrics)
+    # `Front` checks the key; here it is only described.
+    secured = [Depends(HTTPBearer(auto_error=False))] if keys is not None else []
+    app.include_router(openai_routes(gateway), dependencies=secured)
+    app.include_router(token_routes(gateway), dependencies=secured)
+    app.include_router(service_routes(gateway, app.version))
+    return app
+
+
+def _version() -> str:
+    try:
+        return version("expertmesh")
+    except PackageNotFoundError:  # run from a source tree
+        return "0"

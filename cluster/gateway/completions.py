@@ -1,0 +1,154 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.responses import Response
+
+from cluster.errors import RequestError
+from cluster.gateway import sampling
+from cluster.gateway.context import Gateway
+from cluster.gateway.generation import Answer, Choice, respond
+from cluster.gateway.logprobs import TokenNames, finite
+from cluster.gateway.prompts import prompts
+from cluster.gateway.schemas import CompletionRequest
+from cluster.gateway.sequence_text import Delta, ScoredToken, SequenceText
+from cluster.gateway.sse import TextEvents, event
+from cluster.router import limits
+from cluster.router.params import TokenLogprobs
+
+_HOLE = "\0"
+_DEFAULT_MAX_TOKENS = 16
+
+
+async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
+    gateway.check_model(request.model)
+    n = request.n or 1
+    choices: list[Choice] = []
+    for text, prompt_ids in await prompts(gateway, request.prompt):
+        choices += _choices(gateway, request, len(choices), text, prompt_ids, n)
+    if len(choices) > limits.MAX_CHOICES:
+        message = f"'n' times the prompts is {len(choices)}; at most {limits.MAX_CHOICES} are allowed"
+        raise RequestError(message, code="invalid_value", param="n")
+    stream, usage = sampling.stream_options(request)
+    form = CompletionForm(gateway, logprobs=request.logprobs, usage_in_chunks=usage)
+    return respond(gateway, choices, n, form, stream=stream, usage=usage)
+
+
+def _choices(
+    gateway: Gateway, request: CompletionRequest, start: int, text: str | None, prompt_ids: list[int], n: int
+) -> list[Choice]:
+    max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+    if max_tokens == 0 and not request.echo:
+        raise RequestError("'max_tokens' may be 0 only with 'echo'", code="invalid_value", param="max_tokens")
+    echo = text if text is not None else gateway.tokenizer.decode(prompt_ids, skip_special_tokens=False)
+    params = sampling.sampling_params(
+        gateway,
+        request,
+        max_tokens=max(max_tokens, 1),
+        logprobs=request.logprobs,
+        prompt_logprobs=request.logprobs if request.echo else None,
+    )
+    sampling.check(gateway, prompt_ids, params, prompt="prompt", max_tokens="max_tokens")
+    stops = sampling.stop_strings(request)
+    return [
+        Choice(
+            start + i,
+            prompt_ids,
+            sampling.nth(params, i),
+            SequenceText(gateway.tokenizer.detokenizer(after_text=True), stops, params.min_tokens),
+            echo=echo if request.echo else None,
+            wants_tokens=max_tokens > 0,
+        )
+        for i in range(n)
+    ]
+
+
+class CompletionForm:
+    """Text completions and their chunks, as OpenAI writes them."""
+
+    def __init__(self, gateway: Gateway, *, logprobs: int | None, usage_in_chunks: bool):
+        self._names = TokenNames(gateway.tokenizer)
+        self._tokenizer = gateway.tokenizer
+        self._logprobs = logprobs
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": gateway.model.id,
+        }
+        self._tail = {"usage": None} if usage_in_chunks else {}
+        self._fast: dict[int, TextEvents] = {}
+
+    def opening(self, choice: Choice, first: Delta) -> bytes:
+        if choice.echo is None:
+            return b""
+        scores = self._scores(self._prompt_scores(choice, first.prompt_logprobs), 0)
+        return event(self._chunk(choice.index, choice.echo, scores))
+
+    def delta(self, choice: Choice, delta: Delta) -> bytes:
+        if delta.scored or delta.finish is not None:
+            scores = self._scores(delta.scored, len(choice.echo or ""))
+            return event(self._chunk(choice.index, delta.text, scores, delta.finish))
+        if (fast := self._fast.get(choice.index)) is None:
+            fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, _HOLE), _HOLE)
+        return fast.event(delta.text)
+
+    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
+        return self._head | {"choices": [], "usage": usage}
+
+    def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+        return self._head | {"choices": [self._choice(answer) for answer in answers], "usage": usage}
+
+    def _choice(self, answer: Answer) -> dict[str, Any]:
+        echo = answer.choice.echo or ""
+        scores = self._scores(answer.scored, len(echo))
+        if scores is not None and answer.choice.echo is not None:
+            prompt = self._scores(self._prompt_scores(answer.choice, answer.prompt_logprobs), 0) or {}
+            scores = {name: prompt[name] + values for name, values in scores.items()}
+        return {
+            "index": answer.choice.index,
+            "text": echo + answer.text,
+            "logprobs": scores,
+            "finish_reason": answer.finish,
+        }
+
+    def _chunk(self, index: int, text: str, logprobs: object = None, finish: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return self._head | {"choices": [choice]} | self._tail
+
+    def _prompt_scores(
+        self, choice: Choice, logprobs: Sequence[TokenLogprobs | None] | None
+    ) -> list[tuple[int, TokenLogprobs | None, int]]:
+        """The tokens of the prompt, and where they begin in it."""
+        if logprobs is None:
+            return []
+        text = self._tokenizer.detokenizer(after_text=True)
+        scored, offset = [], 0
+        for token_id, entry in zip(choice.prompt_ids, logprobs, strict=True):
+            scored.append((token_id, entry, offset))
+            offset += len(text.push(token_id))
+        return scored
+
+    def _scores(
+        self, scored: Sequence[ScoredToken | tuple[int, TokenLogprobs | None, int]], start: int
+    ) -> dict[str, list[Any]] | None:
+        """OpenAI's four lists; offsets count from the beginning of the choice's text, which is `start` earlier."""
+        if self._logprobs is None:
+            return None
+        rows = [(t.token_id, t.logprobs, t.offset) if isinstance(t, ScoredToken) else t for t in scored]
+        return {
+            "tokens": [self._names.name(token_id) for token_id, _, _ in rows],
+            "token_logprobs": [None if entry is None else finite(entry.logprob) for _, entry, _ in rows],
+            "top_logprobs": [None if entry is None else self._top(token_id, entry) for token_id, entry, _ in rows],
+            "text_offset": [start + offset for _, _, offset in rows],
+        }
+
+    def _top(self, token_id: int, entry: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens, and the one that was sampled."""
+        top = {self._names.name(other): finite(logprob) for other, logprob in reversed(entry.top[: self._logprobs])}
+        return dict(reversed(top.items())) | {self._names.name(token_id): finite(entry.logprob)}

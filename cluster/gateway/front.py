@@ -1,0 +1,108 @@
+"""What happens to every request before a route sees it: its id, its key, its size; and its line in the metrics."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import RequestError
+from cluster.gateway.http_errors import error_response
+from cluster.gateway.keys import ApiKeys
+from cluster.gateway.metrics import Metrics
+
+# Probes, scrapers and the description of the API ask for no key; they show nothing of a request or an answer.
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs"})
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+CLIENT_GONE = 499
+
+
+class Front:
+    """ASGI middleware. A body is read whole here, so that its size is known, however it is sent, before it is used."""
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys | None, max_body_bytes: int, metrics: Metrics):
+        self._app = app
+        self._keys = keys
+        self._max_body_bytes = max_body_bytes
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"")
+        if _REQUEST_ID.fullmatch(request_id) is None:
+            request_id = b"req_" + secrets.token_hex(12).encode()
+        status = CLIENT_GONE
+
+        async def send_counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self._handle(scope, headers, receive, send_counted)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, status).inc()
+
+    async def _handle(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                self._check_key(headers)
+            body = await self._read(headers, receive)
+        except RequestError as error:
+            # The rest of the body stays unread, so the connection is of no more use.
+            more = {"Connection": "close"} if error.status == 413 else {"WWW-Authenticate": "Bearer"}
+            await error_response(error, more)(scope, receive, send)
+            return
+        if body is None:
+            return
+        unread = True
+
+        async def replay() -> Message:
+            nonlocal unread
+            if unread:
+                unread = False
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await receive()
+
+        await self._app(scope, replay, send)
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        if self._keys is None:
+            return
+        authorization = headers.get(b"authorization", b"").decode("latin-1")
+        if not self._keys.accepts(authorization):
+            message = "Incorrect API key" if authorization else "No API key: send `Authorization: Bearer KEY`"
+            raise RequestError(message, code="invalid_api_key", status=401)
+
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+        """The whole body; None where the client left before it was sent."""
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            raise self._too_large()
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._max_body_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    def _too_large(self) -> RequestError:
+        return RequestError(
+            f"The body is larger than {self._max_body_bytes} bytes", code="request_too_large", status=413
+        )

@@ -1,0 +1,176 @@
+"""From the sequences that a request asks for to one answer, streamed or whole."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.responses import Response
+
+from cluster.errors import RequestError
+from cluster.gateway.context import Gateway
+from cluster.gateway.sequence_text import Delta, FinishReason, ScoredToken, SequenceText
+from cluster.gateway.sse import EventStream, JsonAnswer, event
+from cluster.router.params import SamplingParams, TokenLogprobs
+
+
+@dataclass(slots=True)
+class Choice:
+    """One sequence of a request. `echo` is the text of its prompt where that is part of the answer."""
+
+    index: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    text: SequenceText
+    echo: str | None = None
+    wants_tokens: bool = True  # False: only the prompt's log-probabilities; the one token that brings them is dropped
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a choice came to."""
+
+    choice: Choice
+    text: str = ""
+    scored: list[ScoredToken] = field(default_factory=list)
+    finish: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+class Form(Protocol):
+    """How an endpoint writes answers."""
+
+    def opening(self, choice: Choice, first: Delta) -> bytes:
+        """The event that begins a choice, with what `first` says of its prompt; may be empty."""
+        ...
+
+    def delta(self, choice: Choice, delta: Delta) -> bytes:
+        """The events of more text, and of the end."""
+        ...
+
+    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
+        """The chunk with the usage."""
+        ...
+
+    def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+        """The whole answer."""
+        ...
+
+
+def respond(gateway: Gateway, choices: list[Choice], n: int, form: Form, *, stream: bool, usage: bool) -> Response:
+    """The response to a request for `choices`, `n` for each prompt; `usage`: a stream ends with a chunk of it."""
+    if stream:
+        return EventStream(_events(gateway, choices, n, form, usage))
+    return JsonAnswer(_whole(gateway, choices, n, form))
+
+
+async def _events(
+    gateway: Gateway, choices: list[Choice], n: int, form: Form, with_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    opened: set[int] = set()
+    async with aclosing(_deltas(gateway, choices)) as deltas:
+        async for choice, delta in deltas:
+            data = b""
+            if choice.index not in opened:
+                opened.add(choice.index)
+                data = form.opening(choice, delta)
+            if delta.text or delta.scored or delta.finish:
+                data += form.delta(choice, delta)
+            if data:
+                yield data
+    if with_usage:
+        yield event(form.usage(_usage(choices, n)))
+
+
+async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) -> dict[str, Any]:
+    answers = [Answer(choice) for choice in choices]
+    async with aclosing(_deltas(gateway, choices)) as deltas:
+        async for choice, delta in deltas:
+            answer = answers[choice.index]
+            answer.text += delta.text
+            answer.scored += delta.scored
+            answer.finish = delta.finish
+            answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
+    return form.whole(answers, _usage(choices, n))
+
+
+def _usage(choices: Sequence[Choice], n: int) -> dict[str, int]:
+    """A prompt counts once, however many answers it got."""
+    prompt = sum(len(choice.prompt_ids) for choice in choices[::n])
+    completion = sum(choice.text.n_tokens for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _deltas(gateway: Gateway, choices: list[Choice]) -> AsyncGenerator[tuple[Choice, Delta], None]:
+    """What the choices add, each in its order, all as they come. Closing it cancels every sequence."""
+    runs = [_run(gateway, choice) if _asks_router(choice) else _echo(choice) for choice in choices]
+    return runs[0] if len(runs) == 1 else _merge(runs)
+
+
+def _asks_router(choice: Choice) -> bool:
+    return choice.wants_tokens or choice.params.prompt_logprobs is not None
+
+
+async def _echo(choice: Choice) -> AsyncGenerator[tuple[Choice, Delta], None]:
+    yield choice, Delta("", finish="length")
+
+
+async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice, Delta], None]:
+    metrics, text = gateway.metrics, choice.text
+    metrics.prompt_tokens.inc(len(choice.prompt_ids))
+    metrics.open_sequences.inc()
+    last, histogram = time.perf_counter(), metrics.first_token
+    try:
+        async with aclosing(gateway.session.generate(choice.prompt_ids, choice.params)) as outputs:
+            async for output in outputs:
+                now = time.perf_counter()
+                histogram.observe(now - last)
+                last, histogram = now, metrics.next_token
+                if output.finish == "error" or output.finish == "cancelled":
+                    raise RequestError(output.error or "The sequence was ended", code="internal_error", status=500)
+                if not choice.wants_tokens:
+                    yield choice, Delta("", finish="length", prompt_logprobs=output.prompt_logprobs)
+                    return
+                delta = text.feed(output)
+                yield choice, delta
+                if delta.finish is not None:
+                    return
+        raise RequestError("The sequence broke off", code="internal_error", status=500)
+    finally:
+        metrics.open_sequences.dec()
+        metrics.tokens.inc(text.n_tokens)
+
+
+async def _merge(
+    runs: Iterable[AsyncGenerator[tuple[Choice, Delta], None]],
+) -> AsyncGenerator[tuple[Choice, Delta], None]:
+    queue: asyncio.Queue[tuple[Choice, Delta] | Exception | None] = asyncio.Queue()
+
+    async def pump(run: AsyncGenerator[tuple[Choice, Delta], None]) -> None:
+        try:
+            async with aclosing(run):
+                async for item in run:
+                    queue.put_nowait(item)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(run)) for run in runs]
+    try:
+        n_open = len(tasks)
+        while n_open:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                n_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

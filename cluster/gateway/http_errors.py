@@ -1,0 +1,117 @@
+"""Every error in OpenAI's envelope, whoever found it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.errors import RequestError
+from cluster.gateway.schemas import NEUTRAL, UNSUPPORTED
+
+log = logging.getLogger(__name__)
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+# Fields of several types: pydantic explains each type's failure, a client wants to know what is right.
+_WANTED = {
+    "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids; no list may be empty",
+    "stop": "a text or a list of texts, none of them empty or too long",
+}
+
+
+def envelope(error: RequestError) -> dict[str, Any]:
+    kind = "server_error" if error.status >= 500 else _TYPES.get(error.status, "invalid_request_error")
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
+    more = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
+    # ASCII only: what a client sent may hold half a surrogate pair, which UTF-8 has no bytes for.
+    body = json.dumps(envelope(error))
+    return Response(body, error.status, {**(headers or {}), **more}, media_type="application/json")
+
+
+def internal_error() -> RequestError:
+    return RequestError("The server failed to answer this request", code="internal_error", status=500)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of `app` with an envelope."""
+
+    async def refused(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        return error_response(error)
+
+    async def invalid(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(explain(error.errors(), error.body))
+
+    async def http(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = _HTTP_CODES.get(error.status_code, "invalid_request")
+        return error_response(RequestError(error.detail, code=code, status=error.status_code), error.headers)
+
+    async def unforeseen(request: Request, _error: Exception) -> Response:
+        log.error("%s %s failed", request.method, request.url.path)
+        return error_response(internal_error())
+
+    app.add_exception_handler(RequestError, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unforeseen)
+
+
+def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
+    """One RequestError for what pydantic found: the first field at fault, at its deepest place."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return RequestError(f"The body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    if not isinstance(body, dict):
+        message = "The body must be a JSON object, sent with Content-Type: application/json"
+        return RequestError(message, code="invalid_json")
+    root = first["loc"][1:2]
+    paths = [(_path(error["loc"][1:], body), error) for error in errors if error["loc"][1:2] == root]
+    path, error = max(paths, key=lambda item: len(item[0]))
+    param = _dotted(path)
+    name = path[-1] if path else ""
+    if error["type"] == "missing":
+        return _invalid(f"'{param}' is required", "missing_required_parameter", param)
+    if error["type"] == "extra_forbidden":
+        if name in UNSUPPORTED:
+            return _invalid(f"'{param}' is not supported", "unsupported_parameter", param)
+        return _invalid(f"'{param}' is not a known parameter", "unknown_parameter", param)
+    if NEUTRAL.intersection(part for part in path if isinstance(part, str)):
+        return _invalid(f"'{param}' is not supported with this value", "unsupported_parameter", param)
+    if path[0] in _WANTED:
+        return _invalid(f"'{path[0]}' must be {_WANTED[path[0]]}", "invalid_value", str(path[0]))
+    return _invalid(f"'{param}': {error['msg']}", "invalid_value", param)
+
+
+def _invalid(message: str, code: str, param: str) -> RequestError:
+    return RequestError(message[:1000], code=code, param=param[:200] or None)
+
+
+def _path(location: Sequence[str | int], body: Any) -> list[str | int]:
+    """The part of a pydantic location that leads through the body; the rest names types of a union."""
+    path: list[str | int] = []
+    for i, part in enumerate(location):
+        try:
+            body = body[part]
+        except (KeyError, IndexError, TypeError):
+            if not (isinstance(body, dict) and i == len(location) - 1):  # a missing field ends a location
+                continue
+        path.append(part)
+    return path
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")

@@ -1,0 +1,39 @@
+"""Prompts to token ids."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cluster.gateway.context import Gateway
+from cluster.gateway.schemas import Prompt
+
+_LONG = 20_000  # characters; a longer text takes milliseconds, in which no other stream would move
+
+
+async def encode(gateway: Gateway, text: str, *, add_special_tokens: bool) -> list[int]:
+    if len(text) < _LONG:
+        return gateway.tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(gateway.tokenizer.encode, text, add_special_tokens)
+
+
+async def prompts(gateway: Gateway, prompt: Prompt) -> list[tuple[str | None, list[int]]]:
+    """Each prompt of a request: its text, where it came as text, and its token ids."""
+    if isinstance(prompt, str):
+        return [(prompt, await _encode_prompt(gateway, prompt))]
+    found: list[tuple[str | None, list[int]]] = []
+    single: list[int] = []
+    for item in prompt:
+        if isinstance(item, str):
+            found.append((item, await _encode_prompt(gateway, item)))
+        elif isinstance(item, int):
+            single.append(item)
+        else:
+            found.append((None, list(item)))
+    return found or [(None, single)]
+
+
+async def _encode_prompt(gateway: Gateway, text: str) -> list[int]:
+    """An empty prompt is the model's first token, if it has one."""
+    ids = await encode(gateway, text, add_special_tokens=True)
+    bos_id = gateway.tokenizer.bos_id
+    return ids or ([bos_id] if bos_id is not None else [])

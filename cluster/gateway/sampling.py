@@ -1,0 +1,83 @@
+"""A request's sampling fields as SamplingParams."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from typing import TypeVar
+
+from cluster.errors import RequestError
+from cluster.gateway.context import Gateway
+from cluster.gateway.schemas import SamplingFields
+from cluster.router import limits
+from cluster.router.params import SamplingParams
+
+_SEEDS = 2**64
+Number = TypeVar("Number", int, float)
+
+
+def sampling_params(
+    gateway: Gateway,
+    request: SamplingFields,
+    *,
+    max_tokens: int,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """What `request` asks of the sampling of its first sequence. Without a seed one is drawn."""
+    seed = request.seed if request.seed is not None else secrets.randbits(64)
+    stop_ids = set(request.stop_token_ids or ())
+    if not request.ignore_eos:
+        stop_ids |= {token_id for token_id in gateway.tokenizer.eos_ids if token_id < gateway.model.vocab_size}
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_or(request.temperature, 1.0),
+        top_k=max(_or(request.top_k, 0), 0),
+        top_p=_or(request.top_p, 1.0),
+        min_p=_or(request.min_p, 0.0),
+        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        presence_penalty=_or(request.presence_penalty, 0.0),
+        frequency_penalty=_or(request.frequency_penalty, 0.0),
+        logit_bias={int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()},
+        seed=seed % _SEEDS,
+        stop_ids=tuple(sorted(stop_ids)),
+        ignore_eos=bool(request.ignore_eos),
+        min_tokens=_or(request.min_tokens, 0),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def nth(params: SamplingParams, index: int) -> SamplingParams:
+    """The sampling of sequence `index` of a request for several: the same, from the seed `index` further on."""
+    return replace(params, seed=(params.seed + index) % _SEEDS)
+
+
+def check(gateway: Gateway, prompt_ids: list[int], params: SamplingParams, *, prompt: str, max_tokens: str) -> None:
+    """The router's own check, with the names of the request's fields; the session would find the same, later."""
+    try:
+        limits.check(prompt_ids, params, vocab_size=gateway.model.vocab_size, max_context=gateway.model.max_context)
+    except RequestError as error:
+        if error.code == "context_length_exceeded" or error.param == "prompt":
+            error.param = prompt
+        elif error.param == "max_tokens":
+            error.param = max_tokens
+        raise
+
+
+def stop_strings(request: SamplingFields) -> tuple[str, ...]:
+    stop = request.stop or ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _or(value: Number | None, default: Number) -> Number:
+    return default if value is None else value
+
+
+def stream_options(request: SamplingFields) -> tuple[bool, bool]:
+    """Whether to stream, and whether to end the stream with the usage."""
+    options = request.stream_options
+    if options is not None and not request.stream:
+        message = "'stream_options' is only allowed when 'stream' is true"
+        raise RequestError(message, code="invalid_value", param="stream_options")
+    return bool(request.stream), options is not None and bool(options.include_usage)

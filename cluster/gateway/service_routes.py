@@ -1,0 +1,39 @@
+"""What operators and their machines ask: is it alive, is it ready, which version, how is it doing."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import PlainTextResponse, Response
+
+from cluster.errors import RequestError
+from cluster.gateway import responses
+from cluster.gateway.context import Gateway
+
+
+def service_routes(gateway: Gateway, version: str) -> APIRouter:
+    router = APIRouter(tags=["service"])
+
+    @router.get("/health")
+    async def health() -> responses.Status:
+        """200 while the process lives."""
+        return responses.Status(status="alive")
+
+    @router.get("/ready")
+    async def ready() -> responses.Status:
+        """200 while requests can be served: model loaded, a router and its workers connected. Else 503."""
+        if not gateway.session.ready():
+            raise RequestError("No router is ready", code="not_ready", status=503, retry_after_s=1)
+        return responses.Status(status="ready")
+
+    @router.get("/version")
+    async def show_version() -> responses.Version:
+        """The version of this server."""
+        return responses.Version(version=version)
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """The gateway's Prometheus series."""
+        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router

@@ -1,0 +1,56 @@
+"""The model's tokenizer, under the paths and names that vLLM gives it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from cluster.errors import RequestError
+from cluster.gateway import responses
+from cluster.gateway.chat import plain_messages
+from cluster.gateway.context import Gateway
+from cluster.gateway.logprobs import TokenNames
+from cluster.gateway.prompts import encode
+from cluster.gateway.schemas import DetokenizeRequest, TokenizeRequest
+
+
+def token_routes(gateway: Gateway) -> APIRouter:
+    router = APIRouter(tags=["tokens"])
+
+    @router.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> responses.Tokenized:
+        """The token ids of a text, or of the prompt that messages make."""
+        gateway.check_model(request.model)
+        text, special = _text(gateway, request)
+        tokens = await encode(gateway, text, add_special_tokens=special)
+        names = TokenNames(gateway.tokenizer)
+        return responses.Tokenized(
+            count=len(tokens),
+            max_model_len=gateway.model.max_context,
+            tokens=tokens,
+            token_strs=[names.name(token_id) for token_id in tokens] if request.return_token_strs else None,
+        )
+
+    @router.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> responses.Detokenized:
+        """The text of token ids, special tokens by their names."""
+        gateway.check_model(request.model)
+        if any(token_id >= gateway.model.vocab_size for token_id in request.tokens):
+            message = f"'tokens' has an id outside 0..{gateway.model.vocab_size - 1}"
+            raise RequestError(message, code="invalid_value", param="tokens")
+        return responses.Detokenized(prompt=gateway.tokenizer.decode(request.tokens, skip_special_tokens=False))
+
+    return router
+
+
+def _text(gateway: Gateway, request: TokenizeRequest) -> tuple[str, bool]:
+    """What to tokenize, and whether to put the tokenizer's special tokens around it."""
+    asked = request.add_special_tokens
+    if request.messages is not None and request.prompt is None:
+        messages = plain_messages(request.messages)
+        generate = request.add_generation_prompt
+        text = gateway.tokenizer.apply_chat_template(messages, add_generation_prompt=generate)
+        return text, bool(asked)
+    if request.prompt is None or request.messages is not None:
+        message = "Give one of 'prompt' and 'messages'"
+        raise RequestError(message, code="missing_required_parameter", param="prompt")
+    return request.prompt, asked is not False
