@@ -1,4 +1,4 @@
-"""Whether what is to be loaded fits, asked before anything is loaded: the alternative is to be killed without a word."""
+"""Whether what is to be loaded fits, asked before it is loaded: the alternative is to be killed without a word."""
 
 from __future__ import annotations
 

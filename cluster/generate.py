@@ -1,0 +1,121 @@
+"""`expertmesh generate "prompt"`: one process, experts and all. The quickest check of a model, and the oracle."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.errors import ExpertMeshError
+from cluster.models import resolve
+from cluster.models.cli import one_line_errors
+from cluster.router.params import SamplingParams, StepOutput
+
+if TYPE_CHECKING:  # they import torch, which every other command can do without
+    from cluster.gateway.tokenizer import Tokenizer
+    from cluster.router.engine import Engine
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="what to say to the model; - reads standard input")],
+    model: Annotated[str | None, typer.Option(help="`default`, a checkpoint directory, or a hub id")] = None,
+    max_tokens: Annotated[int, typer.Option(help="most tokens of the answer", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="draw from the k likeliest; 0: off")] = 0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest that have this share")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="draw from those at least this likely, relative to the likeliest")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1: fewer tokens that were there before")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="of the draws; default: another one each time", min=0)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be repeated")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on after the end of the answer")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="continue the text as it is, without the chat template")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file with options")] = None,
+) -> None:
+    """Answer one prompt in this process: no cluster, no server."""
+    from cluster.config_load import load
+    from cluster.gateway.tokenizer import Tokenizer
+    from cluster.router.build import build_engine
+
+    with one_line_errors():
+        settings = load({"model": model}, os.environ, config).config
+        directory = resolve(settings.model)
+        tokenizer = Tokenizer(directory)
+        prompt_ids, raw = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw)
+        engine = build_engine(settings, directory)
+        params = SamplingParams(
+            max_tokens=max(1, min(max_tokens, engine.max_context - len(prompt_ids))),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=secrets.randbits(63) if seed is None else seed,
+            stop_ids=() if ignore_eos else tuple(sorted(tokenizer.eos_ids)),
+            ignore_eos=ignore_eos,
+        )
+        show = (lambda text: None) if as_json else (lambda text: print(text, end="", flush=True))
+        result = answer(engine, tokenizer, prompt_ids, params, stop or (), after_text=raw, show=show)
+        print(json.dumps(result) if as_json else "")
+
+
+def encode(tokenizer: Tokenizer, prompt: str, raw: bool) -> tuple[list[int], bool]:
+    """The prompt as token ids, and whether it is a text to be continued: as asked for, or as a base model has it."""
+    if raw or tokenizer.chat_template is None:
+        return tokenizer.encode(prompt), True
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    return tokenizer.encode(text, add_special_tokens=False), False
+
+
+def answer(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    stops: Sequence[str],
+    *,
+    after_text: bool,
+    show: Callable[[str], object],
+) -> dict[str, Any]:
+    """Generate one answer, `show` its text piece by piece, and tell all about it.
+
+    Raises RequestError for what cannot be asked, ExpertMeshError when the model fails.
+    """
+    from cluster.gateway.sequence_text import SequenceText
+
+    text, finish = "", None
+    token_ids: list[int] = []
+    sequence_text = SequenceText(tokenizer.detokenizer(after_text=after_text), stops)
+    start = time.perf_counter()
+    for output in outputs(engine, prompt_ids, params):
+        token_ids += output.token_ids
+        delta = sequence_text.feed(output)
+        text += delta.text
+        show(delta.text)
+        if (finish := delta.finish) is not None:
+            break
+    return {
+        "text": text,
+        "finish_reason": finish,
+        "prompt_ids": list(prompt_ids),
+        "token_ids": token_ids,
+        "seed": params.seed,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def outputs(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[StepOutput]:
+    """What the steps give the one request."""
+    engine.submit("", prompt_ids, params)
+    while engine.has_work():
+        for output in engine.step():
+            if output.finish == "error":
+                raise ExpertMeshError(output.error)
+            yield output
