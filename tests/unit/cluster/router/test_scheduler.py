@@ -1,0 +1,171 @@
+"""The scheduler under random arrivals, cancellations and tiny pools.
+
+Catches: a block that is lost, shared or freed twice; a sequence that starves; a newcomer that overtakes; a step over
+its budget; a queue that is not bounded.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import RequestError
+from cluster.router.kv_blocks import KVBlocks
+from cluster.router.params import SamplingParams
+from cluster.router.scheduler import Chunk, Scheduler
+from cluster.router.sequence import Sequence, State
+
+
+def sequence(name: str, n_prompt: int, max_tokens: int, n_emitted: int = 0) -> Sequence:
+    return Sequence(name, range(n_prompt), SamplingParams(max_tokens=max_tokens), emitted_ids=range(n_emitted))
+
+
+def commit(scheduler: Scheduler, chunks: list[Chunk]) -> None:
+    """What the engine does after a forward pass; every token is 0."""
+    for chunk in chunks:
+        completes = chunk.completes
+        chunk.sequence.computed += chunk.n
+        if completes:
+            chunk.sequence.append(0)
+            if chunk.sequence.finish() is not None:
+                scheduler.end(chunk.sequence)
+
+
+def check(scheduler: Scheduler, chunks: list[Chunk]) -> None:
+    """What must hold after every `schedule`."""
+    blocks = scheduler.blocks
+    held = [block for running in scheduler.running for block in running.blocks]
+    assert len(held) == len(set(held)) == blocks.n_blocks - blocks.n_free
+    assert not any(waiting.blocks for waiting in scheduler.waiting)
+    assert sum(chunk.n for chunk in chunks) <= scheduler.max_batch_tokens
+    assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks) <= scheduler.max_sequences
+    for chunk in chunks:
+        assert chunk.sequence.state is State.RUNNING
+        assert 1 <= chunk.n <= chunk.sequence.pending
+        assert len(chunk.sequence.blocks) * blocks.block_size >= chunk.sequence.computed + chunk.n
+    assert len(scheduler.running) <= scheduler.max_sequences
+
+
+ARRIVAL = st.tuples(st.integers(1, 30), st.integers(1, 20), st.integers(0, 19))  # prompt, max_tokens, emitted
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    events=st.lists(st.one_of(ARRIVAL, st.integers(0, 30), st.none()), max_size=60),  # arrival, cancel, step
+    n_blocks=st.integers(1, 30),
+    block_size=st.sampled_from([1, 3, 4]),
+    max_batch_tokens=st.integers(1, 40),
+    max_sequences=st.integers(1, 8),
+)
+def test_every_sequence_finishes_in_order_and_no_block_is_lost(
+    events: list[object], n_blocks: int, block_size: int, max_batch_tokens: int, max_sequences: int
+) -> None:
+    scheduler = Scheduler(
+        KVBlocks(n_blocks, block_size),
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+        max_queue=1000,
+    )
+    arrived: list[Sequence] = []
+    order: dict[str, int] = {}
+
+    def step() -> list[Chunk]:
+        chunks = scheduler.schedule()
+        check(scheduler, chunks)
+        running = [order[s.request_id] for s in scheduler.running]
+        waiting = [order[s.request_id] for s in scheduler.waiting]
+        assert running + waiting == sorted(running + waiting), "first come, first served"
+        commit(scheduler, chunks)
+        return chunks
+
+    for event in events:
+        if event is None:
+            step()
+        elif isinstance(event, int):
+            if event < len(arrived):
+                scheduler.end(arrived[event])
+        else:
+            n_prompt, max_tokens, n_emitted = event  # type: ignore[misc]
+            new = sequence(str(len(order)), n_prompt, max_tokens, min(n_emitted, max_tokens - 1))
+            fits = -(-(n_prompt + max_tokens - 1) // block_size) <= n_blocks
+            order[new.request_id] = len(order)
+            try:
+                scheduler.submit(new)
+                assert fits
+                arrived.append(new)
+            except RequestError as error:
+                assert error.code == "context_length_exceeded" and not fits
+    for _ in range(20_000):
+        if not step():
+            break
+    assert not scheduler.running and not scheduler.waiting
+    assert scheduler.blocks.n_free == n_blocks
+    assert all(s.state is State.ENDED for s in arrived)
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_prefilled_in_chunks() -> None:
+    scheduler = Scheduler(KVBlocks(100, 4), max_batch_tokens=8, max_sequences=4, max_queue=10)
+    short, long = sequence("short", 2, 50), sequence("long", 30, 50)
+    scheduler.submit(short)
+    commit(scheduler, scheduler.schedule())
+    scheduler.submit(long)
+    for computed in (7, 14, 21, 28, 30):
+        chunks = scheduler.schedule()
+        assert chunks[0] == Chunk(short, 1)
+        commit(scheduler, chunks)
+        assert long.computed == computed
+
+
+def test_the_sequence_admitted_last_gives_way_and_comes_back_first() -> None:
+    scheduler = Scheduler(KVBlocks(5, 2), max_batch_tokens=64, max_sequences=4, max_queue=10)
+    first, second, third = (sequence(name, 2, 8) for name in "abc")
+    for each in (first, second, third):
+        scheduler.submit(each)
+    preempted = False
+    while scheduler.running or scheduler.waiting:
+        chunks = scheduler.schedule()
+        check(scheduler, chunks)
+        if scheduler.preemptions and not preempted:
+            preempted = True
+            assert scheduler.waiting[0] is third and third.computed == 0 and third.n_emitted > 0
+            assert scheduler.running == [first, second]
+        commit(scheduler, chunks)
+    assert preempted and scheduler.blocks.n_free == 5
+
+
+def test_one_request_more_than_the_queue_holds_is_refused_with_429() -> None:
+    scheduler = Scheduler(KVBlocks(100, 4), max_batch_tokens=8, max_sequences=1, max_queue=2)
+    for name in "abc":  # one will run, two wait
+        scheduler.submit(sequence(name, 2, 2))
+    for _ in range(2):
+        with pytest.raises(RequestError) as caught:
+            scheduler.submit(sequence("d", 2, 2))
+        assert (caught.value.code, caught.value.status) == ("queue_full", 429)
+        assert caught.value.retry_after_s and caught.value.retry_after_s >= 1
+        scheduler.schedule()
+
+
+def test_ending_twice_or_while_waiting_frees_once() -> None:
+    scheduler = Scheduler(KVBlocks(10, 4), max_batch_tokens=8, max_sequences=1, max_queue=2)
+    running, waiting = sequence("a", 5, 2), sequence("b", 5, 2)
+    scheduler.submit(running)
+    scheduler.submit(waiting)
+    scheduler.schedule()
+    assert scheduler.blocks.n_free == 8
+    for each in (waiting, running, running, waiting):
+        scheduler.end(each)
+    assert scheduler.blocks.n_free == 10 and not scheduler.schedule()
+
+
+def test_a_pool_refuses_to_give_or_take_what_it_must_not() -> None:
+    blocks = KVBlocks(3, 4)
+    taken = blocks.allocate(2)
+    with pytest.raises(MemoryError):
+        blocks.allocate(2)
+    assert blocks.n_free == 1
+    blocks.free(taken)
+    with pytest.raises(ValueError, match="free already"):
+        blocks.free(taken[:1])
+    assert sorted(blocks.allocate(3)) == [0, 1, 2]
+    assert [blocks.needed(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
