@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 
 from cluster.fleet.membership import View
@@ -18,24 +19,62 @@ _CALL_TIMEOUT_S = 10.0  # a call without news takes one second
 _RETRY_S = 0.2
 
 
-async def follow(controller: Any, describe: Callable[[], Member], on_view: Callable[[View], None]) -> None:
-    """Tell `controller` (a Ray actor handle) what `describe` says, for ever; call `on_view` with each new view.
+def node_address() -> str:
+    """The address of this machine that Ray uses: 127.0.0.1 in a Ray of our own."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
-    A controller that is away costs nothing but news: the data plane goes on with the last view.
+
+class MembershipLoop:
+    """Tells `controller` (a Ray actor handle) what `describe` says, for ever; calls `on_view` with each new view.
+
+    A controller that is away costs nothing but news: the data plane goes on with the last view. `close` ends it.
     """
-    known, away = 0, False
-    while True:
+
+    def __init__(self, controller: Any, describe: Callable[[], Member], on_view: Callable[[View], None]) -> None:
+        self._controller = controller
+        self._describe = describe
+        self._on_view = on_view
+        self._news = asyncio.Event()
+        self._task = asyncio.get_event_loop().create_task(self._run())
+
+    def tell(self) -> None:
+        """What `describe` says has changed: let the controller know now."""
+        self._news.set()
+
+    def close(self) -> None:
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        known, away = 0, False
+        while True:
+            try:
+                view = await self._call(known)
+            except (RayError, TimeoutError) as error:
+                if not away:
+                    log.warning("the controller is away (%s); going on with the last view", type(error).__name__)
+                away = True
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if away:
+                log.warning("the controller is back")
+                away = False
+            if view is not None and view.version != known:
+                known = view.version
+                self._on_view(view)
+
+    async def _call(self, known: int) -> View | None:
+        """One call; None when it was left alone because there is something to tell."""
+        self._news.clear()
+        call = asyncio.ensure_future(self._controller.sync.remote(self._describe(), known))
+        news = asyncio.create_task(self._news.wait())
         try:
-            view: View = await asyncio.wait_for(controller.sync.remote(describe(), known), _CALL_TIMEOUT_S)
-        except (RayError, TimeoutError) as error:
-            if not away:
-                log.warning("the controller is away (%s); going on with the view of before", type(error).__name__)
-            away = True
-            await asyncio.sleep(_RETRY_S)
-            continue
-        if away:
-            log.info("the controller is back")
-            away = False
-        if view.version != known:
-            known = view.version
-            on_view(view)
+            await asyncio.wait({call, news}, timeout=_CALL_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if call.done():
+                view: View = call.result()
+                return view
+            if news.done():
+                return None
+            raise TimeoutError
+        finally:
+            news.cancel()
+            call.cancel()

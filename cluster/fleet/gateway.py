@@ -1,0 +1,130 @@
+"""The gateway on Ray Serve: the OpenAI application, a session over all routers, and how it ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.config import Config
+from cluster.fleet.membership import View
+from cluster.fleet.membership_loop import MembershipLoop, node_address
+from workers.member import Member
+
+APPLICATION = "expertmesh"
+_OPEN_PATHS = ("/health", "/ready", "/version", "/metrics")  # they cost nothing and end at once
+
+
+class Drain:
+    """ASGI middleware: counts open requests; once `draining`, refuses new ones with 503."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.draining = False
+        self.open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (scope["path"] in _OPEN_PATHS and not self.draining):
+            await self._app(scope, receive, send)
+        elif self.draining and scope["path"] != "/health":
+            await _refuse(send)
+        else:
+            self.open += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self.open -= 1
+
+
+async def _refuse(send: Send) -> None:
+    error = {"message": "The server is being stopped", "type": "server_error", "param": None, "code": "draining"}
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"retry-after", b"5"), (b"connection", b"close")]
+    start: Message = {"type": "http.response.start", "status": 503, "headers": headers}
+    await send(start)
+    await send({"type": "http.response.body", "body": body})
+
+
+class Gateway:
+    """One replica of the Serve deployment."""
+
+    async def __init__(self, config: Config, checkpoint: str, model_name: str, url: str, controller: Any) -> None:  # type: ignore[misc]
+        from cluster.gateway.app import create_app
+        from cluster.gateway.context import ModelCard
+        from cluster.gateway.session import Session
+        from cluster.gateway.tokenizer import Tokenizer
+        from cluster.router.sizing import compute_dtype, context_limit, pool_blocks
+        from workers.spec import ModelSpec
+
+        spec = ModelSpec.from_config(checkpoint)
+        limit = context_limit(config, spec, pool_blocks(config, spec, compute_dtype(config)))
+        card = ModelCard(model_name, checkpoint, limit, spec.vocab_size, int(time.time()))
+        _listen_on_node_address()
+        self._id = f"gateway-{serve.get_replica_context().rank.rank}"
+        self._url = url
+        self._node = ray.get_runtime_context().get_node_id()
+        self._session = Session(rejoin_timeout_s=config.rejoin_timeout_s)
+        tokenizer = await asyncio.to_thread(Tokenizer, Path(checkpoint))
+        self._drain = Drain(create_app(config, card, tokenizer, self._session))
+        self._membership = MembershipLoop(controller, self._member, self._on_view)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._drain
+
+    def _on_view(self, view: View) -> None:
+        self._session.update(view.addresses("router"))
+        self._drain.draining = view.draining
+
+    def _member(self) -> Member:
+        ready = not self._drain.draining and self._session.ready()
+        stats = self._session.stats()
+        return Member(
+            role="gateway",
+            id=self._id,
+            pid=os.getpid(),
+            node=self._node,
+            state="draining" if self._drain.draining else "ready" if ready else "starting",
+            address=self._url,
+            metrics_url=f"{self._url}/metrics",
+            detail={"open": self._drain.open, "requests": stats.requests, "tokens": stats.tokens},
+        )
+
+
+def deploy(config: Config, checkpoint: str, model_name: str, url: str, controller: Any) -> None:
+    """Start Serve and the gateways behind it; return once they take requests. Raises what a gateway died of."""
+    quiet = {"log_level": config.log_level.upper(), "enable_access_log": False}
+    # The address is the one Serve's own servers bind to; HAProxy listens on `config.host` (fleet.haproxy_exec).
+    http_options = {"host": node_address(), "port": config.port}
+    serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=quiet)
+    deployment: Any = serve.deployment(
+        serve.ingress()(Gateway),
+        name="gateway",
+        num_replicas=config.gateways,
+        max_ongoing_requests=100_000,  # the routers' queues are the limit
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=1.0,  # requests were drained before
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=2.0,
+    )
+    application = deployment.bind(config, checkpoint, model_name, url, controller)
+    serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+
+
+def _listen_on_node_address() -> None:
+    """Bind the gRPC server that every Serve replica opens to the address Ray uses, not to every interface.
+
+    It has no setting, and nothing here calls it. Serve opens it after this constructor.
+    """
+    replica = import_module("ray.serve._private.replica")
+    original, host = replica.add_port_to_grpc_server, node_address()
+    replica.__dict__["add_port_to_grpc_server"] = lambda server, address: original(
+        server, address.replace("[::]", host)
+    )

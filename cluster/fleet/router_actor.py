@@ -1,0 +1,115 @@
+"""The router's Ray shell: an engine, its gRPC service, and the loop that keeps both in step with the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+import ray
+
+from cluster.config import Config
+from cluster.fleet.membership import View
+from cluster.fleet.membership_loop import MembershipLoop, node_address
+from workers.member import Member, State
+
+if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already being told that this router is there
+    from cluster.router.engine import Engine
+    from cluster.router.exchange import Exchange
+    from cluster.router.service import GenerationService
+
+log = logging.getLogger(__name__)
+
+
+class Router:
+    """One router. A Ray async actor; whatever it needs to come back after a crash is in its constructor."""
+
+    def __init__(self, router_id: str, config: Config, checkpoint: str, threads: int, controller: Any) -> None:
+        logging.basicConfig(level=config.log_level.upper())
+        self._id = router_id
+        self._config = config
+        self._checkpoint = checkpoint
+        self._threads = threads
+        self._host = node_address()
+        self._node = ray.get_runtime_context().get_node_id()
+        self._view: View | None = None
+        self._first_view = asyncio.Event()
+        self._changes: set[asyncio.Task[None]] = set()
+        self._engine: Engine | None = None
+        self._exchange: Exchange | None = None
+        self._service: GenerationService | None = None
+        self._membership = MembershipLoop(controller, self._member, self._on_view)
+        self._started = asyncio.get_event_loop().create_task(self._start())
+
+    async def ready(self) -> None:
+        """Return once the model is loaded and the port open; raise what went wrong."""
+        await asyncio.shield(self._started)
+
+    async def _start(self) -> None:
+        await self._first_view.wait()
+        self._engine = engine = await asyncio.to_thread(self._build)
+        from cluster.router.service import GenerationService
+
+        service = GenerationService(engine, self._host, router=self._id, state="starting")
+        await service.start()
+        self._service = service
+        await self._follow_state()
+        self._membership.tell()
+
+    def _build(self) -> Engine:
+        import torch
+
+        from cluster.router.build import build_engine
+        from cluster.router.exchange import Exchange
+        from workers.transport.grpc_client import GrpcTransport
+
+        torch.set_num_threads(self._threads)
+        if self._config.transport == "local":
+            return build_engine(self._config, self._checkpoint)
+        assert self._view is not None
+        self._exchange = exchange = Exchange(
+            self._view.placement,
+            self._view.addresses("expert"),
+            GrpcTransport(),
+            reply_timeout_s=self._config.reply_timeout_s,
+            rejoin_timeout_s=self._config.rejoin_timeout_s,
+        )
+        return build_engine(self._config, self._checkpoint, exchange)
+
+    def _on_view(self, view: View) -> None:
+        self._view = view
+        self._first_view.set()
+        if self._exchange is not None:
+            self._exchange.publish(view.placement, view.addresses("expert"))
+        if self._service is not None:
+            change = asyncio.get_running_loop().create_task(self._follow_state())
+            self._changes.add(change)
+            change.add_done_callback(self._changes.discard)
+
+    async def _follow_state(self) -> None:
+        """Ready once every worker is: one that leaves later is waited for by the step that needs it."""
+        if self._service is None or self._view is None or self._service.state != "starting":
+            return
+        ready = {member.id for member in self._view.members if member.role == "expert" and member.state == "ready"}
+        if self._exchange is None or ready.issuperset(self._view.placement.workers):
+            await self._service.set_state("ready")
+            self._membership.tell()
+
+    def _member(self) -> Member:
+        return Member(
+            role="router",
+            id=self._id,
+            pid=os.getpid(),
+            node=self._node,
+            state=cast(State, "starting" if self._service is None else self._service.state),
+            address="" if self._service is None else self._service.address,
+            epoch=self._epoch(),
+            detail={} if self._engine is None else asdict(self._engine.stats()),
+        )
+
+    def _epoch(self) -> int:
+        if self._exchange is not None:
+            return self._exchange.epoch
+        return 0 if self._view is None else self._view.placement.epoch
