@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from workers.wire import Request
 class _Job:
     layer: int
     request: Request
+    is_wanted: Callable[[], bool]
     y_PD: Tensor | None = None
     error: Exception | None = None
     compute_ns: int = 0
@@ -38,17 +40,34 @@ class Batcher:
         self.rows = 0  # pairs computed since start
         self.compute_seconds = 0.0
 
-    def compute(self, layer: int, request: Request) -> tuple[Tensor, int]:
-        """y_PD in host memory, and the nanoseconds its batch took. Raises what the shard raises."""
-        job = _Job(layer, request)
+    def compute(self, layer: int, request: Request, is_wanted: Callable[[], bool]) -> tuple[Tensor, int]:
+        """y_PD in host memory, and the nanoseconds its batch took. Raises what the shard raises.
+
+        Whoever waited long may be gone: where `is_wanted` has become false nothing is computed, and CancelledError
+        raised.
+        """
+        job = _Job(layer, request, is_wanted)
         self._waiting.append(job)
         with self._computing:
             if job.y_PD is None and job.error is None:
-                self._compute([other for other in self._waiting if other.layer == layer])
+                self._take(layer)
         if job.error is not None:
             raise job.error
         assert job.y_PD is not None
         return job.y_PD, job.compute_ns
+
+    def _take(self, layer: int) -> None:
+        jobs = [job for job in self._waiting if job.layer == layer]
+        for job in jobs:
+            self._waiting.remove(job)
+        wanted = []
+        for job in jobs:
+            if job.is_wanted():
+                wanted.append(job)
+            else:
+                job.error = CancelledError()
+        if wanted:
+            self._compute(wanted)
 
     def _compute(self, jobs: list[_Job]) -> None:
         began = time.perf_counter_ns()
@@ -61,7 +80,6 @@ class Batcher:
                     self._compute([job])
                 return
             jobs[0].error = error
-            self._waiting.remove(jobs[0])
             return
         spent = time.perf_counter_ns() - began
         self.compute_seconds += spent / 1e9
@@ -69,7 +87,6 @@ class Batcher:
             job.compute_ns = spent
             job.y_PD = y_PD
             self.rows += len(y_PD)
-            self._waiting.remove(job)
 
     def _forward(self, layer: int, requests: Sequence[Request]) -> list[Tensor]:
         device = self._shard.device

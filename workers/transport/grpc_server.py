@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -74,7 +74,7 @@ class ExpertServer:
             for first in frames:
                 self._count(in_flight=1)
                 try:
-                    yield from self._answer(first, frames)
+                    yield from self._answer(first, frames, context.is_active)
                 finally:
                     self._count(in_flight=-1)
         except WireError as error:
@@ -83,14 +83,16 @@ class ExpertServer:
         finally:
             self._count(streams=-1)
 
-    def _answer(self, first: bytes, frames: Iterator[bytes]) -> Iterator[bytes]:
+    def _answer(self, first: bytes, frames: Iterator[bytes], is_wanted: Callable[[], bool]) -> Iterator[bytes]:
         """The frames of the reply. Raises WireError when the frames of the stream can no longer be told apart."""
         header = wire.parse(first)
         request = wire.request(header, wire.payload(header, first, lambda: _following(frames)))
         try:
             self._check(header)
-            y_PD, compute_ns = self._batcher.compute(header.tag.layer, request)
+            y_PD, compute_ns = self._batcher.compute(header.tag.layer, request, is_wanted)
             return wire.reply_frames(header.tag, header.n_tokens, y_PD, compute_ns)
+        except CancelledError:
+            return iter(())
         except ExpertMeshError as error:
             return wire.error_frames(header.tag, str(error))
         except Exception as error:

@@ -16,7 +16,7 @@ from workers.transport.base import Rows, Tag
 class LocalTransport:
     """A `Transport` over shards of this process, by worker name. Addresses mean nothing to it.
 
-    Rows are computed when their reply is asked for, by the thread that asks.
+    Rows are computed when their reply is asked for, by the thread that asks. A worker is lost while `shards` lacks it.
     """
 
     def __init__(self, shards: Mapping[str, ExpertShard]) -> None:
@@ -26,8 +26,7 @@ class LocalTransport:
 
     def connect(self, worker: str, address: str) -> None:
         """Open the way to `worker`."""
-        if worker in self._shards:
-            self._queues.setdefault(worker, deque())
+        self._queues.setdefault(worker, deque())
 
     def disconnect(self, worker: str) -> None:
         """Forget `worker`. What is in flight is lost."""
@@ -53,7 +52,7 @@ class LocalTransport:
 
     def _queue(self, worker: str) -> deque[Rows]:
         queue = self._queues.get(worker)
-        if queue is None:
+        if queue is None or worker not in self._shards:
             raise WorkerLost(worker, "not connected")
         return queue
 

@@ -1,0 +1,270 @@
+"""The exchange: rows to the workers that hold their experts, and what comes back as one sum per row.
+
+Legend: T token rows, K experts a token, P pairs, D hidden size, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.placement.placement import Placement
+from cluster.placement.routes import Routes
+from cluster.router.links import Links
+from cluster.router.split import Piece, piece_of, split, weighted_sum
+from workers.errors import WorkerLost
+from workers.transport.base import Rows, Tag, Transport
+
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
+_ROWS_PER_EXPERT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A placement, and where its workers are. A worker without an address is known to be away."""
+
+    placement: Placement
+    addresses: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One worker's share of a dispatch: the rows sent, and which rows of the result they give."""
+
+    worker: str
+    rows: Rows
+    at: slice | Tensor
+    link: int  # see Links.send
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """A dispatch in flight: what `combine` needs."""
+
+    epoch: int
+    x_TD: Tensor
+    parts: tuple[Part, ...]
+    place_TK: Tensor  # see Split
+    weights_TK: Tensor
+
+
+@dataclass(slots=True)
+class Counters:
+    """Sums since start, for observability. Written by the step loop alone."""
+
+    rows_LE: NDArray[np.int64]  # rows dispatched to each expert
+    repairs: int = 0  # parts sent again after a loss
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    waited_seconds: float = 0.0  # for replies
+    repair_seconds: float = 0.0  # from a loss to the reply of another replica or of the worker that came back
+    compute_seconds: defaultdict[str, float] = field(
+        default_factory=lambda: defaultdict(float)
+    )  # by worker, as it says
+
+
+class Exchange:
+    """The `Experts` of a router: `dispatch` sends rows to expert workers, `combine` waits for them and adds them up.
+
+    The step loop owns it; only `publish`, `epoch` and `close` are for other threads. A lost or late reply is repaired
+    within `combine`: the same rows go to another replica, or wait until there is one.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        addresses: Mapping[str, str],
+        transport: Transport,
+        *,
+        reply_timeout_s: float,
+        rejoin_timeout_s: float,
+    ) -> None:
+        self._links = Links(transport, reply_timeout_s)
+        self._rejoin_timeout_s = rejoin_timeout_s
+        self._router = secrets.randbits(64)
+        self._step = 0
+        self._part = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._outstanding: Counter[int] = Counter()  # dispatches not yet combined, by epoch
+        self._view = self._published = View(placement, dict(addresses))
+        self._n_experts = len(placement.replicas[0])
+        self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
+        self._connect(alone=True)
+
+    @property
+    def epoch(self) -> int:
+        """The acknowledgement: no rows are, or will be, routed under an older epoch than this one."""
+        with self._changed:
+            return min((epoch for epoch, n in self._outstanding.items() if n), default=self._published.placement.epoch)
+
+    @property
+    def dropped_replies(self) -> int:
+        """Replies that came when nobody awaited them any more."""
+        return self._links.transport.dropped_replies
+
+    def publish(self, placement: Placement, addresses: Mapping[str, str]) -> None:
+        """Put a placement and addresses in force from the next dispatch on. Called by any thread."""
+        with self._changed:
+            self._published = View(placement, dict(addresses))
+            self._changed.notify_all()
+
+    def begin_step(self, step: int) -> None:
+        """Number the dispatches that follow. What the step before dispatched and did not combine is given up."""
+        with self._changed:
+            self._outstanding.clear()
+        self._step = step
+        self._part = 0
+
+    def close(self) -> None:
+        """Let a step that waits for a worker fail at once. The transport is the owner's to close."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def micro_batches(self, n_rows: int) -> int:
+        """Two for large prefills, else one.
+
+        Each of two micro-batches reads the weights of nearly every expert once more. That is hidden only when an
+        expert has so many rows that it computes rather than reads.
+        """
+        return 2 if n_rows >= _ROWS_PER_EXPERT * self._n_experts else 1
+
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched:
+        """Send the rows to the workers of their experts and return at once; see `workers.model.experts.Experts`."""
+        epoch = self._enter()
+        if not len(x_TD):
+            return Dispatched(epoch, x_TD, (), expert_ids_TK, weights_TK)
+        ids_TK = expert_ids_TK.cpu().numpy()
+        rows_E = np.bincount(ids_TK.ravel(), minlength=self._n_experts)
+        self.counters.rows_LE[layer] += rows_E
+        pieces, place_TK, sorted_TK = split(x_TD, ids_TK, weights_TK, self._routes.owners(layer, rows_E))
+        parts = []
+        first = 0
+        for piece in pieces:
+            at = slice(first, first := first + len(piece.token_P))
+            parts.append(self._send(layer, 0, piece, at))
+        return Dispatched(epoch, x_TD, tuple(parts), place_TK, sorted_TK)
+
+    def combine(self, handle: Dispatched) -> Tensor:
+        """y_TD, in the dtype of the rows; see `workers.model.experts.Experts`.
+
+        Raises WorkerLost when experts stay without a live replica for longer than the rejoin timeout.
+        """
+        x_TD = handle.x_TD
+        y_TD = torch.empty_like(x_TD)
+        if handle.parts:
+            rows_PD = x_TD.new_empty(handle.place_TK.numel(), x_TD.shape[1])
+            lost = self._receive(handle.parts, rows_PD)
+            if lost:
+                self._repair(lost, rows_PD)
+            y_TD = weighted_sum(rows_PD, handle.place_TK, handle.weights_TK)
+        with self._changed:
+            self._outstanding[handle.epoch] -= 1
+        return y_TD
+
+    def _enter(self) -> int:
+        """Put the newest view in force; a dispatch under its epoch is outstanding from now on."""
+        with self._changed:
+            changed = self._published is not self._view
+            self._view = self._published
+            epoch = self._view.placement.epoch
+            self._outstanding[epoch] += 1
+            alone = self._outstanding.total() == 1
+        if changed:
+            self._connect(alone)
+        elif self._links.absent and self._links.probe():
+            self._routes = Routes(self._view.placement, self._links.absent)
+        return epoch
+
+    def _connect(self, alone: bool) -> None:
+        """Follow the view in force. Workers that left it are forgotten once nothing can be in flight to them."""
+        self._links.update(self._view.addresses)
+        if alone:
+            self._links.forget(self._view.placement.workers)
+        self._routes = Routes(self._view.placement, self._links.absent)
+
+    def _send(self, layer: int, attempt: int, piece: Piece, at: slice | Tensor) -> Part:
+        worker = self._routes.workers[piece.worker]
+        tag = Tag(self._router, self._view.placement.epoch, self._step, layer, self._part, attempt)
+        self._part += 1
+        rows = Rows(tag, piece.x_TD, piece.token_P, piece.expert_P)
+        self.counters.sent_bytes += rows.x_TD.nbytes + rows.token_P.nbytes + rows.expert_P.nbytes
+        return Part(worker, rows, at, self._links.send(worker, rows))
+
+    def _receive(self, parts: Iterable[Part], rows_PD: Tensor) -> list[tuple[Part, WorkerLost]]:
+        """Fill in what the parts give; those that were lost come back with the reason."""
+        counters = self.counters
+        lost = []
+        began = time.perf_counter()
+        for part in parts:
+            at = part.at
+            out_PD = rows_PD[at] if isinstance(at, slice) else rows_PD.new_empty(len(at), rows_PD.shape[1])
+            try:
+                spent = self._links.receive(part.worker, part.link, part.rows.tag, out_PD)
+            except WorkerLost as loss:
+                lost.append((part, loss))
+                continue
+            if not isinstance(at, slice):
+                rows_PD[at] = out_PD
+            counters.received_bytes += out_PD.nbytes
+            counters.compute_seconds[part.worker] += spent / 1e9
+        counters.waited_seconds += time.perf_counter() - began
+        return lost
+
+    def _repair(self, lost: list[tuple[Part, WorkerLost]], rows_PD: Tensor) -> None:
+        """Send lost parts to other replicas, or to the same worker when it is back, until nothing is missing."""
+        began = time.monotonic()
+        pause_s = _FIRST_PAUSE_S
+        while lost:
+            self.counters.repairs += len(lost)
+            self._follow(lost)
+            parts = [again for part, _ in lost for again in self._resend(part)]
+            lost = self._receive(parts, rows_PD)
+            if not lost:
+                break
+            part, loss = lost[0]
+            left = began + self._rejoin_timeout_s - time.monotonic()
+            if left <= 0 or self._closed:
+                reason = f"layer {part.rows.tag.layer} waited {self._rejoin_timeout_s:g} s for it; {loss.reason}"
+                raise WorkerLost(part.worker, reason) from loss
+            with self._changed:
+                if not self._changed.wait_for(self._has_news, min(pause_s, left)):
+                    pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+        self.counters.repair_seconds += time.monotonic() - began
+
+    def _has_news(self) -> bool:
+        return self._published is not self._view or self._closed
+
+    def _follow(self, lost: list[tuple[Part, WorkerLost]]) -> None:
+        """Put the newest view in force and try the ways that failed once more."""
+        view = self._published
+        if view is not self._view:
+            self._view = view
+            self._links.update(view.addresses)
+        for worker in {part.worker for part, _ in lost} & set(self._links.absent):
+            self._links.reopen(worker)
+        self._routes = Routes(view.placement, self._links.absent)
+
+    def _resend(self, part: Part) -> list[Part]:
+        """The rows of `part` on the way to whoever holds their experts now, one part for each."""
+        x_TD, token_P, expert_P = part.rows.x_TD, part.rows.token_P, part.rows.expert_P
+        layer, attempt = part.rows.tag.layer, part.rows.tag.attempt + 1
+        rows_E = np.bincount(expert_P.numpy(), minlength=self._n_experts)
+        owner_P = torch.from_numpy(self._routes.owners(layer, rows_E))[expert_P]
+        at_P = torch.arange(part.at.start, part.at.stop) if isinstance(part.at, slice) else part.at
+        parts = []
+        for worker in np.unique(owner_P.numpy()).tolist():
+            chosen_P = owner_P == worker
+            piece = piece_of(worker, x_TD, token_P[chosen_P].numpy(), expert_P[chosen_P].numpy())
+            parts.append(self._send(layer, attempt, piece, at_P[chosen_P]))
+        return parts

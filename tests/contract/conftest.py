@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.contract.harness import GrpcWorkers, LocalWorkers, Workers
+from tests.contract.model import Model
+
+KINDS: dict[str, Callable[[Model], Workers]] = {"local": LocalWorkers, "grpc": GrpcWorkers}
+
+
+@pytest.fixture(params=list(KINDS))
+def make_workers(request: pytest.FixtureRequest) -> Iterator[Callable[[Model], Workers]]:
+    """Makes workers behind each transport in turn; every test of the contract runs once for each."""
+    made: list[Workers] = []
+
+    def make(model: Model) -> Workers:
+        made.append(KINDS[request.param](model))
+        return made[-1]
+
+    yield make
+    for workers in made:
+        workers.close()

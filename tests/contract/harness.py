@@ -1,0 +1,128 @@
+"""The same cluster of expert workers behind every transport: what a test of the contract needs of one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+from cluster.placement.placement import Placement
+from tests.contract.model import Model
+from workers.shard import ExpertShard
+from workers.transport.base import Transport
+from workers.transport.grpc_client import GrpcTransport
+from workers.transport.grpc_server import ExpertServer
+from workers.transport.local import LocalTransport
+
+
+class Workers(Protocol):
+    """Running expert workers, by name."""
+
+    addresses: dict[str, str]
+
+    def start(self, worker: str, experts: Iterable[tuple[int, int]]) -> None:
+        """Start `worker` with a shard, at a new address."""
+
+    def kill(self, worker: str) -> None:
+        """End `worker` without a word."""
+
+    def shard(self, worker: str) -> ExpertShard:
+        """What `worker` holds."""
+
+    def transport(self) -> Transport:
+        """A new router's way to the workers."""
+
+    def close(self) -> None:
+        """End everything."""
+
+
+class GatedShard(ExpertShard):
+    """A shard whose `forward` can be held up, to make a reply late."""
+
+    open: threading.Event
+
+    def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+        self.open.wait(20)
+        return super().forward(layer, x_TD, token_P, expert_P)
+
+
+def gated(model: Model, experts: Iterable[tuple[int, int]]) -> GatedShard:
+    shard = GatedShard(model.spec())
+    shard.open = threading.Event()
+    shard.open.set()
+    for layer, expert in experts:
+        shard.load(layer, expert, model.weights(layer, expert))
+    return shard
+
+
+class LocalWorkers:
+    """Shards of this process."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.addresses: dict[str, str] = {}
+        self._shards: dict[str, ExpertShard] = {}
+        self._transports: list[Transport] = []
+        self._started = 0
+
+    def start(self, worker: str, experts: Iterable[tuple[int, int]]) -> None:
+        self._shards[worker] = self.model.shard(experts)
+        self._started += 1
+        self.addresses[worker] = f"local-{self._started}"
+
+    def kill(self, worker: str) -> None:
+        del self._shards[worker], self.addresses[worker]
+
+    def shard(self, worker: str) -> ExpertShard:
+        return self._shards[worker]
+
+    def transport(self) -> Transport:
+        self._transports.append(LocalTransport(self._shards))
+        return self._transports[-1]
+
+    def close(self) -> None:
+        for transport in self._transports:
+            transport.close()
+
+
+class GrpcWorkers:
+    """Servers on loopback, in this process; routers reach them through the network stack."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.addresses: dict[str, str] = {}
+        self.shards: dict[str, GatedShard] = {}
+        self._servers: dict[str, ExpertServer] = {}
+        self._transports: list[Transport] = []
+
+    def start(self, worker: str, experts: Iterable[tuple[int, int]]) -> None:
+        self.shards[worker] = gated(self.model, experts)
+        self._servers[worker] = ExpertServer(self.shards[worker], worker, "127.0.0.1")
+        self._servers[worker].start()
+        self.addresses[worker] = self._servers[worker].address
+
+    def kill(self, worker: str) -> None:
+        self._servers.pop(worker).stop(0)
+        self.shards.pop(worker).open.set()
+        del self.addresses[worker]
+
+    def shard(self, worker: str) -> ExpertShard:
+        return self.shards[worker]
+
+    def transport(self) -> Transport:
+        self._transports.append(GrpcTransport())
+        return self._transports[-1]
+
+    def close(self) -> None:
+        for transport in self._transports:
+            transport.close()
+        for worker in list(self._servers):
+            self.kill(worker)
+
+
+def start_all(workers: Workers, placement: Placement) -> None:
+    """Start every worker of `placement` with its shard."""
+    for worker in placement.workers:
+        workers.start(worker, placement.shard(worker))
