@@ -58,8 +58,8 @@ class TensorStore:
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index_path}: has no `weight_map` object")
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{index_path}: tensor {name} is said to be in {file!r}, not a file name")
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(f"{index_path}: tensor {name} is said to be in {file!r}, not a safetensors file")
         return weight_map
 
     def _no_weights(self) -> CheckpointError:
