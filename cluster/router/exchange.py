@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cluster.placement.placement import Placement
 from cluster.placement.routes import Routes
-from cluster.router.links import Links
+from cluster.router.links import Links, Reply
 from cluster.router.split import Piece, piece_of, split, weighted_sum
 from workers.errors import WorkerLost
 from workers.transport.base import Rows, Tag, Transport
@@ -38,20 +38,19 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One worker's share of a dispatch: the rows sent, and which rows of the result they give."""
+    """One worker's share of a dispatch: the rows sent, and which rows of the result the reply is."""
 
-    worker: str
     rows: Rows
     at: slice | Tensor
-    link: int  # see Links.send
+    reply: Reply
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """A dispatch in flight: what `combine` needs."""
+    """A dispatch in flight: what `combine` needs. Combined best in the order of dispatch."""
 
     epoch: int
-    x_TD: Tensor
+    rows_PD: Tensor  # every pair's row, as the workers give it
     parts: tuple[Part, ...]
     place_TK: Tensor  # see Split
     weights_TK: Tensor
@@ -122,6 +121,7 @@ class Exchange:
         """Number the dispatches that follow. What the step before dispatched and did not combine is given up."""
         with self._changed:
             self._outstanding.clear()
+        self._links.abandon()
         self._step = step
         self._part = 0
 
@@ -143,31 +143,30 @@ class Exchange:
         """Send the rows to the workers of their experts and return at once; see `workers.model.experts.Experts`."""
         epoch = self._enter()
         if not len(x_TD):
-            return Dispatched(epoch, x_TD, (), expert_ids_TK, weights_TK)
+            return Dispatched(epoch, torch.empty_like(x_TD), (), expert_ids_TK, weights_TK)
         ids_TK = expert_ids_TK.cpu().numpy()
         rows_E = np.bincount(ids_TK.ravel(), minlength=self._n_experts)
         self.counters.rows_LE[layer] += rows_E
         pieces, place_TK, sorted_TK = split(x_TD, ids_TK, weights_TK, self._routes.owners(layer, rows_E))
+        rows_PD = x_TD.new_empty(place_TK.numel(), x_TD.shape[1])
         parts = []
         first = 0
         for piece in pieces:
             at = slice(first, first := first + len(piece.token_P))
-            parts.append(self._send(layer, 0, piece, at))
-        return Dispatched(epoch, x_TD, tuple(parts), place_TK, sorted_TK)
+            parts.append(self._send(layer, 0, piece, at, rows_PD[at]))
+        return Dispatched(epoch, rows_PD, tuple(parts), place_TK, sorted_TK)
 
     def combine(self, handle: Dispatched) -> Tensor:
         """y_TD, in the dtype of the rows; see `workers.model.experts.Experts`.
 
         Raises WorkerLost when experts stay without a live replica for longer than the rejoin timeout.
         """
-        x_TD = handle.x_TD
-        y_TD = torch.empty_like(x_TD)
+        y_TD = handle.rows_PD
         if handle.parts:
-            rows_PD = x_TD.new_empty(handle.place_TK.numel(), x_TD.shape[1])
-            lost = self._receive(handle.parts, rows_PD)
+            lost = self._receive(handle.parts, handle.rows_PD)
             if lost:
-                self._repair(lost, rows_PD)
-            y_TD = weighted_sum(rows_PD, handle.place_TK, handle.weights_TK)
+                self._repair(lost, handle.rows_PD)
+            y_TD = weighted_sum(handle.rows_PD, handle.place_TK, handle.weights_TK)
         with self._changed:
             self._outstanding[handle.epoch] -= 1
         return y_TD
@@ -193,65 +192,65 @@ class Exchange:
             self._links.forget(self._view.placement.workers)
         self._routes = Routes(self._view.placement, self._links.absent)
 
-    def _send(self, layer: int, attempt: int, piece: Piece, at: slice | Tensor) -> Part:
-        worker = self._routes.workers[piece.worker]
+    def _send(self, layer: int, attempt: int, piece: Piece, at: slice | Tensor, out_PD: Tensor) -> Part:
         tag = Tag(self._router, self._view.placement.epoch, self._step, layer, self._part, attempt)
         self._part += 1
         rows = Rows(tag, piece.x_TD, piece.token_P, piece.expert_P)
         self.counters.sent_bytes += rows.x_TD.nbytes + rows.token_P.nbytes + rows.expert_P.nbytes
-        return Part(worker, rows, at, self._links.send(worker, rows))
+        return Part(rows, at, self._links.send(self._routes.workers[piece.worker], rows, out_PD))
 
-    def _receive(self, parts: Iterable[Part], rows_PD: Tensor) -> list[tuple[Part, WorkerLost]]:
-        """Fill in what the parts give; those that were lost come back with the reason."""
+    def _receive(self, parts: Iterable[Part], rows_PD: Tensor) -> list[Part]:
+        """Wait for the replies and put them in their places; returns the parts that were lost."""
         counters = self.counters
         lost = []
         began = time.perf_counter()
         for part in parts:
-            at = part.at
-            out_PD = rows_PD[at] if isinstance(at, slice) else rows_PD.new_empty(len(at), rows_PD.shape[1])
-            try:
-                spent = self._links.receive(part.worker, part.link, part.rows.tag, out_PD)
-            except WorkerLost as loss:
-                lost.append((part, loss))
+            reply = part.reply
+            self._links.wait(reply)
+            if reply.loss is not None:
+                lost.append(part)
                 continue
-            if not isinstance(at, slice):
-                rows_PD[at] = out_PD
-            counters.received_bytes += out_PD.nbytes
-            counters.compute_seconds[part.worker] += spent / 1e9
+            if not isinstance(part.at, slice):
+                rows_PD[part.at] = reply.out_PD
+            counters.received_bytes += reply.out_PD.nbytes
+            counters.compute_seconds[reply.worker] += reply.compute_ns / 1e9
         counters.waited_seconds += time.perf_counter() - began
         return lost
 
-    def _repair(self, lost: list[tuple[Part, WorkerLost]], rows_PD: Tensor) -> None:
+    def _repair(self, lost: list[Part], rows_PD: Tensor) -> None:
         """Send lost parts to other replicas, or to the same worker when it is back, until nothing is missing."""
         began = time.monotonic()
         pause_s = _FIRST_PAUSE_S
         while lost:
             self.counters.repairs += len(lost)
             self._follow(lost)
-            parts = [again for part, _ in lost for again in self._resend(part)]
-            lost = self._receive(parts, rows_PD)
+            lost = self._receive([again for part in lost for again in self._resend(part)], rows_PD)
             if not lost:
                 break
-            part, loss = lost[0]
             left = began + self._rejoin_timeout_s - time.monotonic()
             if left <= 0 or self._closed:
-                reason = f"layer {part.rows.tag.layer} waited {self._rejoin_timeout_s:g} s for it; {loss.reason}"
-                raise WorkerLost(part.worker, reason) from loss
+                raise self._given_up(lost[0])
             with self._changed:
                 if not self._changed.wait_for(self._has_news, min(pause_s, left)):
                     pause_s = min(2 * pause_s, _LAST_PAUSE_S)
         self.counters.repair_seconds += time.monotonic() - began
 
+    def _given_up(self, part: Part) -> WorkerLost:
+        assert part.reply.loss is not None
+        where = f"layer {part.rows.tag.layer}, experts {np.unique(part.rows.expert_P.numpy()).tolist()}"
+        reason = f"{where}: no replica within {self._rejoin_timeout_s:g} s; {part.reply.loss.reason}"
+        return WorkerLost(part.reply.worker, reason)
+
     def _has_news(self) -> bool:
         return self._published is not self._view or self._closed
 
-    def _follow(self, lost: list[tuple[Part, WorkerLost]]) -> None:
+    def _follow(self, lost: Iterable[Part]) -> None:
         """Put the newest view in force and try the ways that failed once more."""
         view = self._published
         if view is not self._view:
             self._view = view
             self._links.update(view.addresses)
-        for worker in {part.worker for part, _ in lost} & set(self._links.absent):
+        for worker in {part.reply.worker for part in lost} & set(self._links.absent):
             self._links.reopen(worker)
         self._routes = Routes(view.placement, self._links.absent)
 
@@ -266,5 +265,6 @@ class Exchange:
         for worker in np.unique(owner_P.numpy()).tolist():
             chosen_P = owner_P == worker
             piece = piece_of(worker, x_TD, token_P[chosen_P].numpy(), expert_P[chosen_P].numpy())
-            parts.append(self._send(layer, attempt, piece, at_P[chosen_P]))
+            out_PD = x_TD.new_empty(len(piece.token_P), x_TD.shape[1])
+            parts.append(self._send(layer, attempt, piece, at_P[chosen_P], out_PD))
         return parts

@@ -95,7 +95,7 @@ def test_micro_batches_in_flight_are_combined_in_any_order(make_workers: MakeWor
     exchange = exchange_over(workers, placement)
     given = [batch(MODEL, 5 + seed, seed=seed) for seed in range(3)]
     handles = [exchange.dispatch(0, each.x_TD, each.ids_TK, each.weights_TK) for each in given]
-    for each, handle in zip(given, handles, strict=True):
+    for each, handle in reversed(list(zip(given, handles, strict=True))):
         expected_TD = MODEL.reference(0, each.x_TD, each.ids_TK, each.weights_TK)
         torch.testing.assert_close(exchange.combine(handle).double(), expected_TD, atol=1e-5, rtol=1e-5)
 

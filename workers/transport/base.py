@@ -28,7 +28,8 @@ class Rows:
 class Transport(Protocol):
     """A router's way to its expert workers. Not thread-safe: the step loop owns it.
 
-    Requests to one worker are answered in the order they were sent; several may be in flight.
+    Several requests to one worker may be in flight. It answers in the order they were sent, and replies are received
+    in that order: whoever asks for a later one drops those before it.
     """
 
     dropped_replies: int  # replies that nobody awaited any more
