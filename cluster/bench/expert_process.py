@@ -1,0 +1,39 @@
+"""One expert worker of a benchmark: a shard behind the gRPC transport, without Ray.
+
+`python -m cluster.bench.expert_process CHECKPOINT WORKER N_WORKERS THREADS`; prints its address once it serves, and
+ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from cluster.placement.placement import striped
+from workers.checkpoint import Checkpoint
+from workers.shard import ExpertShard
+from workers.transport.grpc_server import ExpertServer
+
+
+def main(directory: str, worker: str, n_workers: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    checkpoint = Checkpoint(directory)
+    spec = checkpoint.spec
+    shard = ExpertShard(spec, dtype=torch.float32)
+    for layer, expert in striped(spec.n_layers, spec.n_experts, worker_names(int(n_workers))).shard(worker):
+        shard.load(layer, expert, checkpoint.expert(layer, expert, torch.float32))
+    server = ExpertServer(shard, worker, "127.0.0.1")
+    server.start()
+    print(server.address, flush=True)
+    sys.stdin.read()
+    server.stop(grace_s=1.0)
+
+
+def worker_names(n: int) -> list[str]:
+    """expert-0, expert-1, ..."""
+    return [f"expert-{index}" for index in range(n)]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
