@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Collection
+from dataclasses import replace
 
 import psutil
 import ray
@@ -46,11 +47,11 @@ class Controller:
             self._changed.notify_all()
         return await self._news(known_version)
 
-    async def view(self) -> View:
-        """The view, with the controller itself among the members."""
-        view = self._membership.view
+    async def watch(self, known_version: int) -> View:
+        """The view with the controller itself among the members, as soon as it differs, else after a second."""
+        view = await self._news(known_version)
         myself = Member("controller", NAME, os.getpid(), self._node, "ready", "")
-        return View(view.version, (*view.members, myself), view.placement, view.draining)
+        return replace(view, members=(*view.members, myself))
 
     async def publish(self, placement: Placement) -> None:
         """Put the next placement in force."""

@@ -21,6 +21,9 @@ from cluster.fleet import haproxy_exec
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; only control messages pass through it
 _KILL_AFTER_S = 5.0
 
+# What every actor of a Ray of our own finds in its environment: the variables given to `start`.
+inherited: dict[str, str] = {}
+
 
 def environment(config: Config, run_dir: Path) -> dict[str, str]:
     """Ray's and Serve's settings, to be in force before Ray is imported. Writes the HAProxy script into `run_dir`."""
@@ -63,8 +66,11 @@ def ensure_token(environ: Mapping[str, str]) -> None:
         raise StartError(f"cannot write Ray's token to {path}: {error.strerror}; set RAY_AUTH_TOKEN_PATH") from error
 
 
-def start(config: Config, run_dir: Path) -> str:
-    """Start a Ray of our own, or join the one at `config.ray_address`; its address. `environment` is in force."""
+def start(config: Config, run_dir: Path, variables: Mapping[str, str]) -> str:
+    """Start a Ray of our own, or join the one at `config.ray_address`; its address. `environment` is in force.
+
+    The actors of a Ray of our own find `variables` in their environment.
+    """
     import ray
 
     common: dict[str, Any] = {"namespace": "expertmesh", "log_to_driver": False, "logging_level": "ERROR"}
@@ -72,6 +78,8 @@ def start(config: Config, run_dir: Path) -> str:
         if config.ray_address is not None:
             ray.init(config.ray_address, **common)
         else:
+            os.environ.update(variables)
+            inherited.update(variables)
             ray.init(
                 "local",
                 include_dashboard=False,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
 
 log = logging.getLogger(__name__)
 
+_LAST_WORD_S = 2.0
+
 
 class Router:
     """One router. A Ray async actor; whatever it needs to come back after a crash is in its constructor."""
@@ -42,10 +44,13 @@ class Router:
         self._service: GenerationService | None = None
         self._membership = MembershipLoop(controller, self._member, self._on_view)
         self._started = asyncio.get_event_loop().create_task(self._start())
+        self._started.add_done_callback(self._end_if_failed)
 
-    async def ready(self) -> None:
-        """Return once the model is loaded and the port open; raise what went wrong."""
+    async def address(self) -> str:
+        """Where it serves, `host:port`, once the model is loaded; raises what went wrong."""
         await asyncio.shield(self._started)
+        assert self._service is not None
+        return self._service.address
 
     async def _start(self) -> None:
         await self._first_view.wait()
@@ -58,14 +63,19 @@ class Router:
         await self._follow_state()
         self._membership.tell()
 
-    def _build(self) -> Engine:
-        import torch
+    def _end_if_failed(self, started: asyncio.Task[None]) -> None:
+        """A router that cannot start ends after it could say why; Ray tries again."""
+        if (error := started.exception()) is not None:
+            log.error("router %s cannot start", self._id, exc_info=error)
+            asyncio.get_event_loop().call_later(_LAST_WORD_S, os._exit, 1)
 
+    def _build(self) -> Engine:
         from cluster.router.build import build_engine
         from cluster.router.exchange import Exchange
+        from workers.kernels.threads import set_threads
         from workers.transport.grpc_client import GrpcTransport
 
-        torch.set_num_threads(self._threads)
+        set_threads(self._threads)
         if self._config.transport == "local":
             return build_engine(self._config, self._checkpoint)
         assert self._view is not None

@@ -1,0 +1,139 @@
+"""`expertmesh`: the command line. Commands import what they need when they run, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import types
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from cluster.bench.lazy import LazyGroup
+from cluster.config_load import FIELDS, HINTS, Loaded, flag, load
+from cluster.errors import ExpertMeshError
+from cluster.generate import generate
+from cluster.models.cli import app as model_app
+
+Port = Annotated[int | None, typer.Option(help="of the gateway, when several clusters run")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+class _OneLineErrors(TyperGroup):
+    """An error made on purpose ends the command with one line on standard error and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ExpertMeshError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Serving for mixture-of-experts models in which the experts are a service of their own.",
+)
+
+
+def takes_configuration(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn `command(loaded, **others)` into one that has an option for every field of the configuration.
+
+    The fields are the one source: name, type, default and help come from `Config`.
+    """
+
+    def run(model: str | None, config: Path | None, **values: Any) -> None:
+        given = {name: values.pop(name) for name in FIELDS if name != "model"}
+        command(load({"model": model, **given}, os.environ, config), **values)
+
+    optional = [_parameter(name) for name in FIELDS if name != "model"]
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    model = typer.Argument(help=f"{FIELDS['model'].metadata['help']}  [default: {FIELDS['model'].default}]")
+    config = typer.Option(help="YAML file with any of these options", envvar="EXPERTMESH_CONFIG")
+    parameters = [
+        inspect.Parameter(
+            "model", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, model]
+        ),
+        inspect.Parameter(
+            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]
+        ),
+        *optional,
+        *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
+    ]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__dict__["__signature__"] = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    field, hint = FIELDS[name], HINTS[name]
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(arm for arm in get_args(hint) if arm is not type(None))
+    spelling = f"{flag(name)}/--no-{flag(name)[2:]}" if hint is bool else flag(name)
+    shown = "" if field.default is None or hint is bool else f"  [default: {field.default}]"
+    # The environment is read by `load`, which knows where a value came from.
+    option = typer.Option(spelling, help=field.metadata["help"] + shown, show_default=False)
+    annotation = Annotated[hint | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+@app.command()
+@takes_configuration
+def serve(loaded: Loaded) -> None:
+    """Serve a model in the foreground until Ctrl-C."""
+    from cluster.fleet.serve import serve
+
+    serve(loaded.config, Console(soft_wrap=True))
+
+
+@app.command()
+def status(port: Port = None, as_json: Json = False) -> None:
+    """Show the processes of the running cluster."""
+    from cluster.fleet.snapshot import read
+    from cluster.fleet.status import show
+
+    content = read(port)
+    if as_json:
+        typer.echo(json.dumps(content))
+    else:
+        show(content, Console(soft_wrap=True))
+
+
+@app.command()
+def stop(
+    port: Port = None,
+    timeout_s: Annotated[float, typer.Option(help="how long to wait for open requests and the end")] = 60.0,
+) -> None:
+    """End the running cluster: open requests finish, then every process goes."""
+    from cluster.fleet.status import stop
+
+    typer.echo(stop(port, timeout_s))
+
+
+@app.command()
+@takes_configuration
+def config(loaded: Loaded, as_json: Json = False) -> None:
+    """Print the effective configuration, and where each value came from."""
+    values = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(loaded.config).items()}
+    if as_json:
+        rows = {name: {"value": value, "origin": loaded.origins[name]} for name, value in values.items()}
+        typer.echo(json.dumps(rows))
+        return
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        shown = "" if value is None else str(value).lower() if isinstance(value, bool) else value
+        typer.echo(f"{name + ':':{width + 1}} {shown!s:24} # {loaded.origins[name]}")
+
+
+app.command()(generate)
+app.add_typer(model_app, name="model")
+app.add_typer(typer.Typer(cls=LazyGroup, no_args_is_help=True, help="Measure, side by side with others."), name="bench")

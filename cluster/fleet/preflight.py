@@ -1,0 +1,107 @@
+"""What can be known before anything starts: is the port free, is the checkpoint whole, does it fit into memory."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from cluster.config import Config
+from cluster.errors import StartError
+from cluster.router import memory
+from cluster.router.build import dense_bytes, expert_bytes
+from cluster.router.sizing import compute_dtype, pool_blocks
+from workers.checkpoint import Checkpoint
+from workers.model.kv_cache import bytes_per_block
+
+_PROCESS_BYTES = 256 * 2**20  # Python, torch and gRPC in each of our processes
+_RAY_BYTES = 1024 * 2**20  # Ray, Serve and the gateways
+_STEP_BYTES = 256 * 2**20  # activations and logits of a router's step
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be started."""
+
+    checkpoint: str
+    model_name: str
+    n_layers: int
+    n_experts: int
+    workers: tuple[str, ...]  # ids of the expert workers; none with the local transport
+    routers: tuple[str, ...]
+    worker_threads: int
+    router_threads: int
+    dtype: torch.dtype
+    memory: dict[str, int]  # bytes, by what they are for
+
+
+def plan(config: Config, checkpoint: Path) -> Plan:
+    """Look at the checkpoint and decide. Raises CheckpointError naming file and tensor, StartError."""
+    opened = Checkpoint(checkpoint)
+    opened.verify()
+    spec, dtype = opened.spec, compute_dtype(config)
+    n_workers = config.expert_workers if config.transport == "grpc" else 0
+    kv_bytes = pool_blocks(config, spec, dtype) * bytes_per_block(spec, config.block_size, dtype)
+    wanted = {
+        "experts": expert_bytes(spec, dtype) * spec.n_layers * spec.n_experts,
+        "dense weights": dense_bytes(spec, dtype) * config.routers,
+        "KV caches": kv_bytes * config.routers,
+        "work": _STEP_BYTES * config.routers,
+        "processes": _PROCESS_BYTES * (config.routers + n_workers) + _RAY_BYTES,
+    }
+    cores = len(os.sched_getaffinity(0))
+    return Plan(
+        checkpoint=str(checkpoint.resolve()),
+        model_name=model_name(config, checkpoint),
+        n_layers=spec.n_layers,
+        n_experts=spec.n_experts,
+        workers=tuple(f"expert-{i}" for i in range(n_workers)),
+        routers=tuple(f"router-{i}" for i in range(config.routers)),
+        # Routers and workers take turns within a step, so each pool gets all cores.
+        worker_threads=config.worker_threads or max(1, cores // max(1, n_workers)),
+        router_threads=config.router_threads or max(1, cores // config.routers),
+        dtype=dtype,
+        memory=wanted,
+    )
+
+
+def model_name(config: Config, checkpoint: Path) -> str:
+    """The model's name in the API."""
+    if config.served_model_name is not None:
+        return config.served_model_name
+    if config.model == "default" or Path(config.model).is_dir():
+        return checkpoint.resolve().name
+    return config.model.rsplit("/", 1)[-1]
+
+
+def check_memory(plan: Plan) -> None:
+    """StartError unless what will be loaded fits into the memory of this machine."""
+    memory.check_memory(plan.memory)
+
+
+def check_port(host: str, port: int) -> None:
+    """StartError unless something can listen on `host:port`; says who does, where the system tells."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise StartError(f"--host {host}: {error.strerror}") from error
+    with socket.socket(family, kind, proto) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise StartError(f"cannot listen on {host}:{port}: {error.strerror}{_owner(port)}") from error
+
+
+def _owner(port: int) -> str:
+    try:
+        for found in psutil.net_connections("tcp"):
+            if found.status == psutil.CONN_LISTEN and found.laddr[1:2] == (port,) and found.pid:
+                return f" (process {found.pid}, {psutil.Process(found.pid).name()})"
+    except psutil.Error:
+        pass  # another user's
+    return ""

@@ -1,0 +1,199 @@
+"""`expertmesh serve`: check, start, watch, drain, stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import psutil
+from rich.console import Console
+
+from cluster.config import Config
+from cluster.errors import ExpertMeshError
+from cluster.fleet import local_ray, preflight, snapshot
+from cluster.fleet.run_state import RunState, make_run_dir
+from cluster.fleet.watch import Watch
+from cluster.models import resolve
+
+if TYPE_CHECKING:  # Ray is imported once its environment is in force
+    from cluster.fleet.launch import Cluster
+    from cluster.fleet.membership import View
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_GONE_AFTER_S = 30.0  # without a word of the controller, Ray itself must be gone
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end."""
+
+
+def serve(config: Config, console: Console) -> None:
+    """Run a cluster in the foreground until a signal ends it. Raises ExpertMeshError saying why it cannot start."""
+    with _signals_raise():
+        run_dir: Path | None = None
+        try:
+            preflight.check_port(config.host, config.port)
+            checkpoint = resolve(config.model)
+            with console.status(f"checking {checkpoint}"):
+                plan = preflight.plan(config, checkpoint)
+            if config.ray_address is None:
+                preflight.check_memory(plan)
+            run_dir = make_run_dir()
+            _run(config, plan, run_dir, console)
+        except Stopped:
+            console.print("stopped", style="dim")
+        except ExpertMeshError:
+            if run_dir is not None and (logs := run_dir / "session_latest" / "logs").is_dir():
+                console.print(f"logs are in {logs}", style="dim", highlight=False)
+                run_dir = None
+            raise
+        finally:
+            if run_dir is not None:
+                shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _run(config: Config, plan: preflight.Plan, run_dir: Path, console: Console) -> None:
+    url = base_url(config)
+    from workers.kernels.threads import process_environment
+
+    os.environ.update(local_ray.environment(config, run_dir))
+    local_ray.ensure_token(os.environ)
+    myself = psutil.Process()
+    state = RunState(myself.pid, myself.create_time(), url, config.port, "", str(run_dir), plan.model_name)
+    state.write()
+    began = time.monotonic()
+    try:
+        with console.status("starting Ray"):
+            address = local_ray.start(config, run_dir, process_environment(plan.worker_threads))
+        console.print(f"Ray        {address}", style="dim", highlight=False)
+        state = RunState(state.pid, state.started, url, config.port, address, str(run_dir), plan.model_name)
+        state.write()
+        # Ray takes the signals for itself when it starts.
+        _install_handlers()
+        _serve(config, plan, state, console, began)
+    finally:
+        _ignore_signals()
+        with console.status("stopping"):
+            local_ray.stop()
+        state.remove()
+
+
+def _serve(config: Config, plan: preflight.Plan, state: RunState, console: Console, began: float) -> None:
+    from cluster.fleet.launch import start_actors, wait_ready
+
+    cluster = start_actors(config, plan, state.url)
+    with console.status("starting") as status:
+
+        def show(view: View) -> None:
+            snapshot.write(state, view)
+            states = dict.fromkeys((*plan.workers, *plan.routers, "gateway-0"), "loading")
+            states.update({member.id: member.state for member in view.members})
+            status.update(", ".join(f"{name} {state}" for name, state in states.items()))
+
+        wait_ready(cluster, show)
+    _greet(config, plan, state, console, time.monotonic() - began)
+    try:
+        _supervise(cluster, state, Watch(console))
+    except Stopped:
+        _drain(cluster, state, config.drain_timeout_s, console)
+
+
+def _supervise(cluster: Cluster, state: RunState, watch: Watch) -> None:
+    """Keep the snapshot and tell of processes that leave and return, until a signal comes. ExpertMeshError if Ray ends.
+
+    Ray restarts what dies; the data plane repairs itself. Nothing is decided here.
+    """
+    from ray.exceptions import RayError
+
+    known, heard = 0, time.monotonic()
+    while True:
+        try:
+            view = cluster.news(known)
+        except RayError as error:
+            if time.monotonic() - heard > _GONE_AFTER_S:
+                raise ExpertMeshError(f"Ray is gone: {' '.join(str(error).split())}") from error
+            time.sleep(0.2)
+            continue
+        known, heard = view.version, time.monotonic()
+        snapshot.write(state, view)
+        watch.see(view)
+
+
+def _drain(cluster: Cluster, state: RunState, timeout_s: float, console: Console) -> None:
+    """Take no new requests, let the open ones finish. A second signal ends it at once."""
+    import ray
+    from ray.exceptions import RayError
+
+    deadline = time.monotonic() + timeout_s
+    try:
+        ray.get(cluster.controller.drain.remote(), timeout=5.0)
+        known = 0
+        with console.status("finishing open requests (Ctrl-C: end at once)") as status:
+            while time.monotonic() < deadline:
+                view = cluster.news(known)
+                known = view.version
+                snapshot.write(state, view)
+                gateways = [m for m in view.members if m.role == "gateway" and m.state != "lost"]
+                n_open = sum(int(str(m.detail.get("open", 0))) for m in gateways)
+                if n_open == 0 and all(m.state == "draining" for m in gateways):
+                    return
+                status.update(f"finishing {n_open} open requests (Ctrl-C: end at once)")
+        console.print(f"requests were still open after {timeout_s:g} s", style="yellow", highlight=False)
+    except (RayError, Stopped):
+        pass
+
+
+def base_url(config: Config) -> str:
+    """Where a client on this machine reaches the gateway."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+
+
+def _greet(config: Config, plan: preflight.Plan, state: RunState, console: Console, seconds: float) -> None:
+    key = '-H "Authorization: Bearer $OPENAI_API_KEY" ' if config.api_keys_file else ""
+    body = f'{{"model": "{plan.model_name}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    console.print(f"[green]ready[/] in {seconds:.1f} s: {plan.model_name} with {_size(plan)}", highlight=False)
+    console.print(f"OpenAI base URL: [bold]{state.url}/v1[/]", highlight=False)
+    print(f"try: curl -N {state.url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'")
+    console.print("Ctrl-C ends it", style="dim")
+    sys.stdout.flush()
+
+
+def _size(plan: preflight.Plan) -> str:
+    def count(n: int, noun: str) -> str:
+        return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+    routers = count(len(plan.routers), "router")
+    return f"{routers} and {count(len(plan.workers), 'expert worker')}" if plan.workers else f"{routers}, all in one"
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    _install_handlers()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _install_handlers() -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped
+
+    for number in _SIGNALS:
+        signal.signal(number, stop)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,50 @@
+"""The state of a running cluster as a file, kept by `expertmesh serve`, read by `expertmesh status`.
+
+A file, because asking is then instant and disturbs nothing, and because it tells something even when Ray does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ExpertMeshError
+from cluster.fleet.membership import View
+from cluster.fleet.run_state import RunState, find
+
+_NAME = "status.json"
+_STALE_S = 15.0  # it is written every second, and with every change
+
+
+def write(state: RunState, view: View) -> None:
+    """Replace the snapshot of the cluster."""
+    content = {
+        "model": state.model,
+        "url": state.url,
+        "pid": state.pid,
+        "ray_address": state.ray_address,
+        "run_dir": state.run_dir,
+        "epoch": view.placement.epoch,
+        "draining": view.draining,
+        "written": time.time(),
+        "processes": [asdict(member) for member in view.members],
+    }
+    draft = Path(state.run_dir, f"{_NAME}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    draft.replace(Path(state.run_dir, _NAME))
+
+
+def read(port: int | None = None) -> dict[str, Any]:
+    """The snapshot of the running cluster, on `port` if there are several. ExpertMeshError when there is none."""
+    state = find(port)
+    try:
+        content: dict[str, Any] = json.loads(Path(state.run_dir, _NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExpertMeshError(f"the cluster on port {state.port} is just starting (process {state.pid})") from None
+    if time.time() - content["written"] > _STALE_S:
+        raise ExpertMeshError(f"`expertmesh serve` (process {state.pid}) has said nothing for {_STALE_S:g} s")
+    return content

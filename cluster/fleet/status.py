@@ -1,0 +1,58 @@
+"""`expertmesh status` and `expertmesh stop`: find the running cluster, show it, end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import ExpertMeshError
+from cluster.fleet.run_state import find
+from cluster.fleet.snapshot import read
+
+_MIB = 2**20
+
+
+def processes(port: int | None = None) -> list[dict[str, Any]]:
+    """The processes of the running cluster: role, id, pid, node, state, address, metrics_url, epoch, detail."""
+    found: list[dict[str, Any]] = read(port)["processes"]
+    return found
+
+
+def show(content: dict[str, Any], console: Console) -> None:
+    """Print a snapshot for people."""
+    console.print(f"{content['model']} at [bold]{content['url']}[/]", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("id", "state", "pid", "memory", "address", ""):
+        table.add_column(column, justify="right" if column in ("pid", "memory") else "left")
+    for process in content["processes"]:
+        state = process["state"] if process["state"] == "ready" else f"[yellow]{process['state']}[/]"
+        detail = "  ".join(f"{name} {value}" for name, value in process["detail"].items())
+        memory = _memory(process["pid"])
+        table.add_row(process["id"], state, str(process["pid"]), memory, process["address"], f"[dim]{detail}[/]")
+    console.print(table)
+
+
+def stop(port: int | None, timeout_s: float) -> str:
+    """End the running cluster in good order and say so. ExpertMeshError when it does not end in time."""
+    state = find(port)
+    process = psutil.Process(state.pid)
+    os.kill(state.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout_s)
+    except psutil.TimeoutExpired:
+        raise ExpertMeshError(
+            f"process {state.pid} has not ended within {timeout_s:g} s; it is still finishing requests"
+        ) from None
+    return f"stopped {state.model} at {state.url}"
+
+
+def _memory(pid: int) -> str:
+    try:
+        return f"{psutil.Process(pid).memory_info().rss // _MIB} MiB"
+    except psutil.Error:  # of another node, or gone
+        return ""

@@ -1,0 +1,34 @@
+"""Tells the person at the terminal what happens in the cluster."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+
+from cluster.fleet.membership import View
+
+
+class Watch:
+    """Prints a line when a process is lost and one when it is back."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._pids: dict[str, int] = {}
+        self._lost: dict[str, float] = {}
+
+    def see(self, view: View) -> None:
+        """Compare with the views seen before."""
+        for member in view.members:
+            known = self._pids.get(member.id)
+            gone = member.state == "lost" or (known is not None and known != member.pid)
+            if gone and member.id not in self._lost:
+                self._lost[member.id] = time.monotonic()
+                self._say(f"[yellow]{member.id} is lost[/] (process {known or member.pid}); Ray starts it again")
+            if member.state == "ready":
+                if (since := self._lost.pop(member.id, None)) is not None:
+                    self._say(f"[green]{member.id} is back[/] after {time.monotonic() - since:.1f} s")
+                self._pids[member.id] = member.pid
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False)
