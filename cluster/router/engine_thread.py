@@ -93,11 +93,12 @@ class EngineThread:
             with self._wake:
                 while not (self._commands or self._stopping or self._engine.has_work()):
                     self._wake.wait()
-                if self._stopping:
-                    return
                 commands, self._commands = self._commands, deque()
+                stopping = self._stopping
             for command in commands:
                 command()
+            if stopping:
+                return
             outputs: list[StepOutput | Refused] = [*self._refused]
             self._refused.clear()
             if self._engine.has_work():

@@ -35,7 +35,7 @@ _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 5000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 2000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 2000),
 ]
 # A gateway that reads nothing while this many tokens wait for it is gone; its requests go on through another.
 _MAX_PENDING_TOKENS = 65536
