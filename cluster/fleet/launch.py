@@ -18,7 +18,6 @@ from cluster.fleet.controller import NAME, NAMESPACE, Controller
 from cluster.fleet.membership import View
 from cluster.fleet.preflight import Plan
 from cluster.fleet.router_actor import Router
-from cluster.placement.placement import striped
 from workers.actor import ExpertWorker
 from workers.kernels.threads import process_environment
 
@@ -45,14 +44,11 @@ def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
     controller = _actor(Controller, NAME, 1, max_concurrency=1000).remote(
         plan.n_layers, plan.n_experts, plan.workers, (*plan.workers, *plan.routers)
     )
-    placement = striped(plan.n_layers, plan.n_experts, plan.workers) if plan.workers else None
     actors = {}
     for worker in plan.workers:
-        assert placement is not None
         actors[worker] = _actor(ExpertWorker, worker, plan.worker_threads).remote(
-            worker, plan.checkpoint, placement.shard(worker), controller,
-            dtype=plan.dtype, threads=plan.worker_threads,
-        )  # fmt: skip
+            worker, config, plan.checkpoint, plan.worker_threads, controller
+        )
     for router in plan.routers:
         actors[router] = _actor(Router, router, plan.router_threads).remote(
             router, config, plan.checkpoint, plan.router_threads, controller
@@ -66,7 +62,7 @@ def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
 
 def wait_ready(cluster: Cluster, show: Callable[[View], None]) -> None:
     """Return once every process is ready; `show` sees the view as it changes. StartError names who failed and why."""
-    waiting = {actor.address.remote(): name for name, actor in cluster.actors.items()}
+    waiting = {actor.ready.remote(): name for name, actor in cluster.actors.items()}
     known = 0
     while True:
         done, _ = ray.wait(list(waiting), timeout=_POLL_S) if waiting else ([], [])

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from cluster.config import Config
 from cluster.errors import StartError
@@ -35,7 +34,6 @@ class Plan:
     routers: tuple[str, ...]
     worker_threads: int
     router_threads: int
-    dtype: torch.dtype
     memory: dict[str, int]  # bytes, by what they are for
 
 
@@ -64,7 +62,6 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         # Routers and workers take turns within a step, so each pool gets all cores.
         worker_threads=config.worker_threads or max(1, cores // max(1, n_workers)),
         router_threads=config.router_threads or max(1, cores // config.routers),
-        dtype=dtype,
         memory=wanted,
     )
 

@@ -46,8 +46,8 @@ class Router:
         self._started = asyncio.get_event_loop().create_task(self._start())
         self._started.add_done_callback(self._end_if_failed)
 
-    async def address(self) -> str:
-        """Where it serves, `host:port`, once the model is loaded; raises what went wrong."""
+    async def ready(self) -> str:
+        """The address it serves at, once the model is loaded; raises what went wrong."""
         await asyncio.shield(self._started)
         assert self._service is not None
         return self._service.address
