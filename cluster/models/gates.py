@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from cluster.errors import CheckpointError
 from cluster.models import corpus
+from cluster.models.dense import DenseSource
 from workers.spec import ModelSpec, Shape
 
 Read = Callable[[str, Shape], Tensor]
@@ -28,14 +28,14 @@ _ITERATIONS = 20
 _FIRST_SHARE = 0.7  # mean weight of the better expert of the two best: peaked, yet both count
 
 
-def fit_gates(spec: ModelSpec, read: Read, tokenizer: Tokenizer, *, seed: int = 0) -> Iterator[Tensor]:
-    """The gates [E, D] float32 of layer 0, 1, ..., for the dense model whose tensors `read` gives.
+def fit_gates(spec: ModelSpec, source: DenseSource, *, seed: int = 0) -> Iterator[Tensor]:
+    """The gates [E, D] float32 of layer 0, 1, ..., for the dense model `source`.
 
     Raises CheckpointError when the tokenizer's ids do not fit the model or the text is too short for so many experts.
     """
-    ids_CT = _encode_corpus(spec, tokenizer)
+    ids_CT = _encode_corpus(spec, source)
     generator = torch.Generator().manual_seed(seed)
-    for x_ND in ffn_inputs(spec, read, ids_CT):
+    for x_ND in ffn_inputs(spec, source.read, ids_CT):
         yield _gate(x_ND, spec.n_experts, generator)
 
 
@@ -70,18 +70,22 @@ def ffn_inputs(spec: ModelSpec, read: Read, ids_CT: Tensor) -> Iterator[Tensor]:
         h_CTD = h_CTD + F.linear(F.silu(gate_CTF) * up_CTF, weight("mlp.down_proj", hidden, spec.ffn_size))
 
 
-def _encode_corpus(spec: ModelSpec, tokenizer: Tokenizer) -> Tensor:
+def _encode_corpus(spec: ModelSpec, source: DenseSource) -> Tensor:
     """Equal chunks of every kind of text."""
     chunk = min(_CHUNK, spec.max_context, spec.sliding_window or _CHUNK)
     chunks = []
     for text in corpus.read_all():
-        ids = tokenizer.encode(text, add_special_tokens=False).ids[:_TOKENS_PER_KIND]
+        ids = source.tokenizer.encode(text, add_special_tokens=False).ids[:_TOKENS_PER_KIND]
         chunks += [ids[start : start + chunk] for start in range(0, len(ids) - chunk + 1, chunk)]
     ids_CT = torch.tensor(chunks)
     if ids_CT.max() >= spec.vocab_size:
-        raise CheckpointError(f"the tokenizer gives id {int(ids_CT.max())}, the model knows {spec.vocab_size} tokens")
+        raise CheckpointError(
+            f"{source.origin}: the tokenizer gives id {int(ids_CT.max())}, the model knows {spec.vocab_size} tokens"
+        )
     if ids_CT.shape[0] * (chunk - 1) < spec.n_experts:
-        raise CheckpointError(f"{spec.n_experts} experts are more than the text to fit gates to has tokens")
+        raise CheckpointError(
+            f"{source.origin}: {spec.n_experts} experts are more than the text to fit gates to has tokens"
+        )
     return ids_CT
 
 

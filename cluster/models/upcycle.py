@@ -39,7 +39,7 @@ def write_upcycled(
     spec = ModelSpec.from_values(values, dense.origin)
     gates: dict[str, Tensor] = {}
     with building(dest) as directory, torch.inference_mode():
-        for layer, gate_ED in enumerate(fit_gates(spec, dense.read, dense.tokenizer)):
+        for layer, gate_ED in enumerate(fit_gates(spec, dense)):
             gates[spec.tensor_names.layer(layer, fused=False)["gate_ED"][0]] = gate_ED
             progress("fitting the gates", (layer + 1) / spec.n_layers)
         read = lru_cache(maxsize=len(_FFN))(dense.read)  # all copies of an FFN are written in a row
