@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from workers.spec import ModelSpec
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one replica: which expert it is, its size in bytes and the rows it computed so far."""
+    """The place of one replica: which expert it is, its size in bytes and the rows it computed since it was loaded."""
 
     layer: int
     expert: int
     weight_bytes: int
-    rows: int = 0
+    rows: int
 
 
 class ExpertShard:
@@ -41,6 +41,7 @@ class ExpertShard:
         self.device = torch.device(device)
         self.dtype = dtype or spec.dtype
         self.n_layers = spec.n_layers
+        self.n_experts = spec.n_experts
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size
         self._layers = [
@@ -48,17 +49,25 @@ class ExpertShard:
             for _ in range(spec.n_layers)
         ]
         self._locks = [threading.Lock() for _ in range(spec.n_layers)]
-        self._slots: dict[tuple[int, int], Slot] = {}
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """Every slot, ascending by (layer, expert). Rows counters are live."""
-        return tuple(slot for _, slot in sorted(self._slots.copy().items()))
+        """Every slot, ascending by (layer, expert)."""
+        return tuple(
+            Slot(index, expert, self.expert_bytes, int(layer.rows_E[expert]))
+            for index, layer in enumerate(self._layers)
+            for expert in sorted(layer.held)
+        )
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes that one replica takes."""
+        return 3 * self.hidden_size * self.ffn_size * self.dtype.itemsize
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of expert weights resident on the device."""
-        return sum(slot.weight_bytes for slot in self.slots)
+        return self.expert_bytes * sum(len(layer.held) for layer in self._layers)
 
     def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         """Put a replica of `(layer, expert)` on the device, in the shard's dtype; replaces one that is there."""
@@ -68,12 +77,11 @@ class ExpertShard:
         w2_DF = torch.empty(self.hidden_size, self.ffn_size, dtype=self.dtype, device=self.device).copy_(weights.w2_DF)
         with self._locks[layer]:
             self._layers[layer].put(expert, w13_2FD, w2_DF)
-            self._slots[layer, expert] = Slot(layer, expert, w13_2FD.nbytes + w2_DF.nbytes)
 
     def unload(self, layer: int, expert: int) -> None:
         """Free the replica of `(layer, expert)`. Raises ExpertNotHeld when there is none."""
         with self._locks[layer]:
-            if self._slots.pop((layer, expert), None) is None:
+            if expert not in self._layers[layer].held:
                 raise ExpertNotHeld(layer, (expert,))
             self._layers[layer].drop(expert)
 
@@ -84,8 +92,10 @@ class ExpertShard:
         Raises ExpertNotHeld when an expert has no slot here.
         """
         with self._locks[layer]:
-            self._count(layer, expert_P)
-            return self._layers[layer].forward(x_TD, token_P, expert_P)
+            try:
+                return self._layers[layer].forward(x_TD, token_P, expert_P)
+            except KeyError as error:
+                raise ExpertNotHeld(layer, error.args) from None
 
     def begin_step(self, step: int) -> None:
         """Nothing to do: nothing outlives a dispatch in one process."""
@@ -93,8 +103,10 @@ class ExpertShard:
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Compute the experts of `layer` at once; the handle is the result. See `workers.model.experts.Experts`."""
         with self._locks[layer]:
-            self._count(layer, expert_ids_TK)
-            return self._layers[layer].forward_combined(x_TD, expert_ids_TK, weights_TK)
+            try:
+                return self._layers[layer].forward_combined(x_TD, expert_ids_TK, weights_TK)
+            except KeyError as error:
+                raise ExpertNotHeld(layer, error.args) from None
 
     def combine(self, handle: Tensor) -> Tensor:
         """y_TD, in the dtype of the dispatched rows: the weighted sum, added in expert order in float32."""
@@ -103,13 +115,3 @@ class ExpertShard:
     def micro_batches(self, n_rows: int) -> int:
         """One: there is nothing to overlap in one process."""
         return 1
-
-    def _count(self, layer: int, expert_ids: Tensor) -> None:
-        """Add the rows of each expert to its slot's counter; raise ExpertNotHeld before anything is computed."""
-        counts_E = torch.bincount(expert_ids.flatten(), minlength=self._layers[layer].n_experts).tolist()
-        missing = [expert for expert, rows in enumerate(counts_E) if rows and (layer, expert) not in self._slots]
-        if missing:
-            raise ExpertNotHeld(layer, missing)
-        for expert, rows in enumerate(counts_E):
-            if rows:
-                self._slots[layer, expert].rows += rows

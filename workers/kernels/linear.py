@@ -1,28 +1,61 @@
-"""Matrix products of the dense half: query/key/value, output, gate and head projections."""
+"""Matrix products of the dense half: query/key/value, output, gate and head projections.
+
+Legend: T token rows, D inputs, N outputs.
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from workers.kernels import threads
+
+#: Up to this many rows a product is bound by reading the weights, and the streaming kernel beats a BLAS.
+FEW_ROWS = 32
+
+
+def is_fast(tensor: Tensor) -> bool:
+    """Whether the compiled CPU kernels take it: float32 in host memory."""
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def with_unit_stride(x_TD: Tensor) -> Tensor:
+    """`x`, copied if its rows are not contiguous in themselves."""
+    return x_TD if x_TD.stride(-1) == 1 or x_TD.shape[-1] == 1 else x_TD.contiguous()
 
 
 class PackedLinear:
     """`y_TN = x_TD @ weight_ND.T`, for any number of rows, in whatever way is fastest for that number.
 
-    Keeps one resident copy of the weight. Takes [T, D] (a non-contiguous view is fine) and returns a new contiguous
-    [T, N]; both have the dtype and device of the weight.
+    Keeps one resident copy of the weight, row-major, which serves both ways. Takes [T, D] (a non-contiguous view is
+    fine) and returns a new contiguous [T, N]; both have the dtype and device of the weight.
     """
 
     def __init__(self, weight_ND: Tensor) -> None:
         self.weight_ND = weight_ND.detach().contiguous()
-
-    @property
-    def n_outputs(self) -> int:
-        return self.weight_ND.shape[0]
-
-    @property
-    def n_inputs(self) -> int:
-        return self.weight_ND.shape[1]
+        self.n_outputs, self.n_inputs = self.weight_ND.shape
+        self._fast = is_fast(self.weight_ND)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight_ND)
+        rows = x_TD.shape[0]
+        if not self._fast or rows > FEW_ROWS or rows == 0:
+            return F.linear(x_TD, self.weight_ND)
+        return few_rows(with_unit_stride(x_TD), self.weight_ND)
+
+
+def few_rows(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+    """The product by the streaming kernel; float32, unit stride along D. Returns [T, N]."""
+    from workers.kernels import cpu
+
+    n_rows, k = x_TD.shape
+    n = weight_ND.shape[0]
+    y_TN = torch.empty(n_rows, n)
+    team = threads.available() if 4 * n * k >= threads.PARALLEL_BYTES else 1
+    scratch = torch.empty(n_rows * team, dtype=torch.int64)
+    cpu.linear(
+        team,
+        *(x_TD.data_ptr(), 4 * x_TD.stride(0), weight_ND.data_ptr(), y_TN.data_ptr(), n_rows, k, n),
+        scratch.data_ptr(),
+    )
+    return y_TN
