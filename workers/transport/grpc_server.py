@@ -52,12 +52,26 @@ class ExpertServer:
         self._server.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
-    def stop(self, grace_s: float) -> None:
-        """Say NOT_SERVING, answer what has arrived (at most `grace_s` seconds), then close every stream."""
+    def drain(self) -> None:
+        """Say NOT_SERVING; the routers that are connected are still answered."""
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def stop(self, grace_s: float) -> None:
+        """Drain, answer what has arrived (at most `grace_s` seconds), then close every stream."""
+        self.drain()
         with self._idle:
             self._idle.wait_for(lambda: self._in_flight == 0, grace_s)
         self._server.stop(0).wait()
+
+    def numbers(self) -> dict[str, object]:
+        """For people: experts held, bytes, rows and seconds computed, open streams."""
+        return {
+            "experts": len(self._shard.slots),
+            "weight_bytes": self._shard.weight_bytes,
+            "rows": self._batcher.rows,
+            "compute_seconds": round(self._batcher.compute_seconds, 3),
+            "streams": self._streams,
+        }
 
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         return {
@@ -88,7 +102,7 @@ class ExpertServer:
         header = wire.parse(first)
         request = wire.request(header, wire.payload(header, first, lambda: _following(frames)))
         try:
-            self._check(header)
+            self._check(header, request)
             y_PD, compute_ns = self._batcher.compute(header.tag.layer, request, is_wanted)
             return wire.reply_frames(header.tag, header.n_tokens, y_PD, compute_ns)
         except CancelledError:
@@ -100,13 +114,12 @@ class ExpertServer:
             _log.exception("layer %d, %d pairs", header.tag.layer, header.n_pairs)
             return wire.error_frames(header.tag, f"{type(error).__name__}: {error}")
 
-    def _check(self, header: wire.Header) -> None:
-        shard = self._shard
-        if header.width != shard.hidden_size or header.dtype != shard.dtype or header.tag.layer >= shard.n_layers:
-            raise WireError(
-                f"rows of {header.width} {header.dtype} for layer {header.tag.layer}; this worker holds "
-                f"{shard.n_layers} layers of {shard.hidden_size} {shard.dtype}"
-            )
+    def _check(self, header: wire.Header, request: wire.Request) -> None:
+        shard, layer = self._shard, header.tag.layer
+        if (header.width, header.dtype) != (shard.hidden_size, shard.dtype):
+            raise WireError(f"rows of {header.width} {header.dtype}, not {shard.hidden_size} {shard.dtype}")
+        if layer >= shard.n_layers or int(request.expert_P[-1]) >= shard.n_experts:
+            raise WireError(f"layer {layer}, expert {int(request.expert_P[-1])}: the model does not have it")
 
     def _describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         return pb.DescribeReply(

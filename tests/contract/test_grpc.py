@@ -1,0 +1,224 @@
+"""What only the gRPC transport can suffer: malformed bytes, killed and frozen processes; and the server's services."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.placement.placement import Placement, striped
+from cluster.router.exchange import Exchange
+from tests.contract.harness import GrpcWorkers
+from tests.contract.model import Model, batch
+from tests.contract.test_results import exchange_over, run
+from workers import wire
+from workers.errors import WorkerLost
+from workers.pb import experts_pb2, experts_pb2_grpc
+from workers.transport.base import Rows, Tag
+from workers.transport.grpc_client import GrpcTransport
+from workers.transport.grpc_options import EXCHANGE_METHOD
+from workers.transport.grpc_server import ExpertServer
+
+MODEL = Model()
+TAG = Tag(1, 1, 1, 0, 0, 0)
+ONE_P = torch.zeros(1, dtype=torch.int32)
+GOOD = next(wire.request_frames(TAG, torch.ones(1, 32), ONE_P, ONE_P))
+LONG = list(wire.request_frames(TAG, torch.ones(20000, 32), ONE_P, ONE_P))
+
+
+@pytest.fixture
+def workers() -> Iterator[GrpcWorkers]:
+    workers = GrpcWorkers(MODEL)
+    workers.start("a", [(layer, expert) for layer in range(2) for expert in range(6)])
+    yield workers
+    workers.close()
+
+
+@pytest.fixture
+def channel(workers: GrpcWorkers) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(workers.addresses["a"]) as channel:
+        yield channel
+
+
+def answers(channel: grpc.Channel, *frames: bytes) -> Iterator[bytes]:
+    return channel.stream_stream(EXCHANGE_METHOD)(iter(frames), timeout=20)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        pytest.param([b""], id="empty"),
+        pytest.param([b"GET / HTTP/1.1\r\n"], id="another protocol"),
+        pytest.param([os.urandom(5000)], id="noise"),
+        pytest.param([GOOD[:-1]], id="truncated"),
+        pytest.param([GOOD + b"\0"], id="too long"),
+        pytest.param([LONG[0]], id="ends within a message"),
+        pytest.param([LONG[0], b"short", LONG[1]], id="a frame of another length"),
+        pytest.param([GOOD[:-8] + b"\x09\0\0\0" + GOOD[-4:]], id="a row that is not there"),
+        pytest.param([GOOD[:-4] + b"\xff\xff\xff\xff"], id="a negative expert"),
+        pytest.param([GOOD, *wire.reply_frames(TAG, 1, torch.ones(1, 32), 0)], id="a reply"),
+    ],
+)
+def test_malformed_bytes_end_their_stream_and_no_other(
+    workers: GrpcWorkers, channel: grpc.Channel, frames: list[bytes]
+) -> None:
+    transport = workers.transport()
+    transport.connect("a", workers.addresses["a"])
+    out_PD = torch.empty(1, 32)
+    rows = Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P)
+    transport.send("a", rows)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(answers(channel, *frames))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    transport.receive("a", TAG, 20, out_PD)
+    transport.send("a", rows)
+    transport.receive("a", TAG, 20, out_PD)
+
+
+@pytest.mark.parametrize(
+    ("tag", "x_TD", "expert", "text"),
+    [
+        (TAG, torch.ones(1, 31), 0, "rows of 31"),
+        (TAG, torch.ones(1, 32).half(), 0, "float16"),
+        (TAG._replace(layer=2), torch.ones(1, 32), 0, "layer 2"),
+        (TAG, torch.ones(1, 32), 6, "expert 6"),
+        (TAG, torch.ones(1, 32), wire.MAX_EXPERTS - 1, "expert 65535"),
+    ],
+)
+def test_rows_that_do_not_fit_the_shard_are_refused_and_the_stream_goes_on(
+    workers: GrpcWorkers, tag: Tag, x_TD: torch.Tensor, expert: int, text: str
+) -> None:
+    transport = workers.transport()
+    transport.connect("a", workers.addresses["a"])
+    transport.send("a", Rows(tag, x_TD, ONE_P, ONE_P + expert))
+    transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
+    with pytest.raises(WorkerLost, match=f"refused.*{text}"):
+        transport.receive("a", tag, 20, torch.empty_like(x_TD))
+    transport.receive("a", TAG, 20, torch.empty(1, 32))
+
+
+def test_a_worker_that_answers_nonsense_is_lost() -> None:
+    class Liar:
+        def exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            for frame in frames:
+                yield from wire.reply_frames(wire.parse(frame).tag, 1, torch.ones(1, 3), 0)
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    service, method = EXCHANGE_METHOD.strip("/").split("/")
+    handlers = {method: grpc.stream_stream_rpc_method_handler(Liar().exchange)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    transport = GrpcTransport()
+    transport.connect("liar", address)
+    transport.send("liar", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
+    with pytest.raises(WorkerLost, match="malformed reply"):
+        transport.receive("liar", TAG, 20, torch.empty(1, 32))
+    transport.close()
+    server.stop(0).wait()
+
+
+def test_two_peers_that_write_at_the_same_time_do_not_wait_for_each_other(workers: GrpcWorkers) -> None:
+    """Requests and replies of many frames in flight at once are more than gRPC's windows hold."""
+    transport = workers.transport()
+    transport.connect("a", workers.addresses["a"])
+    x_TD = torch.ones(60000, 32)
+    pairs_P = torch.arange(60000, dtype=torch.int32)
+    for step in range(6):
+        transport.send("a", Rows(TAG._replace(step=step), x_TD, pairs_P, torch.zeros_like(pairs_P)))
+    out_PD = torch.empty(60000, 32)
+    for step in range(6):
+        transport.receive("a", TAG._replace(step=step), 20, out_PD)
+
+
+def test_describe_and_health(workers: GrpcWorkers, channel: grpc.Channel) -> None:
+    run(exchange_over(workers, striped(2, 6, ("a",))), batch(MODEL, 5))
+    state = experts_pb2_grpc.ExpertsStub(channel).Describe(experts_pb2.DescribeRequest())
+    assert (state.worker, state.pid, state.streams, state.rows) == ("a", os.getpid(), 1, 10)
+    assert [(slot.layer, slot.expert) for slot in state.slots] == [(layer, e) for layer in range(2) for e in range(6)]
+    assert sum(slot.rows for slot in state.slots if slot.layer == 1) == 10
+    health = health_pb2_grpc.HealthStub(channel)
+    assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_worker_that_stops_answers_what_has_arrived(workers: GrpcWorkers, channel: grpc.Channel) -> None:
+    gate = workers.shards["a"].open
+    gate.clear()
+    transport = workers.transport()
+    transport.connect("a", workers.addresses["a"])
+    transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
+    time.sleep(0.3)
+    server = workers._servers["a"]
+    stopping = threading.Thread(target=server.stop, args=(20,))
+    stopping.start()
+    health = health_pb2_grpc.HealthStub(channel)
+    while health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING:
+        time.sleep(0.01)
+    gate.set()
+    transport.receive("a", TAG, 20, torch.empty(1, 32))
+    stopping.join()
+    with pytest.raises(WorkerLost):
+        transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
+        transport.receive("a", TAG, 20, torch.empty(1, 32))
+
+
+def test_a_port_that_is_taken_is_an_error_that_names_it(workers: GrpcWorkers) -> None:
+    host, port = workers.addresses["a"].split(":")
+    with pytest.raises(OSError, match=f"{host}:{port}"):
+        ExpertServer(workers.shard("a"), "b", host, int(port))
+
+
+def start_process(worker: str) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "tests.contract.worker_process", worker]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_processes_that_are_killed_or_frozen_change_no_bit() -> None:
+    """kill -9 with and without a replica, SIGSTOP with one; the survivors of each answer the same step."""
+    both = Placement(1, ("a", "b"), tuple(tuple((e % 2, (e + 1) % 2) for e in range(6)) for _ in range(2)))
+    given = batch(MODEL, 9)
+    processes = dict(zip(both.workers, map(start_process, both.workers), strict=True))
+    transport = GrpcTransport()
+    try:
+        addresses = {worker: address for worker, (_, address) in processes.items()}
+        exchange = Exchange(both, addresses, transport, reply_timeout_s=1, rejoin_timeout_s=60)
+        before = run(exchange, given)
+
+        os.kill(processes["b"][0].pid, signal.SIGSTOP)
+        assert torch.equal(run(exchange, given), before)
+        os.kill(processes["b"][0].pid, signal.SIGCONT)
+
+        handle = exchange.dispatch(1, given.x_TD, given.ids_TK, given.weights_TK)
+        os.kill(processes["a"][0].pid, signal.SIGKILL)
+        assert torch.equal(exchange.combine(handle), before)
+
+        os.kill(processes["b"][0].pid, signal.SIGKILL)
+        restarted: list[tuple[subprocess.Popen[str], str]] = []
+
+        def restart() -> None:
+            restarted.append(start_process("a"))
+            exchange.publish(both, {"a": restarted[0][1]})
+
+        thread = threading.Thread(target=restart)
+        thread.start()
+        assert torch.equal(run(exchange, given), before)
+        thread.join()
+        processes["again"] = restarted[0]
+    finally:
+        transport.close()
+        for process, _ in processes.values():
+            process.kill()
+            process.wait()

@@ -1,0 +1,16 @@
+"""An expert worker as a process of its own: prints its address, ends when its standard input does."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.contract.model import Model
+from workers.transport.grpc_server import ExpertServer
+
+model = Model()
+shard = model.shard((layer, expert) for layer in range(model.n_layers) for expert in range(model.n_experts))
+server = ExpertServer(shard, sys.argv[1], "127.0.0.1")
+server.start()
+print(server.address, flush=True)
+sys.stdin.read()
+server.stop(1)

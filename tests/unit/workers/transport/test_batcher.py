@@ -1,0 +1,90 @@
+"""Requests that wait together are computed together, and each still gets its own rows or its own error."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.contract.model import Model
+from workers.errors import ExpertNotHeld
+from workers.shard import ExpertShard
+from workers.transport.batcher import Batcher
+from workers.wire import Request
+
+MODEL = Model()
+
+
+class SlowShard(ExpertShard):
+    """Counts forwards, and holds them up until `open`."""
+
+    def __init__(self) -> None:
+        super().__init__(MODEL.spec())
+        for expert in range(5):  # one is missing
+            for layer in range(2):
+                self.load(layer, expert, MODEL.weights(layer, expert))
+        self.calls: list[tuple[int, int]] = []
+        self.open = threading.Event()
+
+    def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+        self.calls.append((layer, len(token_P)))
+        self.open.wait(20)
+        return super().forward(layer, x_TD, token_P, expert_P)
+
+
+def request(seed: int, experts: list[int]) -> Request:
+    x_TD = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed))
+    token_P = torch.arange(len(experts), dtype=torch.int32) % 3
+    return Request(x_TD, token_P, torch.tensor(experts, dtype=torch.int32))
+
+
+def wanted() -> bool:
+    return True
+
+
+def run(jobs: list[tuple[int, Request]]) -> tuple[SlowShard, list[Tensor | Exception]]:
+    """The first job holds the shard up until all others wait."""
+    shard = SlowShard()
+    batcher = Batcher(shard)
+
+    def compute(layer: int, each: Request) -> Tensor | Exception:
+        try:
+            return batcher.compute(layer, each, wanted)[0]
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        first = pool.submit(compute, *jobs[0])
+        while not shard.calls:
+            pass
+        others = [pool.submit(compute, *job) for job in jobs[1:]]
+        while len(batcher._waiting) < len(jobs) - 1:
+            pass
+        shard.open.set()
+        return shard, [future.result() for future in (first, *others)]
+
+
+def test_waiting_requests_of_one_layer_are_one_batch_and_layers_are_not_mixed() -> None:
+    jobs = [(0, request(0, [0])), (1, request(1, [0, 2, 2, 4])), (0, request(2, [1])), (1, request(3, [1, 2]))]
+    shard, results = run(jobs)
+    assert sorted(shard.calls[1:]) == [(0, 1), (1, 6)]
+    for (layer, each), y_PD in zip(jobs, results, strict=True):
+        assert isinstance(y_PD, Tensor)
+        torch.testing.assert_close(y_PD, ExpertShard.forward(shard, layer, *each), atol=1e-5, rtol=1e-5)
+
+
+def test_an_error_of_one_router_is_not_the_error_of_another() -> None:
+    _, results = run([(0, request(0, [0])), (0, request(1, [1])), (0, request(2, [5])), (0, request(3, [2]))])
+    assert isinstance(results[2], ExpertNotHeld)
+    assert all(isinstance(results[i], Tensor) for i in (0, 1, 3))
+
+
+def test_nothing_is_computed_for_a_router_that_is_gone() -> None:
+    shard = SlowShard()
+    shard.open.set()
+    with pytest.raises(CancelledError):
+        Batcher(shard).compute(0, request(0, [0]), lambda: False)
+    assert shard.calls == []
