@@ -80,8 +80,9 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
     root = first["loc"][1:2]
     paths = [(_path(error["loc"][1:], body), error) for error in errors if error["loc"][1:2] == root]
     path, error = max(paths, key=lambda item: len(item[0]))
-    param = _dotted(path)
-    name = path[-1] if path else ""
+    if not path:  # a name of a field that is no text
+        return RequestError(f"The body: {error['msg']}", code="invalid_json")
+    param, name = _dotted(path), path[-1]
     if error["type"] == "missing":
         return _invalid(f"'{param}' is required", "missing_required_parameter", param)
     if error["type"] == "extra_forbidden":

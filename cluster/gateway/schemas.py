@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from cluster.router import limits
 
+
+def _whole(text: str) -> str:
+    """JSON can write half a surrogate pair, which is no character."""
+    if not text.isascii():
+        text.encode()  # UnicodeEncodeError is a ValueError, as pydantic wants it
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_CHARACTERS)]
 BiasKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
@@ -66,15 +75,15 @@ class SamplingFields(Strict):
 
 class TextPart(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
     role: Annotated[
         Literal["system", "developer", "user", "assistant"], Field(description="`developer` is the same as `system`")
     ]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
     refusal: None = None
     annotations: Empty | None = None
     audio: None = None
@@ -107,7 +116,7 @@ class ChatRequest(SamplingFields):
 
 _Ids = Annotated[list[TokenId], Field(min_length=1)]
 _Prompts = Field(min_length=1, max_length=limits.MAX_CHOICES)
-Prompt = str | Annotated[list[str], _Prompts] | _Ids | Annotated[list[_Ids], _Prompts]
+Prompt = Text | Annotated[list[Text], _Prompts] | _Ids | Annotated[list[_Ids], _Prompts]
 
 
 class CompletionRequest(SamplingFields):
@@ -127,7 +136,7 @@ class TokenizeRequest(Strict):
     """Either `prompt` or `messages`."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: Annotated[bool | None, Field(description="Default: true for a prompt, false for messages")] = (
         None

@@ -50,7 +50,8 @@ def _text(gateway: Gateway, request: TokenizeRequest) -> tuple[str, bool]:
         generate = request.add_generation_prompt
         text = gateway.tokenizer.apply_chat_template(messages, add_generation_prompt=generate)
         return text, bool(asked)
-    if request.prompt is None or request.messages is not None:
-        message = "Give one of 'prompt' and 'messages'"
-        raise RequestError(message, code="missing_required_parameter", param="prompt")
+    if request.messages is not None:
+        raise RequestError("Give 'prompt' or 'messages', not both", code="invalid_value", param="prompt")
+    if request.prompt is None:
+        raise RequestError("'prompt' or 'messages' is required", code="missing_required_parameter", param="prompt")
     return request.prompt, asked is not False

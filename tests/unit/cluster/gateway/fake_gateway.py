@@ -37,6 +37,7 @@ class FakeSession:
 
     def __init__(self, vocab_size: int, eos_ids: Collection[int]):
         self.eos_ids = eos_ids
+        self.open = 0
         self.script: Callable[[Sequence[int], Sequence[int], int], int] = lambda prompt, emitted, seed: next_token(
             prompt, emitted, seed, vocab_size
         )
@@ -44,7 +45,6 @@ class FakeSession:
 
     def reset(self) -> None:
         self.asked: list[tuple[list[int], SamplingParams]] = []
-        self.open = 0
         self.pause_s = 0.0
         self.is_ready = True
         self.refusal: RequestError | None = None
