@@ -11,24 +11,12 @@ import grpc.aio
 
 from cluster.gateway.journal import Entry
 from cluster.router.codec import encode_cancel
+from cluster.router.stream_options import CLIENT_OPTIONS
 from workers.pb import generation_pb2 as pb
 from workers.pb import generation_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-_OPTIONS = [
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    ("grpc.max_send_message_length", 64 * 1024 * 1024),
-    # A router that hangs, or whose machine is gone without a word, is noticed within ten seconds.
-    ("grpc.keepalive_time_ms", 5000),
-    ("grpc.keepalive_timeout_ms", 5000),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
-]
 _RETRY_S = 0.1  # between two streams; gRPC itself spaces the attempts to connect
 
 
@@ -75,7 +63,7 @@ class Link:
         return self._task
 
     async def _run(self) -> None:
-        async with grpc.aio.insecure_channel(self.address, options=_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(self.address, options=CLIENT_OPTIONS) as channel:
             stub = generation_pb2_grpc.GenerationStub(channel)
             while True:
                 try:

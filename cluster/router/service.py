@@ -20,23 +20,14 @@ from cluster.router.codec import decode_sampling
 from cluster.router.engine_thread import EngineLike, EngineThread, Refused
 from cluster.router.outbox import Outbox
 from cluster.router.params import StepOutput
+from cluster.router.stream_options import SERVER_OPTIONS
 from workers.pb import generation_pb2 as pb
 from workers.pb import generation_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 SERVICE = "expertmesh.generation.v1.Generation"
-# Prompts and their log-probabilities are the largest messages: 32k tokens with 20 candidates each take 8 MB.
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a taken port is an error, not a second listener
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 5000),
-    ("grpc.keepalive_timeout_ms", 5000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 2000),
-]
 # A gateway that reads nothing while this many tokens wait for it is gone; its requests go on through another.
 _MAX_PENDING_TOKENS = 65536
 
@@ -72,7 +63,7 @@ class GenerationService:
         self._idle = asyncio.Event()
         self._idle.set()
         self._health = health_aio.HealthServicer()
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         generation_pb2_grpc.add_GenerationServicer_to_server(_Servicer(self), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:

@@ -22,10 +22,10 @@ from tests.loop import in_loop, until
 
 CONFIG = Config(kv_cache_mb=8, max_batch_tokens=32)
 PARAMS = [
-    SamplingParams(max_tokens=80, temperature=0.0, ignore_eos=True),
-    SamplingParams(max_tokens=80, temperature=1.0, top_p=0.9, seed=11, ignore_eos=True, logprobs=1),
-    SamplingParams(max_tokens=80, seed=12, repetition_penalty=1.2, frequency_penalty=0.5, min_tokens=40),
-    SamplingParams(max_tokens=80, seed=13, top_k=20, logit_bias={7: 3.0}, ignore_eos=True),
+    SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True),
+    SamplingParams(max_tokens=48, temperature=1.0, top_p=0.9, seed=11, ignore_eos=True, logprobs=1),
+    SamplingParams(max_tokens=48, seed=12, repetition_penalty=1.2, frequency_penalty=0.5, min_tokens=40),
+    SamplingParams(max_tokens=48, seed=13, top_k=20, logit_bias={7: 3.0}, ignore_eos=True),
 ]
 
 
@@ -73,7 +73,7 @@ async def test_streams_continue_with_the_tokens_of_an_undisturbed_run(checkpoint
         session = await stack.enter_async_context(Session({service.router: service.address for service in services}))
         await until(lambda: all(link.state == "ready" for link in session.stats().links))
         streams = [asyncio.create_task(collect(session.generate(*request))) for request in requests]
-        await until(lambda: session.stats().tokens > 150)
+        await until(lambda: session.stats().tokens > 100)
         await services[0].stop()
         assert await asyncio.gather(*streams) == wanted
         assert session.stats().fail_overs == len(requests) / 2

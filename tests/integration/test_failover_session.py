@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -82,6 +83,26 @@ async def test_every_stream_survives_20_kills() -> None:
                 f"{len(pauses)} streams, {stats.fail_overs} fail-overs; longest pause of a stream: "
                 f"median {pauses[len(pauses) // 2]:.3f} s, maximum {pauses[-1]:.3f} s"
             )
+        finally:
+            for name in routers.processes:
+                await routers.kill(name)
+
+
+@in_loop
+async def test_a_router_that_is_frozen_does_not_hold_its_streams() -> None:
+    """Its connection stays open and silent, which only a keepalive tells from a long step."""
+    params = SamplingParams(max_tokens=100)
+    async with Session() as session:
+        routers = Routers(session)
+        await routers.spawn("router-0")
+        try:
+            outputs = session.generate([1], params)
+            tokens = [*(await anext(outputs)).token_ids]
+            routers.processes["router-0"].send_signal(signal.SIGSTOP)
+            await routers.spawn("router-1")
+            async for output in outputs:
+                tokens.extend(output.token_ids)
+            assert tokens == expected([1], params)
         finally:
             for name in routers.processes:
                 await routers.kill(name)
