@@ -7,7 +7,7 @@ MODEL  ?= default
 TESTS  ?= tests
 BIN    := $(VENV)/bin
 
-.PHONY: serve test check proto clean
+.PHONY: serve test check proto tree clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.runtime
@@ -22,6 +22,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/proto.py --check
+	$(BIN)/python scripts/tree.py --check
 
 proto: $(VENV)/.dev
 	$(BIN)/python scripts/proto.py
@@ -41,6 +42,9 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	@echo "Installing ExpertMesh and its development tools into $(VENV) (once, a few minutes) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -e '.[dev]'
 	@touch $@ $(VENV)/.runtime
+
+tree: $(VENV)/.dev
+	$(BIN)/python scripts/tree.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
