@@ -43,12 +43,14 @@ def generate(
     from cluster.config_load import load
     from cluster.gateway.tokenizer import Tokenizer
     from cluster.router.build import build_engine
+    from workers.kernels.threads import set_threads
 
     with one_line_errors():
         settings = load({"model": model}, os.environ, config).config
         directory = resolve(settings.model)
         tokenizer = Tokenizer(directory)
         prompt_ids, raw = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw)
+        set_threads(settings.router_threads or len(os.sched_getaffinity(0)))
         engine = build_engine(settings, directory)
         params = SamplingParams(
             max_tokens=max(1, min(max_tokens, engine.max_context - len(prompt_ids))),
