@@ -113,6 +113,17 @@ as_int32 = _pointer(types.int32, _I32)  #: The address as a C array of int32.
 as_float32 = _pointer(types.float32, _F32)  #: The address as a C array of float32.
 
 
+@intrinsic
+def bits_as_float32(_context: Any, bits: Any) -> Any:
+    """The float32 whose bits are the lower 32 of an integer."""
+
+    def codegen(_ctx: Any, b: Any, sig: Any, args: Any) -> Any:
+        narrow = args[0] if sig.args[0].bitwidth == 32 else b.trunc(args[0], _I32)
+        return b.bitcast(narrow, _F32)
+
+    return types.float32(bits), codegen
+
+
 class _Tile:
     """Emits the LLVM code of one tile: `rows` weight rows times `columns` token rows, all dot products of length k.
 

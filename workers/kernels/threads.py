@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,11 @@ def _openmp() -> tuple[Callable[[int, int, int, int], None] | None, int]:
 def available() -> int:
     """How many threads `run` may use."""
     return torch.get_num_threads() if _openmp()[0] is not None else 1
+
+
+def float_bits(value: float) -> int:
+    """A float32 as the integer a kernel takes it for."""
+    return int.from_bytes(struct.pack("<f", value), "little")
 
 
 class Kernel:
