@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from cluster.errors import RequestError
@@ -58,7 +57,7 @@ def check_emitted(emitted_ids: Sequence[int], params: SamplingParams, *, vocab_s
 
 
 def _check_range(param: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # NaN is not either
         raise _invalid(param, f"must be between {low} and {high}, not {value}")
 
 
