@@ -34,7 +34,9 @@ def write_upcycled(
     `source` is a Hugging Face directory or a GGUF file, `dest` must not exist or be empty. Tensors keep their dtype
     (quantized ones become bfloat16). Raises CheckpointError.
     """
+    progress("reading the dense model", 0.0)
     dense = _open(source)
+    progress("reading the dense model", 1.0)
     values = dense.config | {"num_local_experts": n_experts, "num_experts_per_tok": top_k}
     spec = ModelSpec.from_values(values, dense.origin)
     gates: dict[str, Tensor] = {}

@@ -64,7 +64,7 @@ def test_built_once_and_progress_is_told(fetches: list[Path], cache: Path) -> No
     checkpoint.verify()
     assert (checkpoint.spec.n_experts, checkpoint.spec.top_k) == (8, 2)
     stages = list(dict.fromkeys(what for what, _ in told))
-    assert stages == ["fetching the dense model", "fitting the gates", "writing the experts"]
+    assert stages == ["fetching the dense model", "reading the dense model", "fitting the gates", "writing the experts"]
     assert all((stage, 1.0) in told for stage in stages)
     assert default_model() == cache / NAME
     assert len(fetches) == 1
