@@ -4,6 +4,7 @@ ExpertMeshError (workers.errors)
 ├── CheckpointError, WireError, WorkerLost (workers.errors)
 ├── ConfigError       an option that does not fit: names the option and where its value came from
 ├── StartError        a cluster that cannot start: port taken, memory short, a worker died
+├── RayGone           Ray, or the controller in it, does not answer
 └── RequestError      a request that cannot be served; carries OpenAI's `code`, `param` and the HTTP status
 """
 
@@ -12,7 +13,8 @@ from __future__ import annotations
 from workers.errors import CheckpointError, ExpertMeshError, WireError, WorkerLost
 
 __all__ = [
-    "CheckpointError", "ConfigError", "ExpertMeshError", "RequestError", "StartError", "WireError", "WorkerLost",
+    "CheckpointError", "ConfigError", "ExpertMeshError", "RayGone", "RequestError", "StartError", "WireError",
+    "WorkerLost",
 ]  # fmt: skip
 
 
@@ -22,6 +24,10 @@ class ConfigError(ExpertMeshError):
 
 class StartError(ExpertMeshError):
     """The cluster cannot start."""
+
+
+class RayGone(ExpertMeshError):
+    """Ray, or the controller in it, does not answer."""
 
 
 class RequestError(ExpertMeshError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from importlib import import_module
@@ -100,6 +101,7 @@ class Gateway:
 
 def deploy(config: Config, checkpoint: str, model_name: str, url: str, controller: Any) -> None:
     """Start Serve and the gateways behind it; return once they take requests. Raises what a gateway died of."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": config.log_level.upper(), "enable_access_log": False}
     # The address is the one Serve's own servers bind to; HAProxy listens on `config.host` (fleet.haproxy_exec).
     http_options = {"host": node_address(), "port": config.port}
@@ -112,7 +114,7 @@ def deploy(config: Config, checkpoint: str, model_name: str, url: str, controlle
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=1.0,  # requests were drained before
         graceful_shutdown_wait_loop_s=0.1,
-        health_check_period_s=2.0,
+        health_check_period_s=1.0,
     )
     application = deployment.bind(config, checkpoint, model_name, url, controller)
     serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)

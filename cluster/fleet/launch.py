@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
@@ -12,7 +13,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.config import Config
-from cluster.errors import ExpertMeshError, StartError
+from cluster.errors import ExpertMeshError, RayGone, StartError
 from cluster.fleet import gateway, local_ray
 from cluster.fleet.controller import NAME, NAMESPACE, Controller
 from cluster.fleet.membership import View
@@ -21,22 +22,44 @@ from cluster.fleet.router_actor import Router
 from workers.actor import ExpertWorker
 from workers.kernels.threads import process_environment
 
-_POLL_S = 0.2
+_TICK_S = 0.1
 _CALL_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cluster:
     """Handles of what runs. The actors live as long as this process: they are its children in Ray."""
 
     controller: Any
     actors: dict[str, Any]  # by id: expert workers and routers
     serving: Future[None]  # done when the gateways take requests
+    _call: Any = None
+    _asked: float = 0.0
+    _known: int = 0
 
-    def news(self, known_version: int) -> View:
-        """The view, as soon as it is another than `known_version`, at the latest after a second. RayError."""
-        view: View = ray.get(self.controller.watch.remote(known_version), timeout=_CALL_TIMEOUT_S)
+    def news(self, timeout_s: float) -> View | None:
+        """The view: at once when it changed, else about once a second, else None after `timeout_s`. RayGone."""
+        if self._call is None:
+            self._call, self._asked = self.controller.watch.remote(self._known), time.monotonic()
+        try:
+            done, _ = ray.wait([self._call], timeout=timeout_s)
+            if not done:
+                if time.monotonic() - self._asked > _CALL_TIMEOUT_S:
+                    raise RayGone("the controller does not answer")
+                return None
+            view: View = ray.get(self._call)
+        except (RayError, RayGone) as error:
+            self._call = None
+            raise RayGone(reason(error)) from error
+        self._call, self._known = None, view.version
         return view
+
+    def drain(self) -> None:
+        """Let the gateways refuse new requests. RayGone."""
+        try:
+            ray.get(self.controller.drain.remote(), timeout=_CALL_TIMEOUT_S)
+        except RayError as error:
+            raise RayGone(reason(error)) from error
 
 
 def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
@@ -60,27 +83,30 @@ def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
     return Cluster(controller, actors, serving)
 
 
-def wait_ready(cluster: Cluster, show: Callable[[View], None]) -> None:
-    """Return once every process is ready; `show` sees the view as it changes. StartError names who failed and why."""
+def wait_ready(cluster: Cluster, show: Callable[[View], None], check: Callable[[], None]) -> None:
+    """Return once every process is ready. StartError names who failed and why.
+
+    `show` sees each view, `check` is called often and may raise.
+    """
     waiting = {actor.ready.remote(): name for name, actor in cluster.actors.items()}
-    known = 0
     while True:
-        done, _ = ray.wait(list(waiting), timeout=_POLL_S) if waiting else ([], [])
+        check()
+        done, _ = ray.wait(list(waiting), timeout=0) if waiting else ([], [])
         for ref in done:
             name = waiting.pop(ref)
             try:
                 ray.get(ref)
             except RayError as error:
                 raise StartError(f"{name} did not start: {reason(error)}") from error
+        serving = _is_serving(cluster.serving)
         try:
-            view = cluster.news(known)
-        except RayError as error:
-            raise StartError(f"the controller did not start: {reason(error)}") from error
-        if view.version != known:
-            known = view.version
+            view = cluster.news(_TICK_S)
+        except RayGone as error:
+            raise StartError(f"the controller did not start: {error}") from error
+        if view is not None:
             show(view)
-        if not waiting and _is_serving(cluster.serving) and all(member.state == "ready" for member in view.members):
-            return
+            if serving and not waiting and all(member.state == "ready" for member in view.members):
+                return
 
 
 def _is_serving(serving: Future[None]) -> bool:

@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str]) -> str:
     except (OSError, RuntimeError, ValueError, ConnectionError) as error:
         where = f"join Ray at {config.ray_address}" if config.ray_address else "start Ray"
         raise StartError(f"cannot {where}: {' '.join(str(error).split())}") from error
+    # Ray prints a paragraph for every process that dies, whatever `log_to_driver` says; Watch prints a line.
+    import_module("ray._private.worker").__dict__["_worker_logs_enabled"] = False
     return str(ray.get_runtime_context().gcs_address)
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import psutil
 from rich.console import Console
 
 from cluster.config import Config
-from cluster.errors import ExpertMeshError
+from cluster.errors import ExpertMeshError, RayGone
 from cluster.fleet import local_ray, preflight, snapshot
 from cluster.fleet.run_state import RunState, make_run_dir
+from cluster.fleet.signals import Signals, Stopped
 from cluster.fleet.watch import Watch
 from cluster.models import resolve
 
@@ -27,66 +25,65 @@ if TYPE_CHECKING:  # Ray is imported once its environment is in force
     from cluster.fleet.launch import Cluster
     from cluster.fleet.membership import View
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GONE_AFTER_S = 30.0  # without a word of the controller, Ray itself must be gone
-
-
-class Stopped(BaseException):
-    """A signal asked this process to end."""
+_TICK_S = 0.1
 
 
 def serve(config: Config, console: Console) -> None:
     """Run a cluster in the foreground until a signal ends it. Raises ExpertMeshError saying why it cannot start."""
-    with _signals_raise():
-        run_dir: Path | None = None
-        try:
-            preflight.check_port(config.host, config.port)
-            checkpoint = resolve(config.model)
-            with console.status(f"checking {checkpoint}"):
-                plan = preflight.plan(config, checkpoint)
-            if config.ray_address is None:
-                preflight.check_memory(plan)
-            run_dir = make_run_dir()
-            _run(config, plan, run_dir, console)
-        except Stopped:
-            console.print("stopped", style="dim")
-        except ExpertMeshError:
-            if run_dir is not None and (logs := run_dir / "session_latest" / "logs").is_dir():
-                console.print(f"logs are in {logs}", style="dim", highlight=False)
-                run_dir = None
-            raise
-        finally:
-            if run_dir is not None:
-                shutil.rmtree(run_dir, ignore_errors=True)
+    signals = Signals()
+    run_dir: Path | None = None
+    try:
+        preflight.check_port(config.host, config.port)
+        checkpoint = resolve(config.model)
+        with console.status(f"checking {checkpoint}"):
+            plan = preflight.plan(config, checkpoint)
+        if config.ray_address is None:
+            preflight.check_memory(plan)
+        run_dir = make_run_dir()
+        _run(config, plan, run_dir, signals, console)
+    except Stopped:
+        console.print("stopped", style="dim")
+    except ExpertMeshError:
+        if run_dir is not None and (logs := run_dir / "session_latest" / "logs").is_dir():
+            console.print(f"logs are in {logs}", style="dim", highlight=False)
+            run_dir = None
+        raise
+    finally:
+        signals.restore()
+        if run_dir is not None:
+            shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _run(config: Config, plan: preflight.Plan, run_dir: Path, console: Console) -> None:
-    url = base_url(config)
+def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, console: Console) -> None:
+    """Everything between the start of Ray and its end; raises Stopped, or what went wrong."""
     from workers.kernels.threads import process_environment
 
+    began = time.monotonic()
     os.environ.update(local_ray.environment(config, run_dir))
     local_ray.ensure_token(os.environ)
     myself = psutil.Process()
-    state = RunState(myself.pid, myself.create_time(), url, config.port, "", str(run_dir), plan.model_name)
+    state = RunState(myself.pid, myself.create_time(), base_url(config), config.port, "", str(run_dir), plan.model_name)
     state.write()
-    began = time.monotonic()
-    try:
-        with console.status("starting Ray"):
-            address = local_ray.start(config, run_dir, process_environment(plan.worker_threads))
-        console.print(f"Ray        {address}", style="dim", highlight=False)
-        state = RunState(state.pid, state.started, url, config.port, address, str(run_dir), plan.model_name)
-        state.write()
-        # Ray takes the signals for itself when it starts.
-        _install_handlers()
-        _serve(config, plan, state, console, began)
-    finally:
-        _ignore_signals()
-        with console.status("stopping"):
-            local_ray.stop()
-        state.remove()
+    with signals.deferred():
+        try:
+            with console.status("starting Ray"):
+                address = local_ray.start(config, run_dir, process_environment(plan.worker_threads))
+            signals.install()  # Ray takes them when it starts
+            signals.check()
+            console.print(f"Ray at {address}", style="dim", highlight=False)
+            state = replace(state, ray_address=address)
+            state.write()
+            _serve(config, plan, state, signals, console, began)
+        finally:
+            with console.status("stopping"):
+                local_ray.stop()
+            state.remove()
 
 
-def _serve(config: Config, plan: preflight.Plan, state: RunState, console: Console, began: float) -> None:
+def _serve(
+    config: Config, plan: preflight.Plan, state: RunState, signals: Signals, console: Console, began: float
+) -> None:
     from cluster.fleet.launch import start_actors, wait_ready
 
     cluster = start_actors(config, plan, state.url)
@@ -98,48 +95,46 @@ def _serve(config: Config, plan: preflight.Plan, state: RunState, console: Conso
             states.update({member.id: member.state for member in view.members})
             status.update(", ".join(f"{name} {state}" for name, state in states.items()))
 
-        wait_ready(cluster, show)
+        wait_ready(cluster, show, signals.check)
     _greet(config, plan, state, console, time.monotonic() - began)
     try:
-        _supervise(cluster, state, Watch(console))
+        _supervise(cluster, state, signals, Watch(console))
     except Stopped:
-        _drain(cluster, state, config.drain_timeout_s, console)
+        _drain(cluster, state, config.drain_timeout_s, signals, console)
+        raise
 
 
-def _supervise(cluster: Cluster, state: RunState, watch: Watch) -> None:
+def _supervise(cluster: Cluster, state: RunState, signals: Signals, watch: Watch) -> None:
     """Keep the snapshot and tell of processes that leave and return, until a signal comes. ExpertMeshError if Ray ends.
 
     Ray restarts what dies; the data plane repairs itself. Nothing is decided here.
     """
-    from ray.exceptions import RayError
-
-    known, heard = 0, time.monotonic()
+    heard = time.monotonic()
     while True:
+        signals.check()
         try:
-            view = cluster.news(known)
-        except RayError as error:
+            view = cluster.news(_TICK_S)
+        except RayGone as error:
             if time.monotonic() - heard > _GONE_AFTER_S:
-                raise ExpertMeshError(f"Ray is gone: {' '.join(str(error).split())}") from error
-            time.sleep(0.2)
+                raise ExpertMeshError(f"Ray is gone: {error}") from error
+            time.sleep(_TICK_S)
             continue
-        known, heard = view.version, time.monotonic()
-        snapshot.write(state, view)
-        watch.see(view)
+        if view is not None:
+            heard = time.monotonic()
+            snapshot.write(state, view)
+            watch.see(view)
 
 
-def _drain(cluster: Cluster, state: RunState, timeout_s: float, console: Console) -> None:
+def _drain(cluster: Cluster, state: RunState, timeout_s: float, signals: Signals, console: Console) -> None:
     """Take no new requests, let the open ones finish. A second signal ends it at once."""
-    import ray
-    from ray.exceptions import RayError
-
     deadline = time.monotonic() + timeout_s
     try:
-        ray.get(cluster.controller.drain.remote(), timeout=5.0)
-        known = 0
+        cluster.drain()
         with console.status("finishing open requests (Ctrl-C: end at once)") as status:
             while time.monotonic() < deadline:
-                view = cluster.news(known)
-                known = view.version
+                signals.check()
+                if (view := cluster.news(_TICK_S)) is None:
+                    continue
                 snapshot.write(state, view)
                 gateways = [m for m in view.members if m.role == "gateway" and m.state != "lost"]
                 n_open = sum(int(str(m.detail.get("open", 0))) for m in gateways)
@@ -147,7 +142,7 @@ def _drain(cluster: Cluster, state: RunState, timeout_s: float, console: Console
                     return
                 status.update(f"finishing {n_open} open requests (Ctrl-C: end at once)")
         console.print(f"requests were still open after {timeout_s:g} s", style="yellow", highlight=False)
-    except (RayError, Stopped):
+    except (RayGone, Stopped):
         pass
 
 
@@ -173,27 +168,3 @@ def _size(plan: preflight.Plan) -> str:
 
     routers = count(len(plan.routers), "router")
     return f"{routers} and {count(len(plan.workers), 'expert worker')}" if plan.workers else f"{routers}, all in one"
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    _install_handlers()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _install_handlers() -> None:
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped
-
-    for number in _SIGNALS:
-        signal.signal(number, stop)
-
-
-def _ignore_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

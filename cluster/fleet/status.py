@@ -28,7 +28,7 @@ def show(content: dict[str, Any], console: Console) -> None:
     console.print(f"{content['model']} at [bold]{content['url']}[/]", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("id", "state", "pid", "memory", "address", ""):
-        table.add_column(column, justify="right" if column in ("pid", "memory") else "left")
+        table.add_column(column, justify="right" if column in ("pid", "memory") else "left", no_wrap=True)
     for process in content["processes"]:
         state = process["state"] if process["state"] == "ready" else f"[yellow]{process['state']}[/]"
         detail = "  ".join(f"{name} {value}" for name, value in process["detail"].items())

@@ -20,14 +20,13 @@ class Watch:
     def see(self, view: View) -> None:
         """Compare with the views seen before."""
         for member in view.members:
-            known = self._pids.get(member.id)
-            gone = member.state == "lost" or (known is not None and known != member.pid)
-            if gone and member.id not in self._lost:
+            known = self._pids.get(member.id, member.pid)
+            if (member.state == "lost" or known != member.pid) and member.id not in self._lost:
                 self._lost[member.id] = time.monotonic()
-                self._say(f"[yellow]{member.id} is lost[/] (process {known or member.pid}); Ray starts it again")
+                self._say(f"[yellow]{member.id} is lost[/] (process {known}); Ray starts it again")
             if member.state == "ready":
                 if (since := self._lost.pop(member.id, None)) is not None:
-                    self._say(f"[green]{member.id} is back[/] after {time.monotonic() - since:.1f} s")
+                    self._say(f"[green]{member.id} is back[/] {time.monotonic() - since:.1f} s later")
                 self._pids[member.id] = member.pid
 
     def _say(self, text: str) -> None:
