@@ -1,0 +1,56 @@
+"""How Ctrl-C and SIGTERM reach the work in progress."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end."""
+
+
+class Signals:
+    """Raises Stopped where a signal arrives, or, while `deferred`, at the next `check`.
+
+    Code that calls into Ray defers: an exception that appears inside its C++ comes out as something else.
+    """
+
+    def __init__(self) -> None:
+        self._arrived = False
+        self._deferred = False
+        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.install()
+
+    def install(self) -> None:
+        """Take the signals, also from a library that took them."""
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise Stopped if a signal arrived since the last time it was raised."""
+        if self._arrived:
+            self._arrived = False
+            raise Stopped
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, signals wait for `check`; what arrived unchecked is dropped with the end."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = self._arrived = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._arrived = True
+        if not self._deferred:
+            self.check()
