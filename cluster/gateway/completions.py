@@ -42,7 +42,9 @@ async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
 def _choices(
     gateway: Gateway, request: CompletionRequest, start: int, text: str | None, prompt_ids: list[int], n: int
 ) -> list[Choice]:
-    max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+    max_tokens = request.max_tokens
+    if max_tokens is None:
+        max_tokens = max(min(_DEFAULT_MAX_TOKENS, gateway.model.max_context - len(prompt_ids)), 1)
     if max_tokens == 0 and not request.echo:
         raise RequestError("'max_tokens' may be 0 only with 'echo'", code="invalid_value", param="max_tokens")
     echo = text if text is not None else gateway.tokenizer.decode(prompt_ids, skip_special_tokens=False)

@@ -124,9 +124,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorEnvelope, "description": "The request is at fault; `param` names the field"},
     "5XX": {"model": ErrorEnvelope, "description": "The server is at fault, or not ready"},
 }
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A chunk or an error in JSON; at the end `[DONE]`"}},
+}
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The answer, or with `stream` its pieces as server-sent events, ended by `data: [DONE]`",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "The answer, or with `stream` its pieces as OpenAI's chunks in server-sent events",
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
     }
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from cluster.router import limits
 
@@ -20,14 +20,25 @@ def _whole(text: str) -> str:
     return text
 
 
+def _integral(value: Any) -> Any:
+    """To JSON 2.0 is an integer, as it is to a client whose language has only one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Text = Annotated[str, AfterValidator(_whole)]
+Integer = Annotated[int, BeforeValidator(_integral)]
+Count = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_CHARACTERS)]
 BiasKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-limits.MAX_BIAS, le=limits.MAX_BIAS)]
+Biases = Annotated[
+    dict[BiasKey, Bias],
+    Field(max_length=limits.MAX_BIAS_ENTRIES, json_schema_extra={"additionalProperties": False}),
+]
 Penalty = Annotated[float, Field(ge=-limits.MAX_PENALTY, le=limits.MAX_PENALTY)]
-NTop = Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)]
-MaxTokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
+NTop = Annotated[Integer, Field(ge=0, le=limits.MAX_LOGPROBS)]
+MaxTokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
 Empty = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -49,24 +60,22 @@ class SamplingFields(Strict):
     ] = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[
-        Annotated[int, Field(ge=-1, le=2**31 - 1)] | None, Field(description="-1 or 0: all tokens, the default")
+        Annotated[Integer, Field(ge=-1, le=2**31 - 1)] | None, Field(description="-1 or 0: all tokens, the default")
     ] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=limits.MIN_REPETITION_PENALTY, le=limits.MAX_PENALTY)] | None = None
-    logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=limits.MAX_BIAS_ENTRIES)] | None = None
+    logit_bias: Biases | None = None
     seed: Annotated[
-        Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None,
+        Annotated[Integer, Field(ge=-(2**63), le=2**63)] | None,
         Field(description="The same request with the same seed gives the same answer; sequence i of n uses seed + i"),
     ] = None
-    n: Annotated[int, Field(ge=1, le=limits.MAX_CHOICES)] | None = None
+    n: Annotated[Integer, Field(ge=1, le=limits.MAX_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=limits.MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=limits.MAX_STOP_IDS // 2)] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[
-        Annotated[int, Field(ge=0, le=2**31 - 1)] | None, Field(description="No end and no stop before as many tokens")
-    ] = None
+    min_tokens: Annotated[Count | None, Field(description="No end and no stop before as many tokens")] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -121,9 +130,7 @@ Prompt = Text | Annotated[list[Text], _Prompts] | _Ids | Annotated[list[_Ids], _
 
 class CompletionRequest(SamplingFields):
     prompt: Annotated[Prompt, Field(description="One text, several, token ids, or several lists of token ids")]
-    max_tokens: Annotated[
-        Annotated[int, Field(ge=0, le=2**31 - 1)] | None, Field(description="Default 16; 0 with echo")
-    ] = None
+    max_tokens: Annotated[Count | None, Field(description="Default 16; 0 only with echo")] = None
     echo: Annotated[bool | None, Field(description="Put the prompt, with logprobs if asked for, before the text")] = (
         None
     )

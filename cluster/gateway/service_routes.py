@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from cluster.errors import RequestError
 from cluster.gateway import responses
 from cluster.gateway.context import Gateway
+
+_TEXT = {"schema": {"type": "string"}}
 
 
 def service_routes(gateway: Gateway, version: str) -> APIRouter:
@@ -31,7 +33,7 @@ def service_routes(gateway: Gateway, version: str) -> APIRouter:
         """The version of this server."""
         return responses.Version(version=version)
 
-    @router.get("/metrics", response_class=PlainTextResponse)
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}})
     async def metrics() -> Response:
         """The gateway's Prometheus series."""
         return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -58,6 +58,7 @@ def ids(served: Served, text: str) -> list[int]:
         ({"seed": 7}, "seed", 7),
         ({"seed": -1}, "seed", 2**64 - 1),
         ({"max_tokens": 3}, "max_tokens", 3),
+        ({"max_tokens": 3.0}, "max_tokens", 3),
         ({"extra_body": {"top_k": 40}}, "top_k", 40),
         ({"extra_body": {"top_k": -1}}, "top_k", 0),
         ({"extra_body": {"min_p": 0.1}}, "min_p", 0.1),
