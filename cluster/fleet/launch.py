@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from cluster.config import Config
 from cluster.errors import ExpertMeshError, RayGone, StartError
 from cluster.fleet import gateway, local_ray
-from cluster.fleet.controller import NAME, NAMESPACE, Controller
+from cluster.fleet.controller import NAME, NAMESPACE, Controller, ControllerByName
 from cluster.fleet.membership import View
 from cluster.fleet.preflight import Plan
 from cluster.fleet.router_actor import Router
@@ -67,18 +67,19 @@ def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
     controller = _actor(Controller, NAME, 1, max_concurrency=1000).remote(
         plan.n_layers, plan.n_experts, plan.workers, (*plan.workers, *plan.routers)
     )
+    by_name = ControllerByName()
     actors = {}
     for worker in plan.workers:
         actors[worker] = _actor(ExpertWorker, worker, plan.worker_threads).remote(
-            worker, config, plan.checkpoint, plan.worker_threads, controller
+            worker, config, plan.checkpoint, plan.worker_threads, by_name
         )
     for router in plan.routers:
         actors[router] = _actor(Router, router, plan.router_threads).remote(
-            router, config, plan.checkpoint, plan.router_threads, controller
+            router, config, plan.checkpoint, plan.router_threads, by_name
         )
     # Serve needs seconds of its own, which the loading of the model hides.
     pool = ThreadPoolExecutor(1, thread_name_prefix="serve")
-    serving = pool.submit(gateway.deploy, config, plan.checkpoint, plan.model_name, url, controller)
+    serving = pool.submit(gateway.deploy, config, plan.checkpoint, plan.model_name, url, by_name)
     pool.shutdown(wait=False)
     return Cluster(controller, actors, serving)
 

@@ -25,9 +25,10 @@ def node_address() -> str:
 
 
 class MembershipLoop:
-    """Tells `controller` (a Ray actor handle) what `describe` says, for ever; calls `on_view` with each new view.
+    """Tells the controller what `describe` says, for ever; calls `on_view` with each new view.
 
-    A controller that is away costs nothing but news: the data plane goes on with the last view. `close` ends it.
+    `controller` is a handle or a `ControllerByName`. A controller that is away costs nothing but news: the data plane goes
+    on with the last view. `close` ends it.
     """
 
     def __init__(self, controller: Any, describe: Callable[[], Member], on_view: Callable[[View], None]) -> None:

@@ -1,0 +1,143 @@
+"""A real cluster for tests: `expertmesh serve` as a process of its own. Ray allows one at a time to be tested well."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+START_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    """One `expertmesh serve` that is ready."""
+
+    process: psutil.Popen
+    url: str
+    port: int
+    model: str
+    log: Path
+    environ: dict[str, str]
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `expertmesh ARGUMENTS` in the environment of the cluster."""
+        return run(*arguments, environ=self.environ)
+
+    def status(self) -> dict[str, Any]:
+        result = self.command("status", "--json")
+        assert result.returncode == 0, result.stderr
+        return dict(json.loads(result.stdout))
+
+    def process_of(self, member: str) -> dict[str, Any]:
+        return next(process for process in self.status()["processes"] if process["id"] == member)
+
+    def ready(self) -> bool:
+        return all(process["state"] == "ready" for process in self.status()["processes"])
+
+    def family(self) -> list[psutil.Process]:
+        """Every process that `serve` brought to life, itself included."""
+        return [self.process, *self.process.children(recursive=True)]
+
+    def kill(self, member: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        """kill -9 one process; the same member once it and all others are ready again."""
+        before = self.process_of(member)
+        os.kill(before["pid"], signal.SIGKILL)
+        wait_until(lambda: self.process_of(member)["pid"] != before["pid"] and self.ready(), timeout_s)
+        return self.process_of(member)
+
+
+def run(
+    *arguments: str, environ: dict[str, str] | None = None, timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """`expertmesh ARGUMENTS` to its end."""
+    command = [str(Path(sys.executable).with_name("expertmesh")), *arguments]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        time.sleep(0.1)
+
+
+def private_environ(directory: Path) -> dict[str, str]:
+    """An environment whose running clusters nobody else sees."""
+    directory.mkdir(parents=True, exist_ok=True)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("EXPERTMESH_", "RAY_"))}
+    return {**clean, "XDG_RUNTIME_DIR": str(directory)}
+
+
+@contextmanager
+def running_cluster(directory: Path, model: str | Path, *options: str) -> Iterator[RunningCluster]:
+    """`expertmesh serve MODEL OPTIONS` on a free port, until the end of the block. `directory` takes its log."""
+    port = free_port()
+    environ = private_environ(directory / "run")
+    log = directory / "serve.log"
+    command = [str(Path(sys.executable).with_name("expertmesh")), "serve", str(model), "--port", str(port), *options]
+    with log.open("w") as file:
+        process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ)
+    cluster = RunningCluster(process, f"http://127.0.0.1:{port}", port, Path(model).name, log, environ)
+    try:
+
+        def started() -> bool:
+            assert process.poll() is None, log.read_text()
+            return "ready in" in log.read_text()
+
+        wait_until(started, START_TIMEOUT_S)
+        yield cluster
+    finally:
+        family = cluster.family() if process.is_running() else []
+        process.terminate()
+        try:
+            process.wait(60)
+        finally:
+            for left in family:
+                if left.is_running() and left.status() != psutil.STATUS_ZOMBIE:
+                    left.kill()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral of 0.3 million parameters with a real tokenizer."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    result = run("model", "random", str(path))
+    assert result.returncode == 0, result.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[RunningCluster]:
+    """Two routers, two expert workers and a gateway, started once per module."""
+    with running_cluster(
+        tmp_path_factory.mktemp("cluster"), tiny_checkpoint, "--routers", "2", "--kv-cache-mb", "16"
+    ) as running:
+        yield running
+
+
+def chat(cluster: RunningCluster, prompt: str, **fields: Any) -> str:
+    """The text of one greedy chat answer."""
+    body = {"model": cluster.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, **fields}
+    response = httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])

@@ -1,0 +1,138 @@
+"""`expertmesh serve` as a user meets it. Catches a cluster that listens to strangers, does not come back after a
+kill -9, leaves processes behind, or fails without saying why."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.cluster_fixture import RunningCluster, chat, private_environ, run, running_cluster, wait_until
+
+pytestmark = pytest.mark.cluster
+
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+
+
+def listeners(family: list[psutil.Process]) -> set[tuple[str, int]]:
+    found = set()
+    for process in family:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.add((connection.laddr.ip, connection.laddr.port))
+    return found
+
+
+def stream(cluster: RunningCluster, tokens: int, texts: list[str]) -> None:
+    """Append the chunks of one greedy completion to `texts`."""
+    body = {"model": cluster.model, "prompt": "once", "max_tokens": tokens, "temperature": 0, "stream": True}
+    body["ignore_eos"] = True
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=120) as response:
+        assert response.status_code == 200
+        texts.extend(line for line in response.iter_lines() if line.startswith("data: "))
+
+
+def test_answers_and_says_who_does_what(cluster: RunningCluster) -> None:
+    assert httpx.get(f"{cluster.url}/ready").status_code == 200
+    first = chat(cluster, "hello", max_tokens=8)
+    assert chat(cluster, "hello", max_tokens=8) == first
+    status = cluster.status()
+    roles = sorted(process["role"] for process in status["processes"])
+    assert roles == ["controller", "expert", "expert", "gateway", "router", "router"]
+    for process in status["processes"]:
+        assert process["state"] == "ready"
+        assert psutil.pid_exists(process["pid"])
+        assert process["node"]
+        assert process["address"] or process["role"] == "controller"
+    gateway = next(process for process in status["processes"] if process["role"] == "gateway")
+    assert httpx.get(gateway["metrics_url"]).status_code == 200
+    assert cluster.command("status").returncode == 0
+
+
+def test_nothing_listens_beyond_loopback(cluster: RunningCluster) -> None:
+    found = listeners(cluster.family())
+    assert ("127.0.0.1", cluster.port) in found
+    assert not {address for address in found if address[0] not in LOOPBACK}
+
+
+@pytest.mark.parametrize("member", ["expert-1", "router-0", "controller", "gateway-0"])
+def test_a_killed_process_comes_back(cluster: RunningCluster, member: str) -> None:
+    before = chat(cluster, "hello", max_tokens=8)
+    cluster.kill(member)
+    wait_until(lambda: httpx.get(f"{cluster.url}/ready").status_code == 200, 30)
+    assert chat(cluster, "hello", max_tokens=8) == before
+
+
+@pytest.mark.parametrize("member", ["expert-0", "router-0", "controller"])
+def test_no_stream_notices_a_kill(cluster: RunningCluster, member: str) -> None:
+    undisturbed: list[str] = []
+    stream(cluster, 1500, undisturbed)
+    disturbed: list[str] = []
+    reader = threading.Thread(target=stream, args=(cluster, 1500, disturbed))
+    reader.start()
+    wait_until(lambda: len(disturbed) > 20 or not reader.is_alive(), 60)
+    cluster.kill(member)
+    reader.join(120)
+
+    def texts(lines: list[str]) -> list[str]:
+        return [line.split('"text":')[1].split(',"logprobs"')[0] for line in lines if '"text":' in line]
+
+    assert "".join(texts(disturbed)) == "".join(texts(undisturbed))
+    assert disturbed[-1] == "data: [DONE]"
+
+
+def test_a_taken_port_is_named(cluster: RunningCluster, tiny_checkpoint: Path) -> None:
+    result = cluster.command("serve", str(tiny_checkpoint), "--port", str(cluster.port))
+    assert result.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{cluster.port}: Address already in use" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_stop_leaves_nothing_behind(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    with running_cluster(tmp_path, tiny_checkpoint, "--transport", "local", "--kv-cache-mb", "16") as local:
+        roles = sorted(process["role"] for process in local.status()["processes"])
+        assert roles == ["controller", "gateway", "router"]
+        family = local.family()
+        open_request: list[str] = []
+        reader = threading.Thread(target=stream, args=(local, 300, open_request))
+        reader.start()
+        wait_until(lambda: bool(open_request) or not reader.is_alive(), 60)
+        result = local.command("stop")
+        assert result.returncode == 0, result.stderr
+        reader.join(10)
+        assert open_request[-1] == "data: [DONE]", "an open request was cut off"
+        assert local.process.wait(10) == 0
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive, f"left behind: {alive}"
+        assert local.command("status").returncode == 1
+
+
+def test_defects_are_said_before_anything_starts(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    environ = private_environ(tmp_path / "run")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_checkpoint.iterdir():
+        content = file.read_bytes()
+        (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        cases = {
+            ("serve", str(broken)): "model.safetensors",
+            ("serve", str(tmp_path / "nowhere")): "nowhere: no such directory",
+            ("serve", str(tiny_checkpoint), "--port", port): f"cannot listen on 127.0.0.1:{port}",
+            ("serve", str(tiny_checkpoint), "--kv-cache-mb", "100000000"): "not enough memory",
+            ("serve", str(tiny_checkpoint), "--host", "0.0.0.0"): "no API keys",
+        }
+        for arguments, says in cases.items():
+            result = run(*arguments, environ=environ)
+            assert result.returncode == 1, arguments
+            assert says in result.stderr, result.stderr
+            assert "Traceback" not in result.stderr
+            assert len(result.stderr.strip().splitlines()) == 1
+    assert not any((tmp_path / "run").rglob("*.json"))
