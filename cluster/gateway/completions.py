@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.responses import Response
@@ -51,11 +52,13 @@ def _choices(
     params = sampling.sampling_params(
         gateway,
         request,
-        max_tokens=max(max_tokens, 1),
+        max_tokens=max_tokens,
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
     )
-    sampling.check(gateway, prompt_ids, params, prompt="prompt", max_tokens="max_tokens")
+    # To the router an answer without tokens makes sense for its scores only; an echo alone does not get that far.
+    checked = params if max_tokens else replace(params, prompt_logprobs=params.prompt_logprobs or 0)
+    sampling.check(gateway, prompt_ids, checked, prompt="prompt", max_tokens="max_tokens")
     stops = sampling.stop_strings(request)
     return [
         Choice(
@@ -64,7 +67,6 @@ def _choices(
             sampling.nth(params, i),
             SequenceText(gateway.tokenizer.detokenizer(after_text=True), stops, params.min_tokens),
             echo=echo if request.echo else None,
-            wants_tokens=max_tokens > 0,
         )
         for i in range(n)
     ]

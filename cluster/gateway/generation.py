@@ -27,7 +27,6 @@ class Choice:
     params: SamplingParams
     text: SequenceText
     echo: str | None = None
-    wants_tokens: bool = True  # False: only the prompt's log-probabilities; the one token that brings them is dropped
 
 
 @dataclass(slots=True)
@@ -112,7 +111,7 @@ def _deltas(gateway: Gateway, choices: list[Choice]) -> AsyncGenerator[tuple[Cho
 
 
 def _asks_router(choice: Choice) -> bool:
-    return choice.wants_tokens or choice.params.prompt_logprobs is not None
+    return choice.params.max_tokens > 0 or choice.params.prompt_logprobs is not None
 
 
 async def _echo(choice: Choice) -> AsyncGenerator[tuple[Choice, Delta], None]:
@@ -132,9 +131,6 @@ async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice,
                 last, histogram = now, metrics.next_token
                 if output.finish == "error" or output.finish == "cancelled":
                     raise RequestError(output.error or "The sequence was ended", code="internal_error", status=500)
-                if not choice.wants_tokens:
-                    yield choice, Delta("", finish="length", prompt_logprobs=output.prompt_logprobs)
-                    return
                 delta = text.feed(output)
                 yield choice, delta
                 if delta.finish is not None:

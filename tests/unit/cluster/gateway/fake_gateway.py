@@ -68,7 +68,8 @@ class FakeSession:
                 await asyncio.sleep(self.pause_s)
                 if self.failure is not None and len(emitted) == 2:
                     raise self.failure
-                emitted.append(self.script(prompt_ids, emitted, params.seed))
+                if params.max_tokens:
+                    emitted.append(self.script(prompt_ids, emitted, params.seed))
                 output = self._output(prompt_ids, emitted, params)
                 yield output
                 if output.finish is not None:
@@ -79,13 +80,14 @@ class FakeSession:
     def _output(self, prompt_ids: Sequence[int], emitted: list[int], params: SamplingParams) -> StepOutput:
         finish: Finish | None = "length" if len(emitted) == params.max_tokens else None
         ends = params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.eos_ids)
-        if emitted[-1] in ends and len(emitted) > params.min_tokens:
+        if emitted and emitted[-1] in ends and len(emitted) > params.min_tokens:
             finish = "stop"
         prompt = None
-        if params.prompt_logprobs is not None and len(emitted) == 1:
+        if params.prompt_logprobs is not None and len(emitted) <= 1:
             prompt = (None, *(self._score(i, params.prompt_logprobs) for i in prompt_ids[1:]))
-        scores = () if params.logprobs is None else (self._score(emitted[-1], params.logprobs),)
-        return StepOutput("0", (emitted[-1],), scores, prompt, finish)
+        tokens = tuple(emitted[-1:])
+        scores = () if params.logprobs is None else tuple(self._score(i, params.logprobs) for i in tokens)
+        return StepOutput("0", tokens, scores, prompt, finish)
 
     @staticmethod
     def _score(token_id: int, n: int) -> TokenLogprobs:
