@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from cluster.errors import RequestError
@@ -20,6 +21,26 @@ class Chunk(NamedTuple):
     def completes(self) -> bool:
         """Whether nothing is pending after it, so that its last row gives the next token."""
         return self.n == self.sequence.pending
+
+
+_MAX_SCORED = 128  # prompt tokens scored in one step: the logits of each take some 200 KB
+
+
+@dataclass(slots=True)
+class _Room:
+    """What is left of a step: token rows, and how many of them may be prompt tokens to score."""
+
+    rows: int
+    scored: int = _MAX_SCORED
+
+    def chunk(self, sequence: Sequence) -> Chunk:
+        """As much of the sequence as there is room for; possibly nothing."""
+        n = min(sequence.pending, self.rows)
+        if sequence.wants_prompt_logprobs:
+            n = min(n, self.scored)
+            self.scored -= n
+        self.rows -= n
+        return Chunk(sequence, n)
 
 
 class Scheduler:
@@ -58,17 +79,12 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, with blocks for all of them. Empty only when there is nothing to do."""
-        decoding = self._decode()
-        chunks = [Chunk(sequence, 1) for sequence in decoding]
-        budget = self.max_batch_tokens - len(chunks)
-        for sequence in self.running:
-            if budget and sequence.pending > 1:
-                chunks.append(Chunk(sequence, min(sequence.pending, budget)))
-                budget -= chunks[-1].n
-        while budget and (newcomer := self._admit()):
-            chunks.append(Chunk(newcomer, min(newcomer.pending, budget)))
-            budget -= chunks[-1].n
-        return chunks
+        room = _Room(self.max_batch_tokens)
+        chunks = [room.chunk(sequence) for sequence in self._decode()]
+        chunks += [room.chunk(sequence) for sequence in self.running if sequence.pending > 1]
+        while room.rows and (newcomer := self._admit()):
+            chunks.append(room.chunk(newcomer))
+        return [chunk for chunk in chunks if chunk.n]
 
     def end(self, sequence: Sequence) -> None:
         """Complete or cancelled: its blocks are free at once. Harmless on an ended sequence."""

@@ -191,6 +191,17 @@ def test_log_probabilities_of_prompt_and_answer(model: Model, config: dict[str, 
             assert [p for _, p in score.top] == pytest.approx(row_V.topk(n_top).values.tolist(), abs=TOLERANCE)
 
 
+def test_long_prompts_are_scored_a_few_rows_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = model.engine(max_batch_tokens=512)
+    forward, widths = engine.model.forward, []
+    monkeypatch.setattr(engine.model, "forward", lambda batches: widths.append(batches[0].n_rows) or forward(batches))
+    for name in "abc":
+        engine.submit(name, model.prompt(200), SamplingParams(max_tokens=1, prompt_logprobs=0))
+    for outputs in finish(engine).values():
+        assert len(outputs[0].prompt_logprobs or ()) == 200
+    assert max(widths) <= 130 and sum(widths) == 600
+
+
 def test_a_prompt_can_be_scored_without_an_answer(model: Model) -> None:
     engine = model.engine()
     engine.submit("score", model.prompt(9), SamplingParams(max_tokens=0, prompt_logprobs=0))

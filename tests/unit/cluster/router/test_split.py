@@ -17,7 +17,7 @@ def test_every_pair_goes_to_its_owner_once_and_finds_its_place(t: int, k: int, e
     ids_TK = torch.rand(t, e, generator=draw).argsort(dim=1)[:, :k]
     weights_TK = torch.rand(t, k, generator=draw)
     owner_E = np.random.default_rng(seed).integers(0, w, e)
-    pieces, place_TK, sorted_TK = split(x_TD, ids_TK.numpy(), weights_TK, owner_E)
+    pieces, place_TK, sorted_TK = split(x_TD, ids_TK.numpy(), weights_TK.numpy(), owner_E, w)
 
     rows = []
     for piece in pieces:
