@@ -99,6 +99,7 @@ class GenerationService:
     async def stop(self) -> None:
         """End every stream at once (gateways continue what was open on other routers) and the step loop."""
         await self._server.stop(grace=None)
+        self._drop(list(self._open))  # here, because the streams' own handlers may end later than the step loop
         if not await asyncio.to_thread(self._thread.stop, 10.0):
             log.warning("router %s: the step in progress did not end; its thread is left behind", self.router)
 
