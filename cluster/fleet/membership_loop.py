@@ -27,7 +27,7 @@ def node_address() -> str:
 class MembershipLoop:
     """Tells the controller what `describe` says, for ever; calls `on_view` with each new view.
 
-    `controller` is a handle or a `ControllerByName`. A controller that is away costs nothing but news: the data plane goes
+    `controller` is a handle or a `ControllerByName`. When it is away that costs nothing but news: the data plane goes
     on with the last view. `close` ends it.
     """
 
