@@ -114,7 +114,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
         raise CheckpointError(f"{path}: truncated, or not a safetensors file: the header does not fit {size} bytes")
     try:
         header = json.loads(file.read(length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: the header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: not a safetensors file: the header is not a JSON object")
