@@ -96,7 +96,7 @@ def running_cluster(directory: Path, model: str | Path, *options: str) -> Iterat
     log = directory / "serve.log"
     command = [str(Path(sys.executable).with_name("expertmesh")), "serve", str(model), "--port", str(port), *options]
     with log.open("w") as file:
-        process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ)
+        process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ, start_new_session=True)
     cluster = RunningCluster(process, f"http://127.0.0.1:{port}", port, Path(model).name, log, environ)
     try:
 
@@ -107,14 +107,24 @@ def running_cluster(directory: Path, model: str | Path, *options: str) -> Iterat
         wait_until(started, START_TIMEOUT_S)
         yield cluster
     finally:
-        family = cluster.family() if process.is_running() else []
-        process.terminate()
-        try:
-            process.wait(60)
-        finally:
-            for left in family:
-                if left.is_running() and left.status() != psutil.STATUS_ZOMBIE:
-                    left.kill()
+        if process.poll() is None:
+            family = cluster.family()
+            process.terminate()
+            psutil.wait_procs(family, timeout=60)
+            for left in alive(family):
+                left.kill()
+
+
+def alive(family: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run, after they had five seconds to end."""
+    return [process for process in psutil.wait_procs(family, timeout=5)[1] if _runs(process)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture(scope="session")

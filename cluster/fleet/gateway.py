@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import time
@@ -13,45 +12,15 @@ from typing import Any
 
 import ray
 from ray import serve
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from cluster.config import Config
+from cluster.fleet.drain import Drain
 from cluster.fleet.membership import View
 from cluster.fleet.membership_loop import MembershipLoop, node_address
 from workers.member import Member
 
 APPLICATION = "expertmesh"
-_OPEN_PATHS = ("/health", "/ready", "/version", "/metrics")  # they cost nothing and end at once
-
-
-class Drain:
-    """ASGI middleware: counts open requests; once `draining`, refuses new ones with 503."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        self.draining = False
-        self.open = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["path"] in _OPEN_PATHS and not self.draining):
-            await self._app(scope, receive, send)
-        elif self.draining and scope["path"] != "/health":
-            await _refuse(send)
-        else:
-            self.open += 1
-            try:
-                await self._app(scope, receive, send)
-            finally:
-                self.open -= 1
-
-
-async def _refuse(send: Send) -> None:
-    error = {"message": "The server is being stopped", "type": "server_error", "param": None, "code": "draining"}
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"retry-after", b"5"), (b"connection", b"close")]
-    start: Message = {"type": "http.response.start", "status": 503, "headers": headers}
-    await send(start)
-    await send({"type": "http.response.body", "body": body})
 
 
 class Gateway:
@@ -74,7 +43,7 @@ class Gateway:
         self._node = ray.get_runtime_context().get_node_id()
         self._session = Session(rejoin_timeout_s=config.rejoin_timeout_s)
         tokenizer = await asyncio.to_thread(Tokenizer, Path(checkpoint))
-        self._drain = Drain(create_app(config, card, tokenizer, self._session))
+        self._drain = Drain(create_app(config, card, tokenizer, self._session), lambda: self._membership.tell())
         self._membership = MembershipLoop(controller, self._member, self._on_view)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -64,8 +64,9 @@ class Cluster:
 
 def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
     """Ask Ray for every process of the plan. Returns before they are ready."""
+    holders = plan.workers or plan.routers  # with the local transport the router holds its experts itself
     controller = _actor(Controller, NAME, 1, max_concurrency=1000).remote(
-        plan.n_layers, plan.n_experts, plan.workers, (*plan.workers, *plan.routers)
+        plan.n_layers, plan.n_experts, holders, (*plan.workers, *plan.routers)
     )
     by_name = ControllerByName()
     actors = {}

@@ -4,6 +4,8 @@ kill -9, leaves processes behind, or fails without saying why."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -12,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.cluster_fixture import RunningCluster, chat, private_environ, run, running_cluster, wait_until
+from tests.cluster_fixture import RunningCluster, alive, chat, private_environ, run, running_cluster, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -96,22 +98,37 @@ def test_a_taken_port_is_named(cluster: RunningCluster, tiny_checkpoint: Path) -
     assert "Traceback" not in result.stderr
 
 
-def test_stop_leaves_nothing_behind(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_stop_finishes_what_is_open_and_leaves_nothing_behind(tmp_path: Path, tiny_checkpoint: Path) -> None:
     with running_cluster(tmp_path, tiny_checkpoint, "--transport", "local", "--kv-cache-mb", "16") as local:
         roles = sorted(process["role"] for process in local.status()["processes"])
         assert roles == ["controller", "gateway", "router"]
         family = local.family()
-        open_request: list[str] = []
-        reader = threading.Thread(target=stream, args=(local, 300, open_request))
+        events: list[str] = []
+        reader = threading.Thread(target=stream, args=(local, 1500, events))
         reader.start()
-        wait_until(lambda: bool(open_request) or not reader.is_alive(), 60)
+        wait_until(lambda: bool(events) or not reader.is_alive(), 60)
         result = local.command("stop")
         assert result.returncode == 0, result.stderr
         reader.join(10)
-        assert open_request[-1] == "data: [DONE]", "an open request was cut off"
+        assert events[-1] == "data: [DONE]", "an open request was cut off"
         assert local.process.wait(10) == 0
-        _, alive = psutil.wait_procs(family, timeout=5)
-        assert not alive, f"left behind: {alive}"
+        assert not alive(family)
+        assert local.command("status").returncode == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_everything(tmp_path: Path, tiny_checkpoint: Path, number: signal.Signals) -> None:
+    """As the terminal sends Ctrl-C: to every process of the group. And kill -9, after which nobody can tidy up."""
+    with running_cluster(tmp_path, tiny_checkpoint, "--transport", "local", "--kv-cache-mb", "16") as local:
+        family = local.family()
+        if number == signal.SIGINT:
+            os.killpg(local.process.pid, number)
+            assert local.process.wait(30) == 0, local.log.read_text()
+            assert "Traceback" not in local.log.read_text()
+        else:
+            local.process.kill()
+            local.process.wait(30)
+        wait_until(lambda: not alive(family), 30)
         assert local.command("status").returncode == 1
 
 
@@ -128,7 +145,7 @@ def test_defects_are_said_before_anything_starts(tmp_path: Path, tiny_checkpoint
         port = str(other.getsockname()[1])
         cases = {
             ("serve", str(broken)): "model.safetensors",
-            ("serve", str(tmp_path / "nowhere")): "nowhere: no such directory",
+            ("serve", str(tmp_path / "nowhere")): "no such directory",
             ("serve", str(tiny_checkpoint), "--port", port): f"cannot listen on 127.0.0.1:{port}",
             ("serve", str(tiny_checkpoint), "--kv-cache-mb", "100000000"): "not enough memory",
             ("serve", str(tiny_checkpoint), "--host", "0.0.0.0"): "no API keys",

@@ -1,0 +1,59 @@
+"""Catches `status` and `stop` that find a dead cluster, a stranger's process, or the wrong one of two."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.errors import ExpertMeshError
+from cluster.fleet.run_state import RunState, find, make_run_dir
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunState:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    process = psutil.Process()
+    return RunState(process.pid, process.create_time(), "http://127.0.0.1:8000", 8000, "", str(tmp_path), "tiny")
+
+
+def test_found_while_it_lives(mine: RunState) -> None:
+    mine.write()
+    assert find() == mine
+    assert find(8000) == mine
+    mine.remove()
+    with pytest.raises(ExpertMeshError, match="no cluster of this user is running"):
+        find()
+
+
+def test_a_recycled_pid_is_not_taken_for_it(mine: RunState) -> None:
+    replace(mine, started=mine.started - 1000).write()
+    with pytest.raises(ExpertMeshError, match="no cluster"):
+        find()
+
+
+def test_two_clusters_need_a_port(mine: RunState) -> None:
+    mine.write()
+    other = replace(mine, port=8001)
+    other.write()
+    with pytest.raises(ExpertMeshError, match="one of 8000, 8001"):
+        find()
+    assert find(8001) == other
+    with pytest.raises(ExpertMeshError, match="on port 9"):
+        find(9)
+
+
+def test_a_damaged_note_is_no_cluster(mine: RunState, tmp_path: Path) -> None:
+    mine.write()
+    (tmp_path / "expertmesh" / "8000.json").write_text('{"pid": 1')
+    with pytest.raises(ExpertMeshError, match="no cluster"):
+        find()
+
+
+def test_the_run_directory_is_private_and_short_enough_for_sockets() -> None:
+    directory = make_run_dir()
+    try:
+        assert directory.stat().st_mode & 0o077 == 0
+        assert len(str(directory)) < 30
+    finally:
+        directory.rmdir()

@@ -1,0 +1,82 @@
+"""Catches an option of the configuration that the command line lacks, an error that shows a traceback, slow help."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.config import Config
+from cluster.config_load import flag
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def nobody_elses_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for field in fields(Config):
+        monkeypatch.delenv(f"EXPERTMESH_{field.name.upper()}", raising=False)
+
+
+@pytest.mark.parametrize("command", ["serve", "config"])
+def test_every_field_is_an_option(command: str) -> None:
+    text = runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    for field in fields(Config):
+        assert field.name == "model" or flag(field.name) in text
+        assert field.metadata["help"].split(";")[0][:40] in text
+
+
+def test_config_shows_values_and_origins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("block_size: 8\n")
+    monkeypatch.setenv("EXPERTMESH_ROUTERS", "3")
+    result = runner.invoke(app, ["config", "some/model", "--port", "81", "--config", str(file), "--json"])
+    shown = json.loads(result.output)
+    assert shown["model"] == {"value": "some/model", "origin": "--model"}
+    assert shown["port"] == {"value": 81, "origin": "--port"}
+    assert shown["routers"] == {"value": 3, "origin": "EXPERTMESH_ROUTERS"}
+    assert shown["block_size"] == {"value": 8, "origin": str(file)}
+    assert shown["host"] == {"value": "127.0.0.1", "origin": "default"}
+
+
+def test_what_config_prints_is_a_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "again.yaml"
+    file.write_text(runner.invoke(app, ["config", "--port", "81", "--max-context", "99"]).output)
+    again = json.loads(runner.invoke(app, ["config", "--config", str(file), "--json"]).output)
+    assert (again["port"]["value"], again["max_context"]["value"]) == (81, 99)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["config", "--port", "0"], "error: port (--port): 0 must be between 1 and 65535"),
+        (["serve", "--host", "0.0.0.0"], "no API keys"),
+        (["status"], "error: no cluster of this user is running"),
+        (["stop"], "error: no cluster of this user is running"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], says: str) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1
+    assert says in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from cluster.cli import app; import typer.main; typer.main.get_command(app);"
+        "print([m for m in ('torch', 'ray', 'grpc', 'numba', 'fastapi', 'tokenizers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_bench_lists_without_importing() -> None:
+    listed = runner.invoke(app, ["bench", "--help"]).output
+    assert all(name in listed for name in ("engine", "exchange", "serve", "kernels", "chaos"))
