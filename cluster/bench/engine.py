@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from cluster.bench import peers
+from cluster.bench.child import Child, ChildRunner
 from cluster.bench.common import Run, alternate, cache_directory, console, machine, print_json, print_table
-from cluster.bench.engine_runner import EngineRunner
-from cluster.bench.local_cluster import local_cluster
-from cluster.bench.transformers_runner import Transformers
 from cluster.bench.workload import DECODE_BATCHES, PREFILL_TOKENS, RANDOM_200M, Runner
 from cluster.models.random import write_random
+from workers.kernels.threads import process_environment
 
 OURS, REFERENCE, CLUSTER = "expertmesh", "transformers", "expertmesh cluster"
 
@@ -36,7 +35,6 @@ def engine(
     """Tokens per second of decode and prefill in one process, beside transformers and what else is installed."""
     directory = model or random_model()
     n_threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(n_threads)
     figures, notes = measure(directory, repeats, n_threads, cluster)
     result: dict[str, Any] = {
         "model": str(directory), "machine": machine(), "threads": n_threads, "repeats": repeats,
@@ -72,18 +70,26 @@ def measure(
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Median tokens per second by workload and engine, and remarks."""
     with ExitStack() as stack:
-        reference = Transformers(directory)
-        runners: list[Runner] = [EngineRunner(OURS, directory), reference]
+
+        def child(name: str, kind: str, environment: Mapping[str, str]) -> Child:
+            command = [sys.executable, "-m", "cluster.bench.runner_process", kind, str(directory), str(n_threads)]
+            process = Child(name, command, environment)
+            stack.callback(process.close)
+            return process
+
+        ours = process_environment(n_threads)
+        reference = child(REFERENCE, "transformers", {})
+        children = [child(OURS, "expertmesh", ours), reference]
         if cluster:
-            experts = stack.enter_context(local_cluster(directory, n_workers=2, threads=max(1, n_threads // 2)))
-            runners.append(EngineRunner(CLUSTER, directory, experts))
+            children.append(child(CLUSTER, "cluster", ours))
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         others, absent = stack.enter_context(peers.installed(directory, work, n_threads))
+        runners = [*map(ChildRunner, children), *others]
         figures = {}
-        for name, runs in workloads([*runners, *others]).items():
+        for name, runs in workloads(runners).items():
             console.print(name, style="bold")
             figures[name] = alternate(runs, repeats)
-    return figures, {REFERENCE: reference.options} | absent
+        return figures, {REFERENCE: reference.ask(method="options")} | absent
 
 
 def ratios(figures: dict[str, dict[str, float]]) -> dict[str, float]:

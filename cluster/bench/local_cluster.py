@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from cluster.config import Config
 from cluster.errors import StartError
 from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
+from workers.kernels.threads import process_environment
 from workers.spec import ModelSpec
 from workers.transport.grpc_client import GrpcTransport
 
@@ -35,7 +37,10 @@ def local_cluster(directory: Path, n_workers: int, threads: int) -> Iterator[Exc
 @contextmanager
 def _expert_process(directory: Path, name: str, n_workers: int, threads: int) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "cluster.bench.expert_process", str(directory), name, str(n_workers), str(threads)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | process_environment(threads)
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             yield process
         finally:

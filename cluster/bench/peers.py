@@ -6,7 +6,6 @@ has vLLM, `EXPERTMESH_BENCH_LLAMA_SERVER` llama.cpp's `llama-server`. Without th
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -18,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import httpx
 
+from cluster.bench.child import Child
 from cluster.bench.gguf_file import write_gguf
 from cluster.bench.workload import DECODE_BATCHES, DECODE_PROMPT, DECODE_STEPS, Runner, prompts
 from cluster.errors import ExpertMeshError
@@ -65,11 +65,7 @@ class Vllm(Peer):
     def __init__(self, python: str, directory: Path, n_threads: int) -> None:
         super().__init__(ModelSpec.from_config(directory).vocab_size)
         script = Path(__file__).with_name("vllm_process.py")
-        self._process = subprocess.Popen(
-            [python, str(script), str(directory), str(n_threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self._reply()
+        self._child = Child(self.name, [python, str(script), str(directory), str(n_threads)])
 
     @classmethod
     def find(cls, directory: Path, work: Path, n_threads: int) -> Self | None:
@@ -79,25 +75,14 @@ class Vllm(Peer):
 
     def seconds(self, prompt_ids: list[list[int]], n_new: int) -> float:
         """See `Peer`."""
-        assert self._process.stdin is not None
-        print(json.dumps({"prompts": prompt_ids, "n_new": n_new}), file=self._process.stdin, flush=True)
-        reply = self._reply()
+        reply = self._child.ask(prompts=prompt_ids, n_new=n_new)
         if reply["tokens"] != n_new * len(prompt_ids):
             raise ExpertMeshError(f"vllm gave {reply['tokens']} tokens instead of {n_new * len(prompt_ids)}")
         return float(reply["seconds"])
 
     def close(self) -> None:
         """See `Peer`."""
-        self._process.terminate()
-        self._process.wait()
-
-    def _reply(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ExpertMeshError(f"vllm ended with exit code {self._process.wait()}")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        self._child.close()
 
 
 class LlamaCpp(Peer):

@@ -22,7 +22,7 @@ from workers.model.kv_cache import KVCache
 class Decode:
     """All sequences that have one row."""
 
-    rows_S: Tensor  # int64, where their rows are
+    row_S: Tensor  # int64, where their rows are
     block_table_SB: Tensor
     sequence_S: Tensor  # int64, 0 ... S - 1
     position_S: Tensor  # int64
@@ -48,13 +48,20 @@ class AttentionPlan:
 
 def make_plan(batch: Batch, cache: KVCache, window: int | None) -> AttentionPlan:
     """`window`: a row sees itself and the `window - 1` tokens before it; None: all before it."""
+    n_sequences = len(batch.q_start) - 1
+    if batch.n_rows == n_sequences:  # the common step: row s is all of sequence s
+        row_S = torch.arange(n_sequences, device=cache.device)
+        return AttentionPlan(
+            Decode(row_S, batch.block_table_SB.to(cache.device), row_S, batch.positions_T.to(cache.device)), ()
+        )
     starts = torch.tensor(batch.q_start)
     single_S = (starts.diff() == 1).nonzero()[:, 0]
+    row_S = starts.index_select(0, single_S)
     decode = Decode(
-        rows_S=starts.index_select(0, single_S).to(cache.device),
-        block_table_SB=batch.block_table_SB.index_select(0, single_S).to(cache.device),
-        sequence_S=torch.arange(len(single_S), device=cache.device),
-        position_S=(batch.context_S.index_select(0, single_S).long() - 1).to(cache.device),
+        row_S.to(cache.device),
+        batch.block_table_SB.index_select(0, single_S).to(cache.device),
+        torch.arange(len(single_S), device=cache.device),
+        batch.positions_T.index_select(0, row_S).to(cache.device),
     )
     return AttentionPlan(decode if len(single_S) else None, tuple(_prefills(batch, cache, window)))
 
@@ -94,8 +101,8 @@ def attend(plan: AttentionPlan, cache: KVCache, layer: int, q_THd: Tensor, windo
         return _attend_decode(decode, cache, layer, q_THd, window)
     out_THd = torch.empty_like(q_THd)
     if decode is not None:
-        q_SHd = q_THd.index_select(0, decode.rows_S)
-        out_THd.index_copy_(0, decode.rows_S, _attend_decode(decode, cache, layer, q_SHd, window))
+        q_SHd = q_THd.index_select(0, decode.row_S)
+        out_THd.index_copy_(0, decode.row_S, _attend_decode(decode, cache, layer, q_SHd, window))
     for part in plan.prefills:
         out_THd[part.rows] = _attend_prefill(part, cache, layer, q_THd[part.rows])
     return out_THd

@@ -50,7 +50,8 @@ class Mixtral:
             for flow in flows:
                 delta_TD = None if flow.handle is None else experts.combine(flow.handle)
                 flow.handle = experts.dispatch(layer.index, *layer.attend(flow, delta_TD))
-        return torch.cat([self._logits(flow, experts.combine(flow.handle)) for flow in flows])
+        logits = [self._logits(flow, experts.combine(flow.handle)) for flow in flows]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
 
     def _begin(self, batch: Batch) -> Flow:
         """Everything that is the same in all layers."""

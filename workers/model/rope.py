@@ -11,10 +11,9 @@ class Rope:
 
     def __init__(self, head_dim: int, theta: float, device: torch.device) -> None:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        self._frequencies = 1.0 / (theta**exponents)
+        self._frequencies_d = (1.0 / (theta**exponents)).repeat(2)
 
     def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [T, head_dim]; the second half repeats the first."""
-        angles_Th = positions_T.to(torch.float32)[:, None] * self._frequencies
-        angles_Td = torch.cat((angles_Th, angles_Th), dim=-1)
+        angles_Td = positions_T.to(torch.float32)[:, None] * self._frequencies_d
         return angles_Td.cos(), angles_Td.sin()
