@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.kernels import reference, threads
+from workers.kernels import native, reference
 from workers.kernels.linear import is_fast, with_unit_stride
 
 
@@ -29,16 +29,14 @@ def rotary_write(
     """
     if not is_fast(qkv_TX) or not is_fast(k_cache_CZGd):
         return reference.rotary_write(qkv_TX, position_T, slot_T, cos_Rd, sin_Rd, k_cache_CZGd, v_cache_CZGd)
-    from workers.kernels import cpu_dense
-
     qkv_TX = with_unit_stride(qkv_TX)
     position_T, slot_T = position_T.contiguous(), slot_T.contiguous()
     n_rows = len(qkv_TX)
     n_kv, head = k_cache_CZGd.shape[-2:]
     n_heads = qkv_TX.shape[1] // head - 2 * n_kv
-    q_THd = torch.empty(n_rows, n_heads, head)
-    team = threads.available() if 4 * qkv_TX.numel() >= threads.PARALLEL_BYTES else 1
-    cpu_dense.rotary_write(
+    q_THd = native.empty(n_rows, n_heads, head)
+    team = native.team(4 * qkv_TX.numel())
+    native.rotary_write(
         team,
         *(qkv_TX.data_ptr(), 4 * qkv_TX.stride(0), q_THd.data_ptr(), n_rows, n_heads, n_kv, head),
         *(position_T.data_ptr(), slot_T.data_ptr(), cos_Rd.data_ptr(), sin_Rd.data_ptr()),
@@ -67,21 +65,19 @@ def paged_attention(
         return reference.paged_attention(
             q_THd, k_cache_CZGd, v_cache_CZGd, block_table_SB, sequence_T, position_T, scale, window
         )
-    from workers.kernels import cpu_dense
-
     q_THd, block_table_SB = q_THd.contiguous(), block_table_SB.to(torch.int32).contiguous()
     sequence_T, position_T = sequence_T.contiguous(), position_T.contiguous()
     n_rows, n_heads, head = q_THd.shape
     size, n_kv = k_cache_CZGd.shape[1:3]
     group, most_keys = n_heads // n_kv, block_table_SB.shape[1] * size
-    out_THd = torch.empty(n_rows, n_heads, head)
-    team = threads.available() if 4 * n_rows * most_keys * n_kv * head >= threads.PARALLEL_BYTES else 1
-    scratch = torch.empty(team, 2 * group + group * most_keys)  # addresses of the queries, then their scores
-    cpu_dense.paged_attention(
+    out_THd = native.empty(n_rows, n_heads, head)
+    team = native.team(4 * n_rows * most_keys * n_kv * head)
+    scratch = native.empty(team, 2 * group + group * most_keys)  # addresses of the queries, then their scores
+    native.paged_attention(
         team,
         *(q_THd.data_ptr(), out_THd.data_ptr(), n_rows, n_heads, n_kv, head),
         *(k_cache_CZGd.data_ptr(), v_cache_CZGd.data_ptr(), size, block_table_SB.data_ptr()),
-        *(4 * block_table_SB.stride(0), sequence_T.data_ptr(), position_T.data_ptr(), threads.float_bits(scale)),
+        *(4 * block_table_SB.stride(0), sequence_T.data_ptr(), position_T.data_ptr(), native.float_bits(scale)),
         *(window or most_keys, scratch.data_ptr(), 4 * scratch.stride(0), 4 * most_keys),
     )
     return out_THd

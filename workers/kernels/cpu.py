@@ -1,18 +1,14 @@
 """The CPU kernels for few rows: they stream the weights once, at the speed of the memory.
 
-Import this module only where they run: it loads the compiler.
+Imported only to build them (see `native`): numba is here.
 """
 
 from __future__ import annotations
 
 import numba
 
-from workers.kernels.jit import COLUMNS, as_float32, as_int64, dot_tile, kernel, swiglu_tile, take, wait_for_team
-
-#: Weight rows that one thread takes at a time.
-UNIT = 64
-#: Columns of the combined output that one thread takes at a time.
-DOWN_UNIT = 32
+from workers.kernels.jit import COLUMNS, as_float32, as_int64, dot_tile, swiglu_tile, take, wait_for_team
+from workers.kernels.native import DOWN_UNIT, UNIT
 
 _dot_1, _dot_2, _dot_3, _dot_4, _dot_5, _dot_6 = (dot_tile(4, columns) for columns in range(1, 7))
 _dot_single = dot_tile(1, 1)
@@ -55,12 +51,11 @@ def dot_rows(weight, stride, first, last, token_rows, n_rows, k, out, out_stride
         n += 1
 
 
-@kernel
 def linear(args: int) -> None:
     """y[T, N] = x[T, K] @ weight[N, K].T; every thread keeps the rows' addresses in its own part of the scratch."""
     a = as_int64(args)
-    x, x_stride, weight, y, n_rows, k, n, scratch = a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10]
-    token_rows = scratch + 8 * n_rows * take(args + 8)
+    x, x_stride, weight, y, n_rows, k, n, scratch = a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]
+    token_rows = scratch + 8 * n_rows * take(args + 16)
     rows = as_int64(token_rows)
     for t in range(n_rows):
         rows[t] = x + t * x_stride
@@ -104,7 +99,6 @@ def swiglu_rows(gate, up, stride, first, last, token_rows, n_rows, k, out, out_s
             _swiglu_single(gate + n * stride, up + n * stride, stride, token_rows + 8 * t, k, y, out_stride, 0)
 
 
-@kernel
 def plan(args: int) -> None:
     """Sort the pairs by expert, keeping their order within one, and note where each expert's begin.
 
@@ -112,11 +106,11 @@ def plan(args: int) -> None:
     adds the rows to `counters` [E]; `result` becomes (most rows of an expert, rows of experts without weights).
     """
     a = as_int64(args)
-    experts, n_pairs, n_experts, table = as_int64(a[3]), a[4], a[5], as_int64(a[6])
-    counters, token, choices, x, x_stride = as_int64(a[7]), a[8], a[9], a[10], a[11]
-    hidden, hidden_stride, result = a[12], a[13], as_int64(a[14])
-    starts, order = as_int64(a[15]), as_int64(a[16])
-    token_rows, hidden_rows = as_int64(a[17]), as_int64(a[18])
+    experts, n_pairs, n_experts, table = as_int64(a[4]), a[5], a[6], as_int64(a[7])
+    counters, token, choices, x, x_stride = as_int64(a[8]), a[9], a[10], a[11], a[12]
+    hidden, hidden_stride, result = a[13], a[14], as_int64(a[15])
+    starts, order = as_int64(a[16]), as_int64(a[17])
+    token_rows, hidden_rows = as_int64(a[18]), as_int64(a[19])
     for e in range(n_experts + 1):
         starts[e] = 0
     for p in range(n_pairs):
@@ -148,8 +142,8 @@ def plan(args: int) -> None:
 def hidden_phase(args):  # type: ignore[no-untyped-def]
     """hidden[pair, F] = silu(w1 x) * (w3 x) of every expert with at most `limit` pairs, shared out by blocks of F."""
     a = as_int64(args)
-    d, f, n_experts, limit = a[3], a[4], a[5], a[6]
-    table, starts, token_rows, hidden = as_int64(a[7]), as_int64(a[8]), a[9], a[11]
+    d, f, n_experts, limit = a[4], a[5], a[6], a[7]
+    table, starts, token_rows, hidden = as_int64(a[8]), as_int64(a[9]), a[10], a[12]
     blocks = (f + UNIT - 1) // UNIT
     u = take(args)
     while u < n_experts * blocks:
@@ -162,14 +156,13 @@ def hidden_phase(args):  # type: ignore[no-untyped-def]
         u = take(args)
 
 
-@kernel
 def experts_pairs(args: int) -> None:
     """y[pair, D] of every expert with at most `limit` pairs, unweighted, pairs sorted by expert."""
     a = as_int64(args)
-    d, f, n_experts, limit = a[3], a[4], a[5], a[6]
-    table, starts, hidden_rows, y = as_int64(a[7]), as_int64(a[8]), a[10], a[12]
+    d, f, n_experts, limit = a[4], a[5], a[6], a[7]
+    table, starts, hidden_rows, y = as_int64(a[8]), as_int64(a[9]), a[11], a[13]
     hidden_phase(args)
-    wait_for_team(a[2])
+    wait_for_team(a[3])
     blocks = (d + UNIT - 1) // UNIT
     u = take(args + 8)
     while u < n_experts * blocks:
@@ -193,17 +186,16 @@ def add_weighted(y, y_stride, begin, end, order, choices, weights, out, d, first
             target[i] += weight * row[i]
 
 
-@kernel
 def experts_combined(args: int) -> None:
     """out[T, D] = the weighted sum over each token's experts, added in expert order."""
     a = as_int64(args)
-    d, f, n_experts = a[3], a[4], a[5]
-    table, starts, hidden_rows, order = as_int64(a[7]), as_int64(a[8]), a[10], a[13]
-    out, weights, choices, n_pairs, buffers, buffer_stride = a[12], a[14], a[15], a[16], a[17], a[18]
+    d, f, n_experts = a[4], a[5], a[6]
+    table, starts, hidden_rows, order = as_int64(a[8]), as_int64(a[9]), a[11], a[14]
+    out, weights, choices, n_pairs, buffers, buffer_stride = a[13], a[15], a[16], a[17], a[18], a[19]
     hidden_phase(args)
-    wait_for_team(a[2])
+    wait_for_team(a[3])
     blocks = (d + DOWN_UNIT - 1) // DOWN_UNIT
-    buffer = buffers + buffer_stride * take(args + 8 * 19)  # one of its own for each thread
+    buffer = buffers + buffer_stride * take(args + 16)  # one of its own for each thread
     u = take(args + 8)
     while u < blocks:
         first, last = DOWN_UNIT * u, min(d, DOWN_UNIT * u + DOWN_UNIT)
@@ -220,11 +212,10 @@ def experts_combined(args: int) -> None:
         u = take(args + 8)
 
 
-@kernel
 def combine(args: int) -> None:
     """out[T, D] += weight of pair * y[pair], pair after pair; threads share out the columns."""
     a = as_int64(args)
-    y, d, n_pairs, token, weights, out = a[3], a[4], a[5], as_int64(a[6]), as_float32(a[7]), a[8]
+    y, d, n_pairs, token, weights, out = a[4], a[5], a[6], as_int64(a[7]), as_float32(a[8]), a[9]
     u = take(args)
     while UNIT * u < d:
         first, last = UNIT * u, min(d, UNIT * u + UNIT)
@@ -234,3 +225,6 @@ def combine(args: int) -> None:
             for i in range(last - first):
                 target[i] += weights[pair] * row[i]
         u = take(args)
+
+
+KERNELS = (linear, plan, experts_pairs, experts_combined, combine)

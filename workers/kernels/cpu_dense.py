@@ -1,17 +1,15 @@
 """The CPU kernels of the dense half: norms, rotary embedding with the cache write, paged attention, the gate's choice.
 
-Import this module only where they run: it loads the compiler.
+Imported only to build them (see `native`): numba is here.
 """
 
 from __future__ import annotations
-
-import math
 
 import numba
 from numba import float32, int32
 
 from workers.kernels.cpu import dot_rows
-from workers.kernels.jit import as_float32, as_int32, as_int64, bits_as_float32, kernel, take
+from workers.kernels.jit import as_float32, as_int32, as_int64, bits_as_float32, call, floor, sqrt, take, wait_for_team
 
 #: Rows of a norm that one thread takes at a time.
 NORM_ROWS = 4
@@ -27,16 +25,15 @@ def _square_sum(row, d):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def _norm(row, weight, out, d, eps):  # type: ignore[no-untyped-def]
-    scale = float32(1.0) / math.sqrt(_square_sum(row, d) / float32(d) + eps)
+    scale = float32(1.0) / sqrt(_square_sum(row, d) / float32(d) + eps)
     for i in range(d):
         out[i] = weight[i] * (row[i] * scale)
 
 
-@kernel
 def rms_norm(args: int) -> None:
     """y[T, D] = x / rms(x) * weight."""
     a = as_int64(args)
-    x, x_stride, weight, y, n_rows, d, eps = a[3], a[4], as_float32(a[5]), a[6], a[7], a[8], bits_as_float32(a[9])
+    x, x_stride, weight, y, n_rows, d, eps = a[4], a[5], as_float32(a[6]), a[7], a[8], a[9], bits_as_float32(a[10])
     first = NORM_ROWS * take(args)
     while first < n_rows:
         for t in range(first, min(first + NORM_ROWS, n_rows)):
@@ -44,12 +41,11 @@ def rms_norm(args: int) -> None:
         first = NORM_ROWS * take(args)
 
 
-@kernel
 def add_rms_norm(args: int) -> None:
     """residual[T, D] += delta; y = the norm of it."""
     a = as_int64(args)
-    residual, stride, delta, delta_stride, weight = a[3], a[4], a[5], a[6], as_float32(a[7])
-    y, n_rows, d, eps = a[8], a[9], a[10], bits_as_float32(a[11])
+    residual, stride, delta, delta_stride, weight = a[4], a[5], a[6], a[7], as_float32(a[8])
+    y, n_rows, d, eps = a[9], a[10], a[11], bits_as_float32(a[12])
     first = NORM_ROWS * take(args)
     while first < n_rows:
         for t in range(first, min(first + NORM_ROWS, n_rows)):
@@ -60,11 +56,27 @@ def add_rms_norm(args: int) -> None:
         first = NORM_ROWS * take(args)
 
 
-@kernel
+@numba.njit
+def _exp(x):  # type: ignore[no-untyped-def]
+    """exp(x) for x <= 0, within 2 ulp, in operations that a compiler makes vectors of."""
+    x = max(x, float32(-87.0))
+    power = floor(x * float32(1.4426950216293335) + float32(0.5))
+    rest = x - power * float32(0.693359375) + power * float32(2.12194442e-4)
+    value = float32(1 / 5040)
+    value = value * rest + float32(1 / 720)
+    value = value * rest + float32(1 / 120)
+    value = value * rest + float32(1 / 24)
+    value = value * rest + float32(1 / 6)
+    value = value * rest + float32(1 / 2)
+    value = value * rest + float32(1.0)
+    value = value * rest + float32(1.0)
+    return value * bits_as_float32((int32(power) + int32(127)) << int32(23))
+
+
 def gate_top_k(args: int) -> None:
     """ids[T, K], weights[T, K]: the best logits of each row, best first, and the softmax over them."""
     a = as_int64(args)
-    logits, stride, ids, weights, n_rows, n_experts, k = a[3], a[4], as_int64(a[5]), as_float32(a[6]), a[7], a[8], a[9]
+    logits, stride, ids, weights, n_rows, n_experts, k = a[4], a[5], as_int64(a[6]), as_float32(a[7]), a[8], a[9], a[10]
     for t in range(n_rows):
         row = as_float32(logits + t * stride)
         for choice in range(k):
@@ -79,7 +91,7 @@ def gate_top_k(args: int) -> None:
         total = float32(0.0)
         top = row[ids[t * k]]
         for choice in range(k):
-            weight = math.exp(row[ids[t * k + choice]] - top)
+            weight = _exp(row[ids[t * k + choice]] - top)
             weights[t * k + choice] = weight
             total += weight
         for choice in range(k):
@@ -95,12 +107,11 @@ def _rotate(x, out, cos, sin, head):  # type: ignore[no-untyped-def]
         out[half + i] = two * cos[half + i] + one * sin[half + i]
 
 
-@kernel
 def rotary_write(args: int) -> None:
     """q[T, H, d] = rotated q of qkv; rotated k and v go to their rows of the cache."""
     a = as_int64(args)
-    qkv, stride, q, n_rows, n_heads, n_kv, head = a[3], a[4], a[5], a[6], a[7], a[8], a[9]
-    position, slot, cos, sin, keys, values = as_int64(a[10]), as_int64(a[11]), a[12], a[13], a[14], a[15]
+    qkv, stride, q, n_rows, n_heads, n_kv, head = a[4], a[5], a[6], a[7], a[8], a[9], a[10]
+    position, slot, cos, sin, keys, values = as_int64(a[11]), as_int64(a[12]), a[13], a[14], a[15], a[16]
     t = take(args)
     while t < n_rows:
         row = qkv + t * stride
@@ -116,23 +127,6 @@ def rotary_write(args: int) -> None:
             for i in range(head):
                 out[i] = value[i]
         t = take(args)
-
-
-@numba.njit
-def _exp(x):  # type: ignore[no-untyped-def]
-    """exp(x) for x <= 0, within 2 ulp, in operations that a compiler makes vectors of."""
-    x = max(x, float32(-87.0))
-    power = math.floor(x * float32(1.4426950216293335) + float32(0.5))
-    rest = x - power * float32(0.693359375) + power * float32(2.12194442e-4)
-    value = float32(1 / 5040)
-    value = value * rest + float32(1 / 720)
-    value = value * rest + float32(1 / 120)
-    value = value * rest + float32(1 / 24)
-    value = value * rest + float32(1 / 6)
-    value = value * rest + float32(1 / 2)
-    value = value * rest + float32(1.0)
-    value = value * rest + float32(1.0)
-    return value * bits_as_float32((int32(power) + int32(127)) << int32(23))
 
 
 @numba.njit(fastmath=True)
@@ -183,16 +177,15 @@ def _add_values(out, p, values, stride, n, head):  # type: ignore[no-untyped-def
         j += 1
 
 
-@kernel
 def paged_attention(args: int) -> None:
     """out[T, H, d]: every thread takes one (query row, key/value head) at a time, with scores in its own scratch."""
     a = as_int64(args)
-    q, out, n_rows, n_heads, n_kv, head = a[3], a[4], a[5], a[6], a[7], a[8]
-    keys, values, size, tables, table_stride = a[9], a[10], a[11], a[12], a[13]
-    sequence, position, scale, window = as_int64(a[14]), as_int64(a[15]), bits_as_float32(a[16]), a[17]
-    scratch, scratch_stride, score_stride = a[18], a[19], a[20]
+    q, out, n_rows, n_heads, n_kv, head = a[4], a[5], a[6], a[7], a[8], a[9]
+    keys, values, size, tables, table_stride = a[10], a[11], a[12], a[13], a[14]
+    sequence, position, scale, window = as_int64(a[15]), as_int64(a[16]), bits_as_float32(a[17]), a[18]
+    scratch, scratch_stride, score_stride = a[19], a[20], a[21]
     group, row_bytes = n_heads // n_kv, 4 * n_kv * head
-    mine = scratch + scratch_stride * take(args + 8)
+    mine = scratch + scratch_stride * take(args + 16)
     queries, scores = as_int64(mine), mine + 8 * group
     u = take(args)
     while u < n_rows * n_kv:
@@ -224,3 +217,36 @@ def paged_attention(args: int) -> None:
             for i in range(head):
                 row[i] /= total
         u = take(args)
+
+
+def silu_mul(args: int) -> None:
+    """out[T, F] = silu(x[T, :F]) * x[T, F:]."""
+    a = as_int64(args)
+    x, out, n_rows, f = a[4], a[5], a[6], a[7]
+    t = take(args)
+    while t < n_rows:
+        gate, up, target = as_float32(x + 8 * t * f), as_float32(x + 8 * t * f + 4 * f), as_float32(out + 4 * t * f)
+        for i in range(f):
+            small = _exp(-abs(gate[i]))
+            sigmoid = (float32(1.0) if gate[i] >= 0 else small) / (float32(1.0) + small)
+            target[i] = gate[i] * sigmoid * up[i]
+        t = take(args)
+
+
+def run_tape(args: int) -> None:
+    """Run the recorded calls, (kernel, its arguments, its team) each: a team of one is the first thread to come."""
+    a = as_int64(args)
+    barrier, n_calls, calls = a[3], a[4], as_int64(a[5])
+    me = take(args + 16)
+    for i in range(n_calls):
+        function, arguments, team = calls[3 * i], calls[3 * i + 1], calls[3 * i + 2]
+        if me < team:
+            call(function, arguments)
+        if team > 1 or (i + 1 < n_calls and calls[3 * i + 5] > 1):
+            wait_for_team(barrier)
+        if me == 0:  # for the next run: nobody takes from this call any more
+            counters = as_int64(arguments)
+            counters[0] = counters[1] = counters[2] = 0
+
+
+KERNELS = (rms_norm, add_rms_norm, gate_top_k, rotary_write, paged_attention, silu_mul, run_tape)

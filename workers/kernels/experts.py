@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.kernels import reference, threads
-from workers.kernels.linear import FEW_ROWS, is_fast, with_unit_stride
+from workers.kernels import native, reference
+from workers.kernels.linear import is_fast, with_unit_stride
+from workers.kernels.native import DOWN_UNIT, FEW_ROWS
 
 
 class LayerExperts:
@@ -34,7 +35,8 @@ class LayerExperts:
         self.rows_E = torch.zeros(n_experts, dtype=torch.int64)
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._table_E2 = torch.zeros(n_experts, 2, dtype=torch.int64)  # addresses of w13 and w2; 0: not held
-        self._fast = device.type == "cpu" and dtype == torch.float32
+        self._fast = device.type == "cpu" and dtype == torch.float32 and native.usable()
+        self._expert_bytes = 3 * hidden_size * ffn_size * dtype.itemsize
 
     @property
     def held(self) -> frozenset[int]:
@@ -95,15 +97,13 @@ class LayerExperts:
 
     def _plan(self, x_TD: Tensor, experts: Tensor, token_P: Tensor | None = None, choices: int = 1) -> _Plan:
         """Sort the pairs by expert. Pair p takes row `token_P[p]`, or `p // choices` where that is not given."""
-        from workers.kernels import cpu
-
         x_TD = with_unit_stride(x_TD)
         experts = experts.to(torch.int64).contiguous()
         token_P = token_P.contiguous() if token_P is not None else None
         n_pairs = experts.numel()
         plan = _Plan(x_TD, n_pairs, torch.empty(n_pairs, self.ffn_size), _Scratch(n_pairs, self.n_experts))
         at = plan.scratch
-        cpu.plan(
+        native.plan(
             1,
             *(experts.data_ptr(), n_pairs, self.n_experts, self._table_E2.data_ptr(), self.rows_E.data_ptr()),
             *(0 if token_P is None else token_P.data_ptr(), choices, x_TD.data_ptr(), 4 * x_TD.stride(0)),
@@ -125,33 +125,34 @@ class LayerExperts:
 
     def _combined(self, plan: _Plan, weights_TK: Tensor) -> Tensor:
         """The weighted sums, in one kernel."""
-        from workers.kernels import cpu
-
         n_tokens, choices = weights_TK.shape
         out_TD = torch.empty(n_tokens, self.hidden_size)
-        team = threads.available()
-        buffers = torch.empty(team, FEW_ROWS * cpu.DOWN_UNIT)
-        cpu.experts_combined(
+        team = native.team(self._expert_bytes)
+        buffers = torch.empty(team, FEW_ROWS * DOWN_UNIT)
+        native.experts_combined(
             team,
             *self._arguments(plan, FEW_ROWS, out_TD),
             *(plan.scratch.order, weights_TK.data_ptr(), choices, n_tokens * choices),
-            *(buffers.data_ptr(), 4 * buffers.stride(0), 0),
+            *(buffers.data_ptr(), 4 * buffers.stride(0)),
         )
         return out_TD
 
     def _pairs(self, plan: _Plan, token_P: Tensor) -> Tensor:
         """The rows of all pairs, sorted: few rows of an expert by the kernel, many by BLAS."""
-        from workers.kernels import cpu
-
         y_PD = torch.empty(plan.n_pairs, self.hidden_size)
-        cpu.experts_pairs(threads.available(), *self._arguments(plan, FEW_ROWS, y_PD))
+        native.experts_pairs(native.team(self._expert_bytes), *self._arguments(plan, FEW_ROWS, y_PD))
         if plan.most_rows > FEW_ROWS:
             starts = plan.starts_E.tolist()
             for expert, (w13_2FD, w2_DF) in self._weights.items():
                 begin, end = starts[expert], starts[expert + 1]
                 if end - begin > FEW_ROWS:
-                    gate_PF, up_PF = F.linear(plan.x_TD[token_P[begin:end]], w13_2FD).chunk(2, dim=-1)
-                    torch.mm(F.silu(gate_PF).mul_(up_PF), w2_DF.t(), out=y_PD[begin:end])
+                    both_P2F = F.linear(plan.x_TD[token_P[begin:end]], w13_2FD)
+                    hidden_PF = plan.hidden_PF[begin:end]
+                    native.silu_mul(
+                        native.team(both_P2F.nbytes),
+                        *(both_P2F.data_ptr(), hidden_PF.data_ptr(), end - begin, self.ffn_size),
+                    )
+                    torch.mm(hidden_PF, w2_DF.t(), out=y_PD[begin:end])
         return y_PD
 
 
@@ -194,12 +195,10 @@ def combine(y_PD: Tensor, token_P: Tensor, weight_P: Tensor, n_tokens: int) -> T
     """
     if not is_fast(y_PD):
         return reference.combine(y_PD, token_P, weight_P, n_tokens)
-    from workers.kernels import cpu
-
     y_PD, token_P, weight_P = y_PD.contiguous(), token_P.to(torch.int64).contiguous(), weight_P.contiguous()
     out_TD = torch.zeros(n_tokens, y_PD.shape[1])
-    team = threads.available() if y_PD.nbytes >= threads.PARALLEL_BYTES else 1
-    cpu.combine(
+    team = native.team(y_PD.nbytes)
+    native.combine(
         team,
         *(y_PD.data_ptr(), y_PD.shape[1], len(token_P), token_P.data_ptr(), weight_P.data_ptr(), out_TD.data_ptr()),
     )

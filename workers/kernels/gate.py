@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.kernels import reference
+from workers.kernels import native, reference
 from workers.kernels.linear import is_fast, with_unit_stride
 
 
@@ -19,12 +19,10 @@ def gate_top_k(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     if not is_fast(logits_TE):
         return reference.gate_top_k(logits_TE, k)
-    from workers.kernels import cpu_dense
-
     logits_TE = with_unit_stride(logits_TE)
     n_rows, n_experts = logits_TE.shape
-    ids_TK, weights_TK = torch.empty(n_rows, k, dtype=torch.int64), torch.empty(n_rows, k)
-    cpu_dense.gate_top_k(
+    ids_TK, weights_TK = native.empty(n_rows, k, dtype=torch.int64), native.empty(n_rows, k)
+    native.gate_top_k(
         1,
         *(logits_TE.data_ptr(), 4 * logits_TE.stride(0), ids_TK.data_ptr(), weights_TK.data_ptr()),
         *(n_rows, n_experts, k),

@@ -1,28 +1,20 @@
-"""The compiler behind the CPU kernels: numba, with the innermost products written for the host's vector registers.
+"""What numba lacks for the CPU kernels: the innermost products, written for the host's vector registers in LLVM code.
 
-Kernels are compiled at first use and cached in the user's cache directory, under a name that changes with the sources
-of this package (numba by itself notices a change of the one file only) and with the host's processor (numba's doing).
 Addresses are int64 throughout: a kernel reads its arguments from one array of them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
 import numba
-import numba.core.config
 import numba.extending
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-
-from workers.kernels.threads import Kernel
 
 intrinsic: Callable[[Callable[..., Any]], Any] = numba.extending.intrinsic
 
@@ -42,37 +34,6 @@ def _vector_registers() -> tuple[int, int]:
 LANES, _REGISTERS = _vector_registers()
 #: Token rows of one tile: 4 weight rows x COLUMNS accumulators, 4 weight vectors and one of x fit the registers.
 COLUMNS = 6 if _REGISTERS == 32 else 2
-
-
-def _cache_directory() -> str:
-    """Where compiled kernels of exactly these sources lie."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return os.fspath(root / "expertmesh" / "kernels" / digest.hexdigest()[:16])
-
-
-def kernel(function: Callable[[int], None]) -> Kernel:
-    """Compile `function(args)` to machine code when it is first called."""
-
-    def compile_() -> int:
-        options: dict[str, Any] = {"nopython": True, "error_model": "numpy"}
-        before = numba.core.config.CACHE_DIR
-        numba.core.config.CACHE_DIR = _cache_directory()
-        try:
-            compiled = numba.cfunc(types.void(types.int64), cache=True, **options)(function)
-        except OSError:  # the cache is unwritable or full: compile for this process alone
-            compiled = numba.cfunc(types.void(types.int64), **options)(function)
-        finally:
-            numba.core.config.CACHE_DIR = before
-        _keep_alive.append(compiled)
-        return int(compiled.address)
-
-    return Kernel(compile_)
-
-
-_keep_alive: list[Any] = []
 
 
 @intrinsic
@@ -95,6 +56,17 @@ def wait_for_team(_context: Any, _barrier: Any) -> Any:
         return ctx.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+@intrinsic
+def call(_context: Any, _function: Any, _args: Any) -> Any:
+    """Call the kernel at the address with the address of its arguments."""
+
+    def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        b.call(b.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [_I64]).as_pointer()), [args[1]])
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 def _pointer(numba_type: Any, llvm_type: Any) -> Any:
@@ -122,6 +94,22 @@ def bits_as_float32(_context: Any, bits: Any) -> Any:
         return b.bitcast(narrow, _F32)
 
     return types.float32(bits), codegen
+
+
+def _unary(name: str) -> Any:
+    @intrinsic
+    def function(_context: Any, _x: Any) -> Any:
+        def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+            return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(_F32, [_F32]), name), args)
+
+        return types.float32(types.float32), codegen
+
+    return function
+
+
+# math.floor and math.sqrt would be calls of the C library, which no loop around them survives.
+floor = _unary("llvm.floor.f32")
+sqrt = _unary("llvm.sqrt.f32")
 
 
 class _Tile:

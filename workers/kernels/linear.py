@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.kernels import threads
-
-#: Up to this many rows a product is bound by reading the weights, and the streaming kernel beats a BLAS.
-FEW_ROWS = 32
+from workers.kernels import native
+from workers.kernels.native import FEW_ROWS
 
 
 def is_fast(tensor: Tensor) -> bool:
     """Whether the compiled CPU kernels take it: float32 in host memory."""
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return tensor.dtype == torch.float32 and tensor.is_cpu and native.usable()
 
 
 def with_unit_stride(x_TD: Tensor) -> Tensor:
@@ -46,14 +44,12 @@ class PackedLinear:
 
 def few_rows(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
     """The product by the streaming kernel; float32, unit stride along D. Returns [T, N]."""
-    from workers.kernels import cpu
-
     n_rows, k = x_TD.shape
     n = weight_ND.shape[0]
-    y_TN = torch.empty(n_rows, n)
-    team = threads.available() if 4 * n * k >= threads.PARALLEL_BYTES else 1
-    scratch = torch.empty(n_rows * team, dtype=torch.int64)
-    cpu.linear(
+    y_TN = native.empty(n_rows, n)
+    team = native.team(4 * n * k)
+    scratch = native.empty(n_rows * team, dtype=torch.int64)
+    native.linear(
         team,
         *(x_TD.data_ptr(), 4 * x_TD.stride(0), weight_ND.data_ptr(), y_TN.data_ptr(), n_rows, k, n),
         scratch.data_ptr(),

@@ -5,10 +5,9 @@ Legend: T token rows, D hidden size.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from workers.kernels import reference, threads
+from workers.kernels import native, reference
 from workers.kernels.linear import is_fast, with_unit_stride
 
 
@@ -16,15 +15,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`x / rms(x) * weight`, the mean square in float32. Returns a new [T, D] in the dtype of x."""
     if not is_fast(x_TD):
         return reference.rms_norm(x_TD, weight_D, eps)
-    from workers.kernels import cpu_dense
-
     x_TD = with_unit_stride(x_TD)
     n_rows, d = x_TD.shape
-    y_TD = torch.empty(n_rows, d)
-    cpu_dense.rms_norm(
+    y_TD = native.empty(n_rows, d)
+    native.rms_norm(
         _team(n_rows, d),
         *(x_TD.data_ptr(), 4 * x_TD.stride(0), weight_D.data_ptr(), y_TD.data_ptr()),
-        *(n_rows, d, threads.float_bits(eps)),
+        *(n_rows, d, native.float_bits(eps)),
     )
     return y_TD
 
@@ -34,18 +31,16 @@ def add_rms_norm(residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: f
     if not is_fast(residual_TD) or not is_fast(delta_TD) or residual_TD.stride(-1) != 1:
         residual_TD += delta_TD
         return reference.rms_norm(residual_TD, weight_D, eps)
-    from workers.kernels import cpu_dense
-
     delta_TD = with_unit_stride(delta_TD)
     n_rows, d = residual_TD.shape
-    y_TD = torch.empty(n_rows, d)
-    cpu_dense.add_rms_norm(
+    y_TD = native.empty(n_rows, d)
+    native.add_rms_norm(
         _team(n_rows, d),
         *(residual_TD.data_ptr(), 4 * residual_TD.stride(0), delta_TD.data_ptr(), 4 * delta_TD.stride(0)),
-        *(weight_D.data_ptr(), y_TD.data_ptr(), n_rows, d, threads.float_bits(eps)),
+        *(weight_D.data_ptr(), y_TD.data_ptr(), n_rows, d, native.float_bits(eps)),
     )
     return y_TD
 
 
 def _team(n_rows: int, d: int) -> int:
-    return threads.available() if 4 * n_rows * d >= threads.PARALLEL_BYTES else 1
+    return native.team(4 * n_rows * d)

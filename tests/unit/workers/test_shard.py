@@ -150,17 +150,18 @@ def test_loads_and_unloads_beside_forwards() -> None:
         while not stop.is_set():
             shard.unload(1, 1)
             shard.load(1, 1, held[1])
+            stop.wait(0.001)
 
     thread = threading.Thread(target=churn)
     thread.start()
-    refused = 0
+    right = 0
     try:
-        for _ in range(300):
+        while right < 100:
             try:
                 assert torch.equal(shard.forward(1, x_TD, token_P, expert_P), right_PD)
+                right += 1
             except ExpertNotHeld:
-                refused += 1
+                pass
     finally:
         stop.set()
         thread.join()
-    assert refused < 300

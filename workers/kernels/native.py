@@ -1,0 +1,242 @@
+"""The compiled CPU kernels: built once per machine, loaded without the compiler, run on torch's own threads.
+
+numba and its compiler take 100 MB and seconds, so they run in a process of their own (`workers.kernels.build`), whose
+object file lies in the user's cache directory under a name made of the sources, the compiler and the processor. A
+serving process maps that file. Kernels run on the OpenMP threads that torch itself uses: a second pool beside it would
+spin on the same cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from array import array
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Up to this many rows a product is bound by reading the weights, and the streaming kernels beat a BLAS.
+FEW_ROWS = 32
+#: Weight rows that one thread takes at a time.
+UNIT = 64
+#: Columns of a layer's combined output that one thread takes at a time.
+DOWN_UNIT = 32
+#: Work on fewer bytes than this is done before another thread has woken up.
+PARALLEL_BYTES = 1 << 17
+
+_BUILD_SECONDS = 600
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def usable() -> bool:
+    """Whether the kernels could be built and loaded here. If not, said once in the log, everything is plain torch."""
+    try:
+        _library()
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        _log.warning("the CPU kernels are not available, plain torch is used instead: %s", error)
+        return False
+    return True
+
+
+def team(work_bytes: int) -> int:
+    """How many threads should share work on this many bytes."""
+    return torch.get_num_threads() if work_bytes >= PARALLEL_BYTES and _openmp()[0] is not None else 1
+
+
+def float_bits(value: float) -> int:
+    """A float32 as the integer a kernel takes it for."""
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+class Kernel:
+    """Machine code `void f(int64 *args)`, run by every thread of a team at once; the threads share out the work.
+
+    args[0] and args[1] count the units taken in a first and second phase, args[2] the threads that have asked for a
+    number; args[3] is the address of the barrier between the phases, or 0 in a team of one.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @functools.cached_property
+    def address(self) -> int:
+        return int(_library().get_function_address(f"expertmesh_{self.name}"))
+
+    @functools.cached_property
+    def _call(self) -> Callable[[int], None]:
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
+
+    def __call__(self, threads: int, *values: int) -> None:
+        """Run on `threads` threads with `values` as args[4:], or record that for a tape. Releases the GIL."""
+        recording: Tape | None = getattr(_thread, "tape", None)
+        if recording is not None:
+            recording.add(self, threads, values)
+        elif threads > 1:
+            parallel, barrier = _openmp()
+            assert parallel is not None
+            args = array("q", (0, 0, 0, barrier, *values))
+            parallel(self.address, args.buffer_info()[0], threads, 0)
+        else:
+            args = array("q", (0, 0, 0, 0, *values))
+            self._call(args.buffer_info()[0])
+
+
+class Tape:
+    """Kernel calls recorded once and run again as one: on the same memory, one fork and join for all of them.
+
+    Between `with tape:` the thread's kernel calls are noted, not run, so nothing there may read what a kernel writes
+    (`hold` keeps the tensors alive that the calls point into). `run` repeats them in order.
+    """
+
+    def __init__(self) -> None:
+        self._calls = array("q")
+        self._args: list[array[int]] = []
+        self._team = 1
+        self._held: list[torch.Tensor] = []
+
+    def __enter__(self) -> Tape:
+        _thread.tape = self
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        _thread.tape = None
+
+    def add(self, kernel: Kernel, threads: int, values: tuple[int, ...]) -> None:
+        """Note one call."""
+        args = array("q", (0, 0, 0, _openmp()[1] if threads > 1 else 0, *values))
+        self._args.append(args)
+        self._calls.extend((kernel.address, args.buffer_info()[0], threads))
+        self._team = max(self._team, threads)
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Keep `tensor` as long as the tape."""
+        self._held.append(tensor)
+
+    def run(self) -> None:
+        """Everything noted, in order. Not from two threads at once."""
+        _run_tape(self._team, len(self._args), self._calls.buffer_info()[0])
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """`torch.empty` for memory that a kernel is given: a tape that records the call keeps it."""
+    tensor = torch.empty(shape, dtype=dtype)
+    recording: Tape | None = getattr(_thread, "tape", None)
+    if recording is not None:
+        recording.hold(tensor)
+    return tensor
+
+
+_thread = threading.local()
+
+linear = Kernel("linear")
+plan = Kernel("plan")
+experts_pairs = Kernel("experts_pairs")
+experts_combined = Kernel("experts_combined")
+combine = Kernel("combine")
+silu_mul = Kernel("silu_mul")
+rms_norm = Kernel("rms_norm")
+add_rms_norm = Kernel("add_rms_norm")
+gate_top_k = Kernel("gate_top_k")
+rotary_write = Kernel("rotary_write")
+paged_attention = Kernel("paged_attention")
+_run_tape = Kernel("run_tape")
+
+
+@functools.cache
+def _openmp() -> tuple[Callable[[int, int, int, int], None] | None, int]:
+    """GOMP_parallel and the address of GOMP_barrier, of the OpenMP runtime that torch is linked with."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        library = ctypes.CDLL(os.fspath(path))
+        parallel, barrier = library.GOMP_parallel, library.GOMP_barrier
+    except (OSError, AttributeError):  # another platform's torch: kernels run on the calling thread alone
+        return None, 0
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel, ctypes.cast(barrier, ctypes.c_void_p).value or 0
+
+
+_lock = threading.Lock()
+_loaded: list[Any] = []
+
+
+def _library() -> Any:
+    """The execution engine that holds the machine code."""
+    with _lock:
+        if not _loaded:
+            _loaded.append(_load())
+        return _loaded[0]
+
+
+def _load() -> Any:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_path(os.fspath(object_file())))
+    engine.finalize_object()
+    return engine
+
+
+def object_file() -> Path:
+    """The object file of exactly these sources for this machine; built first if there is none."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh" / "kernels"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK):
+            raise PermissionError(root)
+    except OSError:
+        root = Path(tempfile.gettempdir()) / f"expertmesh-kernels-{os.getuid()}"
+        root.mkdir(mode=0o700, exist_ok=True)
+        if root.stat().st_uid != os.getuid():
+            raise RuntimeError(f"{root} belongs to somebody else") from None
+    path = root / f"{_digest()}.o"
+    if not path.is_file():
+        with (root / "build.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together build it once
+            if not path.is_file():
+                _log.info("building the CPU kernels, once: %s", path)
+                _build(path)
+    return path
+
+
+def _build(path: Path) -> None:
+    command = [sys.executable, "-m", "workers.kernels.build", os.fspath(path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        command, env=environment, timeout=_BUILD_SECONDS, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"building them failed: {done.stderr.strip()[-2000:]}")
+
+
+def _digest() -> str:
+    """What the machine code depends on."""
+    import llvmlite.binding as llvm
+
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    for fact in (
+        version("numba"),
+        version("llvmlite"),
+        llvm.get_host_cpu_name(),
+        llvm.get_host_cpu_features().flatten(),
+    ):
+        digest.update(fact.encode() + b"\0")
+    return digest.hexdigest()[:20]
