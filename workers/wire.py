@@ -66,7 +66,7 @@ class Header(NamedTuple):
 
 
 class Request(NamedTuple):
-    """The tensors of a REQUEST; they alias the message."""
+    """The tensors of a REQUEST; they alias the message. The pairs ascend by expert and name rows that are there."""
 
     x_TD: Tensor
     token_P: Tensor

@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from cluster.placement.placement import Placement
 from cluster.placement.routes import Routes
 from cluster.router.links import Links, Reply
-from cluster.router.split import Piece, piece_of, split, weighted_sum
+from cluster.router.split import Floats, Ints, Piece, piece_of, split, warm_up, weighted_sum
 from workers.errors import WorkerLost
 from workers.transport.base import Rows, Tag, Transport
 
@@ -28,16 +29,14 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
 _ROWS_PER_EXPERT = 128
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A placement, and where its workers are. A worker without an address is known to be away."""
 
     placement: Placement
     addresses: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One worker's share of a dispatch: the rows sent, and which rows of the result the reply is."""
 
     rows: Rows
@@ -45,15 +44,13 @@ class Part:
     reply: Reply
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatched:
+class Dispatched(NamedTuple):
     """A dispatch in flight: what `combine` needs. Combined best in the order of dispatch."""
 
     epoch: int
     rows_PD: Tensor  # every pair's row, as the workers give it
     parts: tuple[Part, ...]
-    place_TK: Tensor  # see Split
-    weights_TK: Tensor
+    sum: tuple[Ints, Floats] | None  # place_TK and weights_TK, see Split; None: no rows
 
 
 @dataclass(slots=True)
@@ -99,6 +96,7 @@ class Exchange:
         self._n_experts = len(placement.replicas[0])
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
         self._connect(alone=True)
+        warm_up()
 
     @property
     def epoch(self) -> int:
@@ -143,18 +141,20 @@ class Exchange:
         """Send the rows to the workers of their experts and return at once; see `workers.model.experts.Experts`."""
         epoch = self._enter()
         if not len(x_TD):
-            return Dispatched(epoch, torch.empty_like(x_TD), (), expert_ids_TK, weights_TK)
+            return Dispatched(epoch, torch.empty_like(x_TD), (), None)
         ids_TK = expert_ids_TK.cpu().numpy()
         rows_E = np.bincount(ids_TK.ravel(), minlength=self._n_experts)
         self.counters.rows_LE[layer] += rows_E
-        pieces, place_TK, sorted_TK = split(x_TD, ids_TK, weights_TK, self._routes.owners(layer, rows_E))
-        rows_PD = x_TD.new_empty(place_TK.numel(), x_TD.shape[1])
+        owner_E = self._routes.owners(layer, rows_E)
+        weights = weights_TK.cpu().numpy()
+        pieces, place_TK, sorted_TK = split(x_TD, ids_TK, weights, owner_E, len(self._routes.workers))
+        rows_PD = x_TD.new_empty(place_TK.size, x_TD.shape[1])
         parts = []
         first = 0
         for piece in pieces:
             at = slice(first, first := first + len(piece.token_P))
             parts.append(self._send(layer, 0, piece, at, rows_PD[at]))
-        return Dispatched(epoch, rows_PD, tuple(parts), place_TK, sorted_TK)
+        return Dispatched(epoch, rows_PD, tuple(parts), (place_TK, sorted_TK))
 
     def combine(self, handle: Dispatched) -> Tensor:
         """y_TD, in the dtype of the rows; see `workers.model.experts.Experts`.
@@ -162,11 +162,11 @@ class Exchange:
         Raises WorkerLost when experts stay without a live replica for longer than the rejoin timeout.
         """
         y_TD = handle.rows_PD
-        if handle.parts:
-            lost = self._receive(handle.parts, handle.rows_PD)
+        if handle.sum is not None:
+            lost = self._receive(handle.parts, y_TD)
             if lost:
-                self._repair(lost, handle.rows_PD)
-            y_TD = weighted_sum(handle.rows_PD, handle.place_TK, handle.weights_TK)
+                self._repair(lost, y_TD)
+            y_TD = weighted_sum(y_TD, *handle.sum)
         with self._changed:
             self._outstanding[handle.epoch] -= 1
         return y_TD
@@ -178,9 +178,8 @@ class Exchange:
             self._view = self._published
             epoch = self._view.placement.epoch
             self._outstanding[epoch] += 1
-            alone = self._outstanding.total() == 1
         if changed:
-            self._connect(alone)
+            self._connect(alone=self._outstanding.total() == 1)
         elif self._links.absent and self._links.probe():
             self._routes = Routes(self._view.placement, self._links.absent)
         return epoch
@@ -264,7 +263,7 @@ class Exchange:
         parts = []
         for worker in np.unique(owner_P.numpy()).tolist():
             chosen_P = owner_P == worker
-            piece = piece_of(worker, x_TD, token_P[chosen_P].numpy(), expert_P[chosen_P].numpy())
+            piece = piece_of(worker, x_TD, token_P[chosen_P], expert_P[chosen_P])
             out_PD = x_TD.new_empty(len(piece.token_P), x_TD.shape[1])
             parts.append(self._send(layer, attempt, piece, at_P[chosen_P], out_PD))
         return parts

@@ -1,18 +1,25 @@
 """A dispatch cut into one part per worker, and the parts put together again.
 
+Compiled, because a decode step does both once per layer on a handful of rows, where every call into numpy or torch
+costs as much as the work itself.
+
 Legend: T token rows, K experts a token, P = T * K pairs, D hidden size, E experts, W workers.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 Ints = NDArray[np.int64]
+Int32s = NDArray[np.int32]
+Floats = NDArray[np.float32]
 
 
 class Piece(NamedTuple):
@@ -28,46 +35,114 @@ class Split(NamedTuple):
     """The pieces of a dispatch, by ascending worker, and where the rows that come back belong."""
 
     pieces: list[Piece]
-    place_TK: Tensor  # int64: the returned row of each token's experts, in expert order
-    weights_TK: Tensor  # float32, in expert order
+    place_TK: Ints  # the returned row of each token's experts, in expert order
+    weights_TK: Floats  # in expert order
 
 
-def split(x_TD: Tensor, ids_TK: Ints, weights_TK: Tensor, owner_E: Ints) -> Split:
+def split(x_TD: Tensor, ids_TK: Ints, weights_TK: Floats, owner_E: Ints, n_workers: int) -> Split:
     """Cut a dispatch by worker. The rows come back ordered by (worker, expert, token); `place_TK` finds them."""
-    n_tokens, k = ids_TK.shape
-    ids_P = ids_TK.ravel()
-    owner_P = owner_E[ids_P]
-    order_P = (owner_P * len(owner_E) + ids_P).argsort(kind="stable")
-    place_P = np.empty_like(order_P)
-    place_P[order_P] = np.arange(n_tokens * k)
-    # Within a token the gate names the best expert first; the sum goes by expert.
-    by_expert_TK = ids_TK.argsort(axis=1) + np.arange(0, n_tokens * k, k)[:, None]
+    token_P, expert_P, place_TK, sorted_TK, first_W, row_P, first_row_W = _plan(ids_TK, weights_TK, owner_E, n_workers)
+    tokens, experts = torch.from_numpy(token_P), torch.from_numpy(expert_P)
+    n_tokens = len(ids_TK)
     pieces = []
-    first = 0
-    for worker, count in enumerate(np.bincount(owner_P).tolist()):
-        if count:
-            pairs_P = order_P[first : first + count]
-            pieces.append(piece_of(worker, x_TD, pairs_P // k, ids_P[pairs_P]))
-            first += count
-    flat_TK = torch.from_numpy(by_expert_TK)
-    return Split(pieces, torch.from_numpy(place_P[by_expert_TK]), weights_TK.flatten()[flat_TK.to(weights_TK.device)])
+    pairs, rows = first_W.tolist(), first_row_W.tolist()
+    for worker in range(n_workers):
+        first, end = pairs[worker], pairs[worker + 1]
+        if first == end:
+            continue
+        first_row, end_row = rows[worker], rows[worker + 1]
+        x = x_TD
+        if end_row - first_row < n_tokens:
+            x = x_TD.index_select(0, torch.from_numpy(row_P[first_row:end_row]).to(x_TD.device))
+        pieces.append(Piece(worker, x, tokens[first:end], experts[first:end]))
+    return Split(pieces, place_TK, sorted_TK)
 
 
-def piece_of(worker: int, x_TD: Tensor, token_P: NDArray[Any], expert_P: NDArray[Any]) -> Piece:
-    """One worker's part: of the rows x_TD only those that `token_P` names, each once."""
-    named_T = np.zeros(len(x_TD), np.bool_)
-    named_T[token_P] = True
-    if not named_T.all():
-        x_TD = x_TD.index_select(0, torch.from_numpy(named_T.nonzero()[0]).to(x_TD.device))
-        token_P = (named_T.cumsum() - 1)[token_P]
-    tokens, experts = token_P.astype(np.int32), expert_P.astype(np.int32)
-    return Piece(worker, x_TD, torch.from_numpy(tokens), torch.from_numpy(experts))
+def piece_of(worker: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Piece:
+    """One worker's part of pairs on `x_TD`, which ascend by expert: of the rows only those that are named."""
+    row_R, local_P = torch.unique(token_P, return_inverse=True)
+    return Piece(worker, x_TD.index_select(0, row_R.to(x_TD.device)), local_P.to(torch.int32), expert_P.contiguous())
 
 
-def weighted_sum(rows_PD: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def weighted_sum(rows_PD: Tensor, place_TK: Ints, weights_TK: Floats) -> Tensor:
     """`y[t] = sum over k of weights[t, k] * rows[place[t, k]]`, added in the order of k in float32; dtype of rows."""
-    place_TK = place_TK.to(rows_PD.device)
-    y_TD = rows_PD.index_select(0, place_TK[:, 0]).float().mul_(weights_TK[:, :1])
-    for k in range(1, place_TK.shape[1]):
-        y_TD += rows_PD.index_select(0, place_TK[:, k]).float().mul_(weights_TK[:, k : k + 1])
-    return y_TD.to(rows_PD.dtype)
+    if rows_PD.is_cpu and rows_PD.dtype is torch.float32:
+        y_TD = torch.empty(len(place_TK), rows_PD.shape[1])
+        _sum(rows_PD.numpy(), place_TK, weights_TK, y_TD.numpy())
+        return y_TD
+    place, weights = (torch.from_numpy(array).to(rows_PD.device) for array in (place_TK, weights_TK))
+    total_TD = rows_PD.index_select(0, place[:, 0]).float().mul_(weights[:, :1])
+    for k in range(1, place.shape[1]):
+        total_TD += rows_PD.index_select(0, place[:, k]).float().mul_(weights[:, k : k + 1])
+    return total_TD.to(rows_PD.dtype)
+
+
+def warm_up() -> None:
+    """Compile, or load what was compiled before, so that no step waits for it."""
+    ids_TK, weights_TK, owner_E = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), np.zeros(1, np.int64)
+    _, place_TK, weights_TK = split(torch.ones(1, 1), ids_TK, weights_TK, owner_E, 1)
+    weighted_sum(torch.ones(1, 1), place_TK, weights_TK)
+
+
+def _plan_loops(ids_TK: Ints, weights_TK: Floats, owner_E: Ints, n_workers: int) -> tuple[Any, ...]:
+    n_tokens, k = ids_TK.shape
+    n_experts = len(owner_E)
+    next_E = np.zeros(n_experts, np.int64)
+    for t in range(n_tokens):
+        for i in range(k):
+            next_E[ids_TK[t, i]] += 1
+    first_W = np.zeros(n_workers + 1, np.int64)
+    end = 0
+    for worker in range(n_workers):
+        for expert in range(n_experts):
+            if owner_E[expert] == worker:
+                end, next_E[expert] = end + next_E[expert], end
+        first_W[worker + 1] = end
+
+    token_P, expert_P = np.empty(n_tokens * k, np.int32), np.empty(n_tokens * k, np.int32)
+    place_TK, sorted_TK = np.empty((n_tokens, k), np.int64), np.empty((n_tokens, k), np.float32)
+    for t in range(n_tokens):
+        for i in range(k):
+            expert = ids_TK[t, i]
+            at = next_E[expert]
+            next_E[expert] = at + 1
+            token_P[at], expert_P[at] = t, expert
+            rank = 0
+            for other in range(k):
+                if ids_TK[t, other] < expert:
+                    rank += 1
+            place_TK[t, rank], sorted_TK[t, rank] = at, weights_TK[t, i]
+
+    row_P, first_row_W = np.empty(n_tokens * k, np.int64), np.zeros(n_workers + 1, np.int64)
+    row_T = np.empty(n_tokens, np.int32)
+    rows = 0
+    for worker in range(n_workers):
+        pairs = range(first_W[worker], first_W[worker + 1])
+        row_T[:] = -1
+        for at in pairs:
+            row_T[token_P[at]] = 0
+        first = rows
+        for t in range(n_tokens):
+            if row_T[t] == 0:
+                row_T[t] = rows - first
+                row_P[rows] = t
+                rows += 1
+        for at in pairs:
+            token_P[at] = row_T[token_P[at]]
+        first_row_W[worker + 1] = rows
+    return token_P, expert_P, place_TK, sorted_TK, first_W, row_P, first_row_W
+
+
+def _sum_loops(rows_PD: Floats, place_TK: Ints, weights_TK: Floats, y_TD: Floats) -> None:
+    for t in range(len(y_TD)):
+        y, row, weight = y_TD[t], rows_PD[place_TK[t, 0]], weights_TK[t, 0]
+        for d in range(len(y)):
+            y[d] = weight * row[d]
+        for k in range(1, place_TK.shape[1]):
+            row, weight = rows_PD[place_TK[t, k]], weights_TK[t, k]
+            for d in range(len(y)):
+                y[d] += weight * row[d]
+
+
+_plan = cast(Callable[[Ints, Floats, Ints, int], tuple[Any, ...]], numba.njit(cache=True)(_plan_loops))
+_sum = cast(Callable[[Floats, Ints, Floats, Floats], None], numba.njit(cache=True)(_sum_loops))

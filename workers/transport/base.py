@@ -5,8 +5,7 @@ Shape legend: T token rows of one part, P (token, expert) pairs of one part, D h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -15,8 +14,7 @@ from workers.wire import Tag
 __all__ = ["Rows", "Tag", "Transport"]
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """One worker's part of a dispatch. A token row is there once, even if several of its experts live on the worker."""
 
     tag: Tag

@@ -50,7 +50,11 @@ class Batcher:
         self._waiting.append(job)
         with self._computing:
             if job.y_PD is None and job.error is None:
-                self._take(layer)
+                if len(self._waiting) == 1:
+                    self._waiting.pop(0)  # this one: whoever else comes is behind it
+                    self._compute([job])
+                else:
+                    self._take(layer)
         if job.error is not None:
             raise job.error
         assert job.y_PD is not None
@@ -91,7 +95,9 @@ class Batcher:
     def _forward(self, layer: int, requests: Sequence[Request]) -> list[Tensor]:
         device = self._shard.device
         if len(requests) == 1:
-            x_TD, token_P, expert_P = (tensor.to(device) for tensor in requests[0])
+            x_TD, token_P, expert_P = requests[0]
+            if device.type != "cpu":
+                x_TD, token_P, expert_P = x_TD.to(device), token_P.to(device), expert_P.to(device)
             return [self._shard.forward(layer, x_TD, token_P, expert_P).cpu()]
         firsts = [0, *itertools.accumulate(len(request.x_TD) for request in requests)]
         x_TD = torch.cat([request.x_TD for request in requests])

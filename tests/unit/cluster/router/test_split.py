@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.router.split import split, weighted_sum
 
 
+@settings(deadline=None)  # compiled at first use
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(4, 9), st.integers(1, 4), st.integers(0, 2**31))
 def test_every_pair_goes_to_its_owner_once_and_finds_its_place(t: int, k: int, e: int, w: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)

@@ -1,0 +1,93 @@
+"""`expertmesh bench exchange`: what dispatch + combine cost beside a bare gRPC stream that echoes the same bytes."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from cluster.bench.child import Child
+from cluster.bench.common import console, machine, print_json, print_table
+from cluster.errors import StartError
+from workers.kernels.threads import process_environment
+
+_SIZES = (2 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
+_RUN_BYTES = 64 << 20  # a run moves about this much, in at least _FEWEST and at most _MOST round trips
+_FEWEST, _MOST = 4, 500
+_WAYS = ("exchange", "echo")
+_COMMAND = (sys.executable, "-m", "cluster.bench.exchange_process")
+
+
+def exchange(
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each way, in turn; the median counts")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Round trips of 2 KiB to 16 MiB of float32 rows to one expert worker whose expert costs nothing."""
+    with _server("worker") as worker, _server("echo") as echo:
+        client = Child("client", (*_COMMAND, "client", worker, echo), process_environment(1))
+        try:
+            rows = [_measure(client, n_bytes, repeats) for n_bytes in _SIZES]
+        finally:
+            client.close()
+    ratios = {_name(row["bytes"]): row["exchange_us"] / row["echo_us"] for row in rows}
+    if as_json:
+        print_json({"machine": machine(), "repeats": repeats, "sizes": rows, "ratios": ratios})
+    else:
+        _show(rows, ratios)
+
+
+def _measure(client: Child, n_bytes: int, repeats: int) -> dict[str, Any]:
+    trips = min(_MOST, max(_FEWEST, _RUN_BYTES // n_bytes))
+    figures: dict[str, list[dict[str, float]]] = {way: [] for way in _WAYS}
+    for turn in range(repeats):
+        console.print(f"  {_name(n_bytes)}: run {turn + 1} of {repeats}", style="dim", highlight=False)
+        for way in _WAYS:
+            figures[way].append(client.ask(way=way, n_bytes=n_bytes, trips=trips))
+    row: dict[str, Any] = {"bytes": n_bytes}
+    for way in _WAYS:
+        seconds = statistics.median(figure["seconds"] for figure in figures[way])
+        row[f"{way}_us"] = seconds * 1e6
+        row[f"{way}_cpu_us"] = statistics.median(figure["cpu_seconds"] for figure in figures[way]) * 1e6
+        row[f"{way}_round_trips_per_s"] = 1 / seconds
+        row[f"{way}_bytes_per_s"] = 2 * n_bytes / seconds
+    return row
+
+
+@contextmanager
+def _server(role: str) -> Iterator[str]:
+    """The address of a server in a process of its own, which ends with the context."""
+    environment = os.environ | process_environment(1)
+    command = (*_COMMAND, role)
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        if not address:
+            raise StartError(f"the {role} of the benchmark ended with exit code {process.wait()}")
+        yield address
+
+
+def _show(rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
+    print_table(
+        "dispatch + combine beside a bare gRPC echo",
+        ("bytes each way", "µs", "echo µs", "ratio", "round trips/s", "MB/s", "router CPU µs", "echo CPU µs"),
+        [
+            (
+                _name(row["bytes"]), f"{row['exchange_us']:.0f}", f"{row['echo_us']:.0f}",
+                f"{ratios[_name(row['bytes'])]:.2f}", f"{row['exchange_round_trips_per_s']:.0f}",
+                f"{row['exchange_bytes_per_s'] / 1e6:.0f}", f"{row['exchange_cpu_us']:.0f}", f"{row['echo_cpu_us']:.0f}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def _name(n_bytes: int) -> str:
+    return f"{n_bytes >> 20} MiB" if n_bytes >= 1 << 20 else f"{n_bytes >> 10} KiB"

@@ -1,0 +1,138 @@
+"""The processes of `bench exchange`: an expert worker whose experts cost nothing, a bare gRPC echo, and the client.
+
+`python -m cluster.bench.exchange_process worker|echo` prints its address and serves until its standard input ends;
+`... client WORKER ECHO` answers {"way": "exchange"|"echo", "n_bytes": ..., "trips": ...} with seconds.
+
+Legend: T token rows, P pairs, D hidden size, K experts a token.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import torch
+from torch import Tensor
+
+from cluster.bench.child import serve
+from cluster.placement.placement import striped
+from cluster.router.exchange import Exchange
+from workers.shard import ExpertShard
+from workers.spec import ModelSpec
+from workers.transport.grpc_client import GrpcTransport
+from workers.transport.grpc_server import ExpertServer
+from workers.wire import FRAME_BYTES
+
+HIDDEN_SIZE = 512
+ROW_BYTES = 4 * HIDDEN_SIZE  # float32
+_TIMEOUT_S = 60.0
+
+
+class FreeShard(ExpertShard):
+    """One expert that gives back what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ModelSpec(
+                hidden_size=HIDDEN_SIZE, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=HIDDEN_SIZE, ffn_size=1,
+                n_experts=1, top_k=1, vocab_size=1, rope_theta=1.0, norm_eps=1.0, sliding_window=None,
+                tie_embeddings=False, max_context=1, bos_id=None, eos_ids=(), dtype=torch.float32,
+            )
+        )  # fmt: skip
+
+    def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+        """The pairs are the rows, in order."""
+        return x_TD
+
+
+def worker() -> None:
+    """Serve the free expert."""
+    server = ExpertServer(FreeShard(), "worker", "127.0.0.1")
+    server.start()
+    print(server.address, flush=True)
+    sys.stdin.read()
+    server.stop(0)
+
+
+def echo() -> None:
+    """Serve frames back as they come."""
+    server = grpc.server(ThreadPoolExecutor(2), options=_options())
+    handlers = {"Echo": grpc.stream_stream_rpc_method_handler(lambda frames, context: frames)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", handlers),))
+    print(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", flush=True)
+    server.start()
+    sys.stdin.read()
+    server.stop(0)
+
+
+def client(worker_address: str, echo_address: str) -> Callable[[dict[str, Any]], Any]:
+    """What measures, to be asked once for every run."""
+    placement = striped(1, 1, ("worker",))
+    over = Exchange(
+        placement, {"worker": worker_address}, GrpcTransport(), reply_timeout_s=_TIMEOUT_S, rejoin_timeout_s=_TIMEOUT_S
+    )
+    bare = _Echo(echo_address)
+
+    def answer(request: dict[str, Any]) -> dict[str, float]:
+        rows = request["n_bytes"] // ROW_BYTES
+        trip = _exchange_trip(over, rows) if request["way"] == "exchange" else _echo_trip(bare, rows)
+        trip()
+        began, cpu = time.perf_counter(), time.process_time()
+        for _ in range(request["trips"]):
+            trip()
+        ended, cpu_ended = time.perf_counter(), time.process_time()
+        return {"seconds": (ended - began) / request["trips"], "cpu_seconds": (cpu_ended - cpu) / request["trips"]}
+
+    return answer
+
+
+def _exchange_trip(over: Exchange, rows: int) -> Callable[[], None]:
+    x_TD = torch.randn(rows, HIDDEN_SIZE)
+    ids_TK, weights_TK = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
+
+    def trip() -> None:
+        over.begin_step(0)
+        over.combine(over.dispatch(0, x_TD, ids_TK, weights_TK))
+
+    return trip
+
+
+def _echo_trip(bare: _Echo, rows: int) -> Callable[[], None]:
+    content = bytes(rows * ROW_BYTES)
+    frames = [content[at : at + FRAME_BYTES] for at in range(0, len(content), FRAME_BYTES)]
+    return lambda: bare.trip(frames)
+
+
+class _Echo:
+    """A stream of grpc's public API, used as its documentation shows."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address, options=_options())
+        self._outbox: SimpleQueue[bytes] = SimpleQueue()
+        self._replies: Iterator[bytes] = self._channel.stream_stream("/Bare/Echo")(iter(self._outbox.get, None))
+
+    def trip(self, frames: list[bytes]) -> None:
+        """Send all, then wait for all."""
+        for frame in frames:
+            self._outbox.put(frame)
+        for _ in frames:
+            next(self._replies)
+
+
+def _options() -> list[tuple[str, int]]:
+    return [("grpc.max_receive_message_length", FRAME_BYTES), ("grpc.max_send_message_length", FRAME_BYTES)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "worker":
+        worker()
+    elif sys.argv[1] == "echo":
+        echo()
+    else:
+        serve(lambda: client(*sys.argv[2:]))
