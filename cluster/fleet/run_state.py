@@ -31,7 +31,9 @@ class RunState:
     @property
     def alive(self) -> bool:
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+            process = psutil.Process(self.pid)
+            # A zombie has ended; whoever started it has not asked yet.
+            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 1.0
         except psutil.NoSuchProcess:
             return False
 

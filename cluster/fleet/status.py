@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import psutil
@@ -15,6 +16,7 @@ from cluster.fleet.run_state import find
 from cluster.fleet.snapshot import read
 
 _MIB = 2**20
+_POLL_S = 0.05
 
 
 def processes(port: int | None = None) -> list[dict[str, Any]]:
@@ -40,14 +42,12 @@ def show(content: dict[str, Any], console: Console) -> None:
 def stop(port: int | None, timeout_s: float) -> str:
     """End the running cluster in good order and say so. ExpertMeshError when it does not end in time."""
     state = find(port)
-    process = psutil.Process(state.pid)
     os.kill(state.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout_s)
-    except psutil.TimeoutExpired:
-        raise ExpertMeshError(
-            f"process {state.pid} has not ended within {timeout_s:g} s; it is still finishing requests"
-        ) from None
+    deadline = time.monotonic() + timeout_s
+    while state.alive:
+        if time.monotonic() > deadline:
+            raise ExpertMeshError(f"process {state.pid} has not ended within {timeout_s:g} s")
+        time.sleep(_POLL_S)
     return f"stopped {state.model} at {state.url}"
 
 
