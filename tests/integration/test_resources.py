@@ -1,0 +1,97 @@
+"""What a cluster holds on to. Would catch blocks, streams, sockets, threads or memory that requests leave behind, and
+processes that keep more in memory than their part of the model."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.cluster_fixture import RunningCluster, wait_until
+from workers.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.cluster
+
+MIB = 2**20
+KV_CACHE_MB = 16  # of the `cluster` fixture
+
+
+def members(cluster: RunningCluster, *roles: str) -> dict[str, psutil.Process]:
+    return {p["id"]: psutil.Process(p["pid"]) for p in cluster.status()["processes"] if p["role"] in roles}
+
+
+def request(cluster: RunningCluster, client: httpx.Client, number: int, keep: bool) -> None:
+    """One streamed completion, read to its end or left at a random point."""
+    rng = random.Random(number)
+    body = {
+        "model": cluster.model, "prompt": "word " * rng.randint(1, 60), "max_tokens": rng.randint(1, 40),
+        "seed": number, "ignore_eos": True, "stream": True,
+    }  # fmt: skip
+    with client.stream("POST", f"{cluster.url}/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        events = 0
+        stop_after = rng.randint(0, body["max_tokens"])
+        for line in response.iter_lines():
+            events += line.startswith("data: ")
+            if not keep and events >= stop_after:
+                return
+        assert keep is False or events > 0
+
+
+def run_requests(cluster: RunningCluster, n: int, keep: float, first: int = 0) -> None:
+    limits = httpx.Limits(max_connections=16, max_keepalive_connections=0)
+    with httpx.Client(timeout=60, limits=limits) as client, ThreadPoolExecutor(16) as pool:
+        kept = [random.Random(i).random() < keep for i in range(n)]
+        for done in [pool.submit(request, cluster, client, first + i, kept[i]) for i in range(n)]:
+            done.result()
+
+
+def idle(cluster: RunningCluster) -> bool:
+    """Nobody is served, and every KV block is free."""
+    details = [p["detail"] for p in cluster.status()["processes"] if p["role"] in ("router", "gateway")]
+    return all(
+        d.get("running", 0) == d.get("waiting", 0) == d.get("open", 0) == 0
+        and d.get("free_blocks") == d.get("total_blocks")
+        for d in details
+    )
+
+
+def test_requests_leave_nothing_behind(cluster: RunningCluster) -> None:
+    run_requests(cluster, 100, keep=0.5)
+    wait_until(lambda: idle(cluster), 20)
+    processes = members(cluster, "gateway", "router", "expert")
+    before = {name: (p.num_fds(), p.num_threads()) for name, p in processes.items()}
+    run_requests(cluster, 500, keep=0.5, first=1000)
+    wait_until(lambda: idle(cluster), 20)
+
+    def settled() -> bool:
+        # Thread pools may still grow by a thread, sockets of clients that left close a moment later.
+        return all(
+            p.num_fds() <= before[name][0] + 2 and p.num_threads() <= before[name][1] + 2
+            for name, p in processes.items()
+        )
+
+    wait_until(settled, 20)
+
+
+def test_memory_does_not_grow(cluster: RunningCluster) -> None:
+    run_requests(cluster, 500, keep=0.9)
+    processes = members(cluster, "gateway", "router", "expert")
+    before = {name: p.memory_info().rss for name, p in processes.items()}
+    run_requests(cluster, 2000, keep=0.9, first=5000)
+    growth = {name: (p.memory_info().rss - before[name]) / MIB for name, p in processes.items()}
+    assert max(growth.values()) < 16, growth
+
+
+def test_a_process_holds_its_part_of_the_model(cluster: RunningCluster, tiny_checkpoint: Path) -> None:
+    spec = Checkpoint(tiny_checkpoint).spec
+    expert_bytes = 4 * 3 * spec.hidden_size * spec.ffn_size * spec.n_layers * spec.n_experts
+    dense_bytes = sum(p.stat().st_size for p in tiny_checkpoint.glob("*.safetensors"))  # more than the dense half
+    for name, process in members(cluster, "expert").items():
+        assert process.memory_info().rss < expert_bytes + 400 * MIB, name
+    for name, process in members(cluster, "router").items():
+        assert process.memory_info().rss < dense_bytes + (KV_CACHE_MB + 500) * MIB, name
