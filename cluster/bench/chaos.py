@@ -21,6 +21,7 @@ import httpx
 import typer
 
 from cluster.errors import ExpertMeshError
+from cluster.fleet.status import processes
 
 NEAR_TIE = 1e-4  # nats
 SUBJECTS = ["the sea", "a clock", "bread", "winter", "the number seven", "a garden", "trains", "an old friend"]
@@ -100,16 +101,19 @@ async def run_all(client: httpx.AsyncClient, todo: list[dict[str, Any]]) -> list
 
 async def killer(role: str, kills: int, rng: random.Random, done: asyncio.Event) -> list[float]:
     """Kill `kills` processes of `role`, each after the fleet is whole again. Returns the moments of the kills."""
-    from cluster.fleet.status import processes
-
     moments: list[float] = []
+    dead: set[int] = set()
     while len(moments) < kills:
         await asyncio.sleep(rng.uniform(0.5, 4.0))
         fleet = await asyncio.to_thread(processes)
-        if any(process["state"] != "ready" for process in fleet):
+        if any(process["state"] != "ready" or process["pid"] in dead for process in fleet):
             continue
-        victim = rng.choice([process for process in fleet if process["role"] == role])
-        os.kill(victim["pid"], signal.SIGKILL)
+        candidates = [process["pid"] for process in fleet if process["role"] == role]
+        if not candidates:
+            raise ExpertMeshError(f"this cluster has no process of role {role}")
+        victim = rng.choice(candidates)
+        os.kill(victim, signal.SIGKILL)
+        dead.add(victim)
         moments.append(time.monotonic())
     done.set()
     return moments
