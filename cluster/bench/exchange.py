@@ -75,18 +75,15 @@ def _server(role: str) -> Iterator[str]:
 
 
 def _show(rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
-    print_table(
-        "dispatch + combine beside a bare gRPC echo",
-        ("bytes each way", "µs", "echo µs", "ratio", "round trips/s", "MB/s", "router CPU µs", "echo CPU µs"),
-        [
-            (
-                _name(row["bytes"]), f"{row['exchange_us']:.0f}", f"{row['echo_us']:.0f}",
-                f"{ratios[_name(row['bytes'])]:.2f}", f"{row['exchange_round_trips_per_s']:.0f}",
-                f"{row['exchange_bytes_per_s'] / 1e6:.0f}", f"{row['exchange_cpu_us']:.0f}", f"{row['echo_cpu_us']:.0f}",
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
+    header = ("bytes each way", "µs", "echo µs", "ratio", "trips/s", "MB/s", "router CPU µs", "echo CPU µs")
+    lines = []
+    for row in rows:
+        name = _name(row["bytes"])
+        trips, mega_bytes = row["exchange_round_trips_per_s"], row["exchange_bytes_per_s"] / 1e6
+        figures = (row["exchange_us"], row["echo_us"], trips, mega_bytes, row["exchange_cpu_us"], row["echo_cpu_us"])
+        whole = [f"{figure:.0f}" for figure in figures]
+        lines.append((name, *whole[:2], f"{ratios[name]:.2f}", *whole[2:]))
+    print_table("dispatch + combine beside a bare gRPC echo", header, lines)
 
 
 def _name(n_bytes: int) -> str:

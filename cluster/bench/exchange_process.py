@@ -62,8 +62,8 @@ def worker() -> None:
 def echo() -> None:
     """Serve frames back as they come."""
     server = grpc.server(ThreadPoolExecutor(2), options=_options())
-    handlers = {"Echo": grpc.stream_stream_rpc_method_handler(lambda frames, context: frames)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", handlers),))
+    echoing: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(lambda frames, context: frames)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", {"Echo": echoing}),))
     print(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", flush=True)
     server.start()
     sys.stdin.read()
@@ -91,15 +91,11 @@ def client(worker_address: str, echo_address: str) -> Callable[[dict[str, Any]],
     return answer
 
 
-def _exchange_trip(over: Exchange, rows: int) -> Callable[[], None]:
+def _exchange_trip(over: Exchange, rows: int) -> Callable[[], object]:
     x_TD = torch.randn(rows, HIDDEN_SIZE)
     ids_TK, weights_TK = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
 
-    def trip() -> None:
-        over.begin_step(0)
-        over.combine(over.dispatch(0, x_TD, ids_TK, weights_TK))
-
-    return trip
+    return lambda: over.combine(over.dispatch(0, x_TD, ids_TK, weights_TK))
 
 
 def _echo_trip(bare: _Echo, rows: int) -> Callable[[], None]:
@@ -114,7 +110,8 @@ class _Echo:
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(address, options=_options())
         self._outbox: SimpleQueue[bytes] = SimpleQueue()
-        self._replies: Iterator[bytes] = self._channel.stream_stream("/Bare/Echo")(iter(self._outbox.get, None))
+        call: Any = self._channel.stream_stream("/Bare/Echo")
+        self._replies: Iterator[bytes] = call(iter(self._outbox.get, None))
 
     def trip(self, frames: list[bytes]) -> None:
         """Send all, then wait for all."""

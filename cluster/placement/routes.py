@@ -37,15 +37,21 @@ class Routes:
                     choices.append((expert, live))
             self._choices.append(choices)
 
-    def owners(self, layer: int, rows_E: Ints) -> Ints:
+    def has_choice(self, layer: int) -> bool:
+        """Whether an expert of `layer` has more than one replica to go to."""
+        return bool(self._choices[layer])
+
+    def owners(self, layer: int, rows_E: Ints | None) -> Ints:
         """The worker (an index into `workers`) that computes each expert of `layer`, for a dispatch of `rows_E` rows.
 
-        Where there is a choice, the replica on the worker with the fewest rows so far takes them, large loads first.
+        Where there is a choice, the replica on the worker with the fewest rows so far takes them, large loads first;
+        `rows_E` is needed only there.
         """
         owner_E: Ints = self._owner_LE[layer]
         choices = self._choices[layer]
         if not choices:
             return owner_E
+        assert rows_E is not None
         owner_E = owner_E.copy()
         fixed_E = rows_E.copy()
         fixed_E[[expert for expert, _ in choices]] = 0

@@ -89,7 +89,8 @@ class Exchange:
         self._router = secrets.randbits(64)
         self._step = 0
         self._part = 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._closed = False
         self._outstanding: Counter[int] = Counter()  # dispatches not yet combined, by epoch
         self._view = self._published = View(placement, dict(addresses))
@@ -101,7 +102,7 @@ class Exchange:
     @property
     def epoch(self) -> int:
         """The acknowledgement: no rows are, or will be, routed under an older epoch than this one."""
-        with self._changed:
+        with self._lock:
             return min((epoch for epoch, n in self._outstanding.items() if n), default=self._published.placement.epoch)
 
     @property
@@ -117,7 +118,7 @@ class Exchange:
 
     def begin_step(self, step: int) -> None:
         """Number the dispatches that follow. What the step before dispatched and did not combine is given up."""
-        with self._changed:
+        with self._lock:
             self._outstanding.clear()
         self._links.abandon()
         self._step = step
@@ -142,12 +143,12 @@ class Exchange:
         epoch = self._enter()
         if not len(x_TD):
             return Dispatched(epoch, torch.empty_like(x_TD), (), None)
-        ids_TK = expert_ids_TK.cpu().numpy()
-        rows_E = np.bincount(ids_TK.ravel(), minlength=self._n_experts)
-        self.counters.rows_LE[layer] += rows_E
-        owner_E = self._routes.owners(layer, rows_E)
-        weights = weights_TK.cpu().numpy()
-        pieces, place_TK, sorted_TK = split(x_TD, ids_TK, weights, owner_E, len(self._routes.workers))
+        ids_TK, weights = expert_ids_TK.cpu().numpy(), weights_TK.cpu().numpy()
+        routes = self._routes
+        rows_E = np.bincount(ids_TK.ravel(), minlength=self._n_experts) if routes.has_choice(layer) else None
+        pieces, place_TK, sorted_TK = split(
+            x_TD, ids_TK, weights, routes.owners(layer, rows_E), len(routes.workers), self.counters.rows_LE[layer]
+        )
         rows_PD = x_TD.new_empty(place_TK.size, x_TD.shape[1])
         parts = []
         first = 0
@@ -167,13 +168,13 @@ class Exchange:
             if lost:
                 self._repair(lost, y_TD)
             y_TD = weighted_sum(y_TD, *handle.sum)
-        with self._changed:
+        with self._lock:
             self._outstanding[handle.epoch] -= 1
         return y_TD
 
     def _enter(self) -> int:
         """Put the newest view in force; a dispatch under its epoch is outstanding from now on."""
-        with self._changed:
+        with self._lock:
             changed = self._published is not self._view
             self._view = self._published
             epoch = self._view.placement.epoch

@@ -39,9 +39,14 @@ class Split(NamedTuple):
     weights_TK: Floats  # in expert order
 
 
-def split(x_TD: Tensor, ids_TK: Ints, weights_TK: Floats, owner_E: Ints, n_workers: int) -> Split:
-    """Cut a dispatch by worker. The rows come back ordered by (worker, expert, token); `place_TK` finds them."""
-    token_P, expert_P, place_TK, sorted_TK, first_W, row_P, first_row_W = _plan(ids_TK, weights_TK, owner_E, n_workers)
+def split(x_TD: Tensor, ids_TK: Ints, weights_TK: Floats, owner_E: Ints, n_workers: int, counter_E: Ints) -> Split:
+    """Cut a dispatch by worker. The rows come back ordered by (worker, expert, token); `place_TK` finds them.
+
+    counter_E: the rows of each expert are added to it.
+    """
+    token_P, expert_P, place_TK, sorted_TK, first_W, row_P, first_row_W = _plan(
+        ids_TK, weights_TK, owner_E, n_workers, counter_E
+    )
     tokens, experts = torch.from_numpy(token_P), torch.from_numpy(expert_P)
     n_tokens = len(ids_TK)
     pieces = []
@@ -80,17 +85,18 @@ def weighted_sum(rows_PD: Tensor, place_TK: Ints, weights_TK: Floats) -> Tensor:
 def warm_up() -> None:
     """Compile, or load what was compiled before, so that no step waits for it."""
     ids_TK, weights_TK, owner_E = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), np.zeros(1, np.int64)
-    _, place_TK, weights_TK = split(torch.ones(1, 1), ids_TK, weights_TK, owner_E, 1)
+    _, place_TK, weights_TK = split(torch.ones(1, 1), ids_TK, weights_TK, owner_E, 1, np.zeros(1, np.int64))
     weighted_sum(torch.ones(1, 1), place_TK, weights_TK)
 
 
-def _plan_loops(ids_TK: Ints, weights_TK: Floats, owner_E: Ints, n_workers: int) -> tuple[Any, ...]:
+def _plan_loops(ids_TK: Ints, weights_TK: Floats, owner_E: Ints, n_workers: int, counter_E: Ints) -> tuple[Any, ...]:
     n_tokens, k = ids_TK.shape
     n_experts = len(owner_E)
     next_E = np.zeros(n_experts, np.int64)
     for t in range(n_tokens):
         for i in range(k):
             next_E[ids_TK[t, i]] += 1
+    counter_E += next_E
     first_W = np.zeros(n_workers + 1, np.int64)
     end = 0
     for worker in range(n_workers):
@@ -144,5 +150,5 @@ def _sum_loops(rows_PD: Floats, place_TK: Ints, weights_TK: Floats, y_TD: Floats
                 y[d] += weight * row[d]
 
 
-_plan = cast(Callable[[Ints, Floats, Ints, int], tuple[Any, ...]], numba.njit(cache=True)(_plan_loops))
+_plan = cast(Callable[[Ints, Floats, Ints, int, Ints], tuple[Any, ...]], numba.njit(cache=True)(_plan_loops))
 _sum = cast(Callable[[Floats, Ints, Floats, Floats], None], numba.njit(cache=True)(_sum_loops))

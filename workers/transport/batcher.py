@@ -50,11 +50,7 @@ class Batcher:
         self._waiting.append(job)
         with self._computing:
             if job.y_PD is None and job.error is None:
-                if len(self._waiting) == 1:
-                    self._waiting.pop(0)  # this one: whoever else comes is behind it
-                    self._compute([job])
-                else:
-                    self._take(layer)
+                self._take(layer)
         if job.error is not None:
             raise job.error
         assert job.y_PD is not None

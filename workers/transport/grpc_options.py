@@ -7,12 +7,17 @@ from workers.wire import FRAME_BYTES
 EXPERTS_SERVICE = "expertmesh.experts.v1.Experts"
 EXCHANGE_METHOD = f"/{EXPERTS_SERVICE}/Exchange"
 
+_WINDOW_BYTES = 16 << 20
+_HTTP2_FRAME_BYTES = (1 << 24) - 1  # the most that HTTP/2 allows
 _KEEPALIVE_S = 10
 _KEEPALIVE_ANSWER_S = 5
 
 _BOTH = (
     (b"grpc.max_receive_message_length", FRAME_BYTES),
     (b"grpc.max_send_message_length", FRAME_BYTES),
+    # A message of many frames goes out without waiting for the peer to say how much it can take.
+    (b"grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+    (b"grpc.http2.max_frame_size", _HTTP2_FRAME_BYTES),
     (b"grpc.keepalive_time_ms", _KEEPALIVE_S * 1000),
     (b"grpc.keepalive_timeout_ms", _KEEPALIVE_ANSWER_S * 1000),
     (b"grpc.keepalive_permit_without_calls", 1),

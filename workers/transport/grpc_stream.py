@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from importlib import import_module
 from typing import Any
 
 from grpc import StatusCode
-from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from workers.transport.grpc_options import CLIENT_OPTIONS, EXCHANGE_METHOD
+
+cygrpc: Any = import_module("grpc._cython.cygrpc")  # it has no type stubs
 
 _NO_FLAGS = 0
 _STATUS, _METADATA, _SENT, _RECEIVED = "status", "metadata", "sent", "received"

@@ -18,7 +18,10 @@ def test_every_pair_goes_to_its_owner_once_and_finds_its_place(t: int, k: int, e
     ids_TK = torch.rand(t, e, generator=draw).argsort(dim=1)[:, :k]
     weights_TK = torch.rand(t, k, generator=draw)
     owner_E = np.random.default_rng(seed).integers(0, w, e)
-    pieces, place_TK, sorted_TK = split(x_TD, ids_TK.numpy(), weights_TK.numpy(), owner_E, w)
+    rows_E = np.zeros(e, np.int64)
+    pieces, place_TK, sorted_TK = split(x_TD, ids_TK.numpy(), weights_TK.numpy(), owner_E, w, rows_E)
+
+    assert rows_E.tolist() == torch.bincount(ids_TK.flatten(), minlength=e).tolist()
 
     rows = []
     for piece in pieces:
