@@ -89,7 +89,7 @@ def private_environ(directory: Path) -> dict[str, str]:
 
 
 @contextmanager
-def running_cluster(directory: Path, model: str | Path, *options: str) -> Iterator[RunningCluster]:
+def starting_cluster(directory: Path, model: str | Path, *options: str) -> Iterator[RunningCluster]:
     """`expertmesh serve MODEL OPTIONS` on a free port, until the end of the block. `directory` takes its log."""
     port = free_port()
     environ = private_environ(directory / "run")
@@ -99,12 +99,6 @@ def running_cluster(directory: Path, model: str | Path, *options: str) -> Iterat
         process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ, start_new_session=True)
     cluster = RunningCluster(process, f"http://127.0.0.1:{port}", port, Path(model).name, log, environ)
     try:
-
-        def started() -> bool:
-            assert process.poll() is None, log.read_text()
-            return "ready in" in log.read_text()
-
-        wait_until(started, START_TIMEOUT_S)
         yield cluster
     finally:
         if process.poll() is None:
@@ -113,6 +107,19 @@ def running_cluster(directory: Path, model: str | Path, *options: str) -> Iterat
             psutil.wait_procs(family, timeout=60)
             for left in alive(family):
                 left.kill()
+
+
+@contextmanager
+def running_cluster(directory: Path, model: str | Path, *options: str) -> Iterator[RunningCluster]:
+    """The same, once it is ready."""
+    with starting_cluster(directory, model, *options) as cluster:
+
+        def started() -> bool:
+            assert cluster.process.poll() is None, cluster.log.read_text()
+            return "ready in" in cluster.log.read_text()
+
+        wait_until(started, START_TIMEOUT_S)
+        yield cluster
 
 
 def alive(family: list[psutil.Process]) -> list[psutil.Process]:

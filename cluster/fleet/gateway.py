@@ -16,11 +16,10 @@ from starlette.types import ASGIApp
 
 from cluster.config import Config
 from cluster.fleet.drain import Drain
+from cluster.fleet.local_ray import APPLICATION
 from cluster.fleet.membership import View
 from cluster.fleet.membership_loop import MembershipLoop, node_address
 from workers.member import Member
-
-APPLICATION = "expertmesh"
 
 
 class Gateway:
@@ -72,8 +71,9 @@ def deploy(config: Config, checkpoint: str, model_name: str, url: str, controlle
     """Start Serve and the gateways behind it; return once they take requests. Raises what a gateway died of."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": config.log_level.upper(), "enable_access_log": False}
-    # The address is the one Serve's own servers bind to; HAProxy listens on `config.host` (fleet.haproxy_exec).
-    http_options = {"host": node_address(), "port": config.port}
+    # In a Ray of our own this is where Serve's own servers are; HAProxy listens on `config.host` (fleet.haproxy_exec).
+    host = node_address() if config.ray_address is None else config.host
+    http_options = {"host": host, "port": config.port}
     serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=quiet)
     deployment: Any = serve.deployment(
         serve.ingress()(Gateway),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from typing import Any
@@ -79,9 +80,18 @@ def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
             router, config, plan.checkpoint, plan.router_threads, by_name
         )
     # Serve needs seconds of its own, which the loading of the model hides.
-    pool = ThreadPoolExecutor(1, thread_name_prefix="serve")
-    serving = pool.submit(gateway.deploy, config, plan.checkpoint, plan.model_name, url, by_name)
-    pool.shutdown(wait=False)
+    serving: Future[None] = Future()
+
+    def deploy() -> None:
+        try:
+            gateway.deploy(config, plan.checkpoint, plan.model_name, url, by_name)
+        except Exception as error:
+            serving.set_exception(error)
+        else:
+            serving.set_result(None)
+
+    # A daemon: when the start is given up, nobody waits for what Serve was doing.
+    threading.Thread(target=deploy, name="serve", daemon=True).start()
     return Cluster(controller, actors, serving)
 
 

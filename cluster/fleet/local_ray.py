@@ -22,20 +22,29 @@ from cluster.fleet import haproxy_exec
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; only control messages pass through it
 _KILL_AFTER_S = 5.0
 
+APPLICATION = "expertmesh"  # its name in Serve
+
+_COMMON = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end must not start another Ray
+}
+
 # What every actor of a Ray of our own finds in its environment: the variables given to `start`.
 inherited: dict[str, str] = {}
 
 
 def environment(config: Config, run_dir: Path) -> dict[str, str]:
     """Ray's and Serve's settings, to be in force before Ray is imported. Writes the HAProxy script into `run_dir`."""
+    if config.ray_address is not None:
+        return _COMMON  # the rest is up to whoever runs that Ray
     haproxy = run_dir / "haproxy"
     haproxy_exec.install(haproxy, config.host, config.port)
     drain_s = int(config.drain_timeout_s) + 1
     return {
+        **_COMMON,
         # Under this name Ray knows the setting that makes a node's address 127.0.0.1: all its servers bind to that.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run_dir / "haproxy.cfg"),
@@ -97,10 +106,13 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str]) -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-def stop() -> None:
+def stop(config: Config) -> None:
     """Disconnect from Ray, and end every process that this one brought to life."""
     import ray
+    from ray import serve
 
+    if config.ray_address is not None and ray.is_initialized():
+        serve.delete(APPLICATION)  # our actors end with us, but what Serve runs does not
     family = psutil.Process().children(recursive=True)
     ray.shutdown()
     _, alive = psutil.wait_procs(family, timeout=_KILL_AFTER_S)

@@ -77,7 +77,7 @@ def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, 
             _serve(config, plan, state, signals, console, began)
         finally:
             with console.status("stopping"):
-                local_ray.stop()
+                local_ray.stop(config)
             state.remove()
 
 

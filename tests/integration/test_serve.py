@@ -14,7 +14,16 @@ import httpx
 import psutil
 import pytest
 
-from tests.cluster_fixture import RunningCluster, alive, chat, private_environ, run, running_cluster, wait_until
+from tests.cluster_fixture import (
+    RunningCluster,
+    alive,
+    chat,
+    private_environ,
+    run,
+    running_cluster,
+    starting_cluster,
+    wait_until,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -135,6 +144,16 @@ def test_a_signal_ends_everything(tmp_path: Path, tiny_checkpoint: Path, number:
             local.process.wait(30)
         wait_until(lambda: not alive(family), 30)
         assert local.command("status").returncode == 1
+
+
+def test_ctrl_c_while_it_starts(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    with starting_cluster(tmp_path, tiny_checkpoint, "--kv-cache-mb", "16") as starting:
+        wait_until(lambda: "Ray at" in starting.log.read_text(), 60)
+        family = starting.family()
+        starting.process.send_signal(signal.SIGINT)
+        assert starting.process.wait(60) == 0
+        assert starting.log.read_text().rstrip().endswith("stopped")
+        assert not alive(family)
 
 
 def test_defects_are_said_before_anything_starts(tmp_path: Path, tiny_checkpoint: Path) -> None:
