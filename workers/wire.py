@@ -12,10 +12,11 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.errors import WireError
@@ -80,7 +81,7 @@ def request_frames(tag: Tag, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) ->
     payload_bytes = x_TD.nbytes + n_pairs * _PAIR_BYTES
     code = _CODES[x_TD.dtype]
     head = _HEADER.pack(_MAGIC, _VERSION, REQUEST, code, *tag, n_tokens, n_pairs, width, payload_bytes, 0)
-    return _cut(head, payload_bytes, [raw(x_TD), raw(token_P), raw(expert_P)])
+    return _cut(head, payload_bytes, (_array(x_TD), token_P.numpy(), expert_P.numpy()))
 
 
 def reply_frames(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> Iterator[bytes]:
@@ -88,7 +89,7 @@ def reply_frames(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> Iter
     n_pairs, width = y_PD.shape
     code = _CODES[y_PD.dtype]
     head = _HEADER.pack(_MAGIC, _VERSION, REPLY, code, *tag, n_tokens, n_pairs, width, y_PD.nbytes, compute_ns)
-    return _cut(head, y_PD.nbytes, [raw(y_PD)])
+    return _cut(head, y_PD.nbytes, (_array(y_PD),))
 
 
 def error_frames(tag: Tag, text: str) -> Iterator[bytes]:
@@ -165,18 +166,25 @@ def request(header: Header, content: memoryview) -> Request:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in host memory; no copy if it is contiguous."""
-    tensor = tensor.contiguous()
+    """The bytes of a contiguous tensor in host memory."""
+    return _array(tensor).data.cast("B")
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A contiguous array of the same bytes; no copy if the tensor is contiguous."""
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
     # numpy has no bfloat16.
-    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy().data.cast("B")
+    array: NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array
 
 
-def _cut(head: bytes, payload_bytes: int, parts: list[memoryview]) -> Iterator[bytes]:
+def _cut(head: bytes, payload_bytes: int, parts: tuple[NDArray[Any], ...]) -> Iterator[bytes]:
     if len(head) + payload_bytes <= FRAME_BYTES:
-        return iter((b"".join((head, *parts)),))
+        return iter((b"".join((head, *(part.data for part in parts))),))
     if payload_bytes > MAX_PAYLOAD_BYTES:
         raise WireError(f"a message of {payload_bytes} bytes; the limit is {MAX_PAYLOAD_BYTES}")
-    return _frames([memoryview(head), *parts])
+    return _frames([memoryview(head), *(part.data.cast("B") for part in parts)])
 
 
 def _frames(parts: list[memoryview]) -> Iterator[bytes]:
