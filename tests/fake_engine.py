@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 from cluster.errors import RequestError
 from cluster.router.params import SamplingParams, StepOutput, TokenLogprobs
@@ -30,6 +29,13 @@ class _Sequence:
 
 
 @dataclass
+@dataclass(frozen=True)
+class FakeStats:
+    running: int
+    steps: int
+    connected: list[str]
+
+
 class FakeEngine:
     """One token per open sequence and step, `step_s` apart; everything it was asked is on record."""
 
@@ -73,7 +79,7 @@ class FakeEngine:
         return [self._advance(request_id) for request_id in list(self.sequences)]
 
     def stats(self) -> object:
-        return SimpleNamespace(running=len(self.sequences), steps=self.steps, connected=["expert-0"])
+        return FakeStats(len(self.sequences), self.steps, ["expert-0"])
 
     def _advance(self, request_id: str) -> StepOutput:
         sequence = self.sequences[request_id]

@@ -54,7 +54,7 @@ class Transformers:
             speeds = {}
             for options in candidates:
                 run(options)
-                speeds[options] = max(run(options), run(options))
+                speeds[options] = run(options)
                 console.print(f"  {self.name} {' + '.join(options)}: {speeds[options]:.1f} tokens/s", style="dim")
             self._best[workload] = max(speeds, key=speeds.__getitem__)
         return run(self._best[workload])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -39,7 +38,6 @@ class Router:
         self._view: View | None = None
         self._first_view = asyncio.Event()
         self._changes: set[asyncio.Task[None]] = set()
-        self._engine: Engine | None = None
         self._exchange: Exchange | None = None
         self._service: GenerationService | None = None
         self._membership = MembershipLoop(controller, self._member, self._on_view)
@@ -54,10 +52,10 @@ class Router:
 
     async def _start(self) -> None:
         await self._first_view.wait()
-        self._engine = engine = await asyncio.to_thread(self._build)
+        engine = await asyncio.to_thread(self._build)
         from cluster.router.service import GenerationService
 
-        service = GenerationService(engine, self._host, router=self._id, state="starting")
+        service = GenerationService(engine, self._host, router=self._id, state="starting", exchange=self._exchange)
         await service.start()
         self._service = service
         await self._follow_state()
@@ -116,7 +114,7 @@ class Router:
             state=cast(State, "starting" if self._service is None else self._service.state),
             address="" if self._service is None else self._service.address,
             epoch=self._epoch(),
-            detail={} if self._engine is None else asdict(self._engine.stats()),
+            detail={} if self._service is None else self._service.numbers(),
         )
 
     def _epoch(self) -> int:

@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -105,10 +105,15 @@ class Exchange:
         with self._lock:
             return min((epoch for epoch, n in self._outstanding.items() if n), default=self._published.placement.epoch)
 
-    @property
-    def dropped_replies(self) -> int:
-        """Replies that came when nobody awaited them any more."""
-        return self._links.transport.dropped_replies
+    def numbers(self) -> dict[str, Any]:
+        """How the exchange is doing, under the names of the generation service's DescribeReply. From any thread."""
+        absent = set(self._links.absent)
+        return {
+            "epoch": self.epoch,
+            "connected": [worker for worker in self._published.placement.workers if worker not in absent],
+            "repairs": self.counters.repairs,
+            "dropped_replies": self._links.transport.dropped_replies,  # came when nobody awaited them any more
+        }
 
     def publish(self, placement: Placement, addresses: Mapping[str, str]) -> None:
         """Put a placement and addresses in force from the next dispatch on. Called by any thread."""

@@ -7,8 +7,9 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from itertools import count
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -24,6 +25,9 @@ from cluster.router.stream_options import SERVER_OPTIONS
 from workers.pb import generation_pb2 as pb
 from workers.pb import generation_pb2_grpc
 
+if TYPE_CHECKING:  # the service itself needs no torch
+    from cluster.router.exchange import Exchange
+
 log = logging.getLogger(__name__)
 
 SERVICE = "expertmesh.generation.v1.Generation"
@@ -35,17 +39,26 @@ _MAX_PENDING_TOKENS = 65536
 class GenerationService:
     """Serves `engine` on `host:port` (port 0: any free one) until `stop`.
 
-    `state` is what gateways hear: "starting" and "draining" routers get no new requests. All methods belong to the
+    `state` is what gateways hear: "starting" and "draining" routers get no new requests. `exchange` is the engine's
+    way to its experts when they are elsewhere; only its numbers are asked for here. All methods belong to the
     asyncio loop that called `start`.
     """
 
     def __init__(
-        self, engine: EngineLike, host: str, port: int = 0, *, router: str = "router-0", state: str = "ready"
+        self,
+        engine: EngineLike,
+        host: str,
+        port: int = 0,
+        *,
+        router: str = "router-0",
+        state: str = "ready",
+        exchange: Exchange | None = None,
     ) -> None:
         self.router = router
         self.state = state
         self.host, self.port = host, port
         self._engine = engine
+        self._exchange = exchange
         self._thread = EngineThread(engine, self._hand_over)
         self._streams: set[Outbox] = set()
         self._open: dict[str, tuple[Outbox, str]] = {}  # engine's id -> stream, gateway's id
@@ -104,16 +117,15 @@ class GenerationService:
             log.warning("router %s: the step in progress did not end; its thread is left behind", self.router)
 
     def describe(self) -> pb.DescribeReply:
-        """The engine's numbers under the names of DescribeReply; those it does not count stay zero."""
-        stats = self._engine.stats()
-        reply = pb.DescribeReply(router=self.router, pid=os.getpid(), state=self.state)
-        for descriptor in pb.DescribeReply.DESCRIPTOR.fields:
-            value = getattr(stats, descriptor.name, None)
-            if isinstance(value, (list, tuple, set, frozenset)):
-                getattr(reply, descriptor.name).extend(value)
-            elif value is not None:
-                setattr(reply, descriptor.name, value)
-        return reply
+        """The numbers of engine and exchange that DescribeReply has a field for."""
+        fields = pb.DescribeReply.DESCRIPTOR.fields_by_name
+        known = {name: value for name, value in self.numbers().items() if name in fields}
+        return pb.DescribeReply(router=self.router, pid=os.getpid(), state=self.state, **known)
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of engine and exchange by name, for people and metrics."""
+        stats: Any = self._engine.stats()
+        return asdict(stats) | ({} if self._exchange is None else self._exchange.numbers())
 
     # From the gateways.
 
