@@ -28,7 +28,6 @@ class _Sequence:
     prompt_logprobs_due: bool
 
 
-@dataclass
 @dataclass(frozen=True)
 class FakeStats:
     running: int
@@ -36,6 +35,7 @@ class FakeStats:
     connected: list[str]
 
 
+@dataclass
 class FakeEngine:
     """One token per open sequence and step, `step_s` apart; everything it was asked is on record."""
 
