@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workers.errors import ExpertNotHeld
 from workers.kernels.experts import LayerExperts
+from workers.kernels.memory import empty_weights
 
 if TYPE_CHECKING:
     from workers.checkpoint import ExpertWeights
@@ -71,10 +72,11 @@ class ExpertShard:
 
     def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         """Put a replica of `(layer, expert)` on the device, in the shard's dtype; replaces one that is there."""
-        w13_2FD = torch.empty(2 * self.ffn_size, self.hidden_size, dtype=self.dtype, device=self.device)
-        w13_2FD[: self.ffn_size] = weights.w1_FD
-        w13_2FD[self.ffn_size :] = weights.w3_FD
-        w2_DF = torch.empty(self.hidden_size, self.ffn_size, dtype=self.dtype, device=self.device).copy_(weights.w2_DF)
+        f, d = self.ffn_size, self.hidden_size
+        memory = empty_weights(3 * f * d, self.dtype, self.device)
+        w13_2FD, w2_DF = memory[: 2 * f * d].view(2 * f, d), memory[2 * f * d :].view(d, f)
+        w13_2FD[:f], w13_2FD[f:] = weights.w1_FD, weights.w3_FD
+        w2_DF.copy_(weights.w2_DF)
         with self._locks[layer]:
             self._layers[layer].put(expert, w13_2FD, w2_DF)
 

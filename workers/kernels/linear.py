@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels import native
+from workers.kernels.memory import use_huge_pages
 from workers.kernels.native import FEW_ROWS
 
 
@@ -34,6 +35,8 @@ class PackedLinear:
         self.weight_ND = weight_ND.detach().contiguous()
         self.n_outputs, self.n_inputs = self.weight_ND.shape
         self._fast = is_fast(self.weight_ND)
+        if self._fast:
+            use_huge_pages(self.weight_ND)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         rows = x_TD.shape[0]
