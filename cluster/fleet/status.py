@@ -51,6 +51,18 @@ def stop(port: int | None, timeout_s: float) -> str:
     return f"stopped {state.model} at {state.url}"
 
 
+def _says(role: str, detail: dict[str, Any]) -> str:
+    """The numbers of a process that fit beside its name; --json has them all."""
+    match role, detail:
+        case "expert", {"experts": experts, "weight_bytes": size}:
+            return f"{experts} experts, {size // _MIB} MiB"
+        case "router", {"running": running, "waiting": waiting, "free_blocks": free, "total_blocks": total}:
+            return f"{running} running, {waiting} waiting, {total - free} of {total} KV blocks used"
+        case "gateway", {"open": n_open, "requests": requests}:
+            return f"{n_open} open of {requests} requests"
+    return ""
+
+
 def _memory(pid: int) -> str:
     try:
         return f"{psutil.Process(pid).memory_info().rss // _MIB} MiB"
