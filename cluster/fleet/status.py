@@ -30,12 +30,13 @@ def show(content: dict[str, Any], console: Console) -> None:
     console.print(f"{content['model']} at [bold]{content['url']}[/]", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("id", "state", "pid", "memory", "address", ""):
-        table.add_column(column, justify="right" if column in ("pid", "memory") else "left", no_wrap=True)
+        right = column in ("pid", "memory")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column != "")
     for process in content["processes"]:
         state = process["state"] if process["state"] == "ready" else f"[yellow]{process['state']}[/]"
-        detail = "  ".join(f"{name} {value}" for name, value in process["detail"].items())
-        memory = _memory(process["pid"])
-        table.add_row(process["id"], state, str(process["pid"]), memory, process["address"], f"[dim]{detail}[/]")
+        address = process["address"].removeprefix("http://")
+        says = f"[dim]{_says(process['role'], process['detail'])}[/]"
+        table.add_row(process["id"], state, str(process["pid"]), _memory(process["pid"]), address, says)
     console.print(table)
 
 
