@@ -5,9 +5,6 @@ Shape legend: T rows, D hidden, H query heads, G key/value heads, d head size, C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,23 +13,10 @@ from workers.kernels.attention import rotary_write
 from workers.kernels.gate import gate_top_k
 from workers.kernels.linear import PackedLinear
 from workers.kernels.norm import add_rms_norm, rms_norm
-from workers.model.attention import AttentionPlan, attend
+from workers.model.attention import attend
+from workers.model.flow import Flow
 from workers.model.kv_cache import KVCache
 from workers.spec import ModelSpec
-
-
-@dataclass(slots=True)
-class Flow:
-    """One micro-batch on its way through the layers."""
-
-    x_TD: Tensor  # the residual stream
-    plan: AttentionPlan
-    slots_T: Tensor
-    rows_T: Tensor  # 0 ... T - 1: `cos` and `sin` are by row
-    cos_Td: Tensor
-    sin_Td: Tensor
-    logit_rows_R: Tensor | None  # None: all rows
-    handle: Any = None  # of the exchange in flight
 
 
 class DecoderLayer:
@@ -58,6 +42,11 @@ class DecoderLayer:
         Returns what the experts of this layer are asked: rows x [T, D], expert ids [T, K], their weights [T, K].
         After the last layer's attention only the rows whose logits are wanted go on.
         """
+        if flow.recorded is not None:
+            return flow.recorded.run(self.index, self._attend, delta_TD)
+        return self._attend(flow, delta_TD)
+
+    def _attend(self, flow: Flow, delta_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if delta_TD is None:
             x_TD = rms_norm(flow.x_TD, self._input_norm_D, self._eps)
         else:

@@ -16,8 +16,10 @@ from workers.kernels.norm import add_rms_norm
 from workers.model.attention import make_plan
 from workers.model.batch import Batch
 from workers.model.experts import Experts
+from workers.model.flow import Flow
 from workers.model.kv_cache import KVCache
-from workers.model.layer import DecoderLayer, Flow
+from workers.model.layer import DecoderLayer
+from workers.model.recorded import Recorder
 from workers.model.rope import Rope
 from workers.spec import ModelSpec
 
@@ -36,6 +38,7 @@ class Mixtral:
         self._embed_VD = dense.embed_VD.to(cache.device)
         self._layers = [DecoderLayer(index, spec, weights, cache) for index, weights in enumerate(dense.layers)]
         self._norm_D = dense.norm_D.to(cache.device)
+        self._recorder = Recorder()
         self._head = PackedLinear(dense.head_VD.to(cache.device))
 
     @torch.no_grad()
@@ -45,7 +48,7 @@ class Mixtral:
         While the experts compute one micro-batch, the attention of the next one runs. A sequence may lie in several
         micro-batches, in the order of its rows.
         """
-        experts, flows = self.experts, [self._begin(batch) for batch in batches]
+        experts, flows = self.experts, [self._recorder.flow(self._begin(b), i) for i, b in enumerate(batches)]
         for layer in self._layers:
             for flow in flows:
                 delta_TD = None if flow.handle is None else experts.combine(flow.handle)

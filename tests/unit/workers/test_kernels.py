@@ -11,6 +11,7 @@ from workers.kernels.attention import paged_attention, rotary_write
 from workers.kernels.experts import combine
 from workers.kernels.gate import gate_top_k
 from workers.kernels.linear import FEW_ROWS, PackedLinear
+from workers.kernels.native import Tape
 from workers.kernels.norm import add_rms_norm, rms_norm
 
 SIZES = [(1, 1), (3, 2), (37, 301), (64, 130), (515, 66), (512, 256)]
@@ -133,3 +134,15 @@ def test_combine_adds_in_the_order_of_the_pairs() -> None:
         one_by_one_D += weight_P[pair] * y_PD[pair]
     assert torch.equal(out_TD[3], one_by_one_D) and not out_TD[9].any()
     assert combine(y_PD[:0], token_P[:0], weight_P[:0], 2).tolist() == [[0.0] * 70] * 2
+
+
+def test_a_tape_repeats_its_calls_on_new_contents() -> None:
+    """Counters that are not reset, a missing barrier between two calls, memory that is freed under the tape."""
+    first, second, norm_D = PackedLinear(torch.randn(700, 300)), PackedLinear(torch.randn(90, 700)), torch.randn(90)
+    x_TD = torch.empty(4, 300)
+    with Tape() as tape:
+        y_TN = rms_norm(second(first(x_TD)), norm_D, 1e-5)
+    for _ in range(50):
+        x_TD.normal_()
+        tape.run()
+        assert torch.equal(y_TN, rms_norm(second(first(x_TD)), norm_D, 1e-5))
