@@ -19,7 +19,8 @@ from torch import Tensor
 
 from cluster.bench.common import alternate, machine, print_json, print_table
 from workers.kernels.experts import LayerExperts
-from workers.kernels.linear import FEW_ROWS
+from workers.kernels.memory import use_huge_pages
+from workers.kernels.native import FEW_ROWS
 from workers.kernels.threads import set_threads
 
 _HIDDEN, _FFN, _EXPERTS = 512, 1792, 32
@@ -55,6 +56,8 @@ def _ways() -> Iterator[tuple[str, Way]]:
     w13 = [torch.randn(2 * _FFN, _HIDDEN) / _HIDDEN**0.5 for _ in range(_EXPERTS)]
     w2 = [torch.randn(_HIDDEN, _FFN) / _FFN**0.5 for _ in range(_EXPERTS)]
     layer = LayerExperts(_EXPERTS, _HIDDEN, _FFN, torch.device("cpu"), torch.float32)
+    for weight in w13 + w2:
+        use_huge_pages(weight)  # as the weights of a shard are
     for expert in range(_EXPERTS):
         layer.put(expert, w13[expert], w2[expert])
 
