@@ -11,19 +11,19 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 import ray
-import torch
 from ray.exceptions import RayError
 
 from workers.checkpoint import Checkpoint
 from workers.kernels.threads import set_threads
 from workers.member import Member, State
 from workers.shard import ExpertShard
+from workers.spec import compute_dtype
 from workers.transport.grpc_server import ExpertServer
 
 _log = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 10.0  # a call without news takes one second
 _RETRY_S = 0.2
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LAST_WORD_S = 2.0
 
 
 class Config(Protocol):
@@ -109,13 +109,14 @@ class ExpertWorker:
 
     def _load(self, placement: Placement) -> None:
         try:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            shard = load_shard(self._checkpoint, placement.shard(self._worker), device, self._config.dtype)
+            shard = load_shard(self._checkpoint, placement.shard(self._worker), self._config.dtype)
             server = ExpertServer(shard, self._worker, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
             server.start()
         except Exception as error:
             _log.exception("expert worker %s cannot start", self._worker)
             self._loaded.set_exception(error)
+            # It ends after it could say why, and Ray tries again.
+            threading.Timer(_LAST_WORD_S, os._exit, (1,)).start()
             return
         self._server, self._epoch, self._state = server, placement.epoch, "ready"
         self._loaded.set_result(server.address)
@@ -141,14 +142,11 @@ class ExpertWorker:
         )
 
 
-def load_shard(checkpoint: str, experts: tuple[tuple[int, int], ...], device: str, dtype: str) -> ExpertShard:
-    """A shard with `experts`, (layer, expert) pairs, of a checkpoint directory; reads no other tensor.
-
-    dtype: its name, or "auto" for float32 on a CPU and bfloat16 on a GPU.
-    """
-    chosen = _DTYPES.get(dtype, torch.float32 if device == "cpu" else torch.bfloat16)
+def load_shard(checkpoint: str, experts: tuple[tuple[int, int], ...], dtype: str) -> ExpertShard:
+    """A shard with `experts`, (layer, expert) pairs, of a checkpoint directory; reads no other tensor."""
+    chosen = compute_dtype(dtype)
     source = Checkpoint(checkpoint)
-    shard = ExpertShard(source.spec, device, chosen)
+    shard = ExpertShard(source.spec, dtype=chosen)
     for layer, expert in experts:
         shard.load(layer, expert, source.expert(layer, expert, chosen))
     return shard

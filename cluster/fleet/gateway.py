@@ -30,11 +30,11 @@ class Gateway:
         from cluster.gateway.context import ModelCard
         from cluster.gateway.session import Session
         from cluster.gateway.tokenizer import Tokenizer
-        from cluster.router.sizing import compute_dtype, context_limit, pool_blocks
-        from workers.spec import ModelSpec
+        from cluster.router.sizing import context_limit, pool_blocks
+        from workers.spec import ModelSpec, compute_dtype
 
         spec = ModelSpec.from_config(checkpoint)
-        limit = context_limit(config, spec, pool_blocks(config, spec, compute_dtype(config)))
+        limit = context_limit(config, spec, pool_blocks(config, spec, compute_dtype(config.dtype)))
         card = ModelCard(model_name, checkpoint, limit, spec.vocab_size, int(time.time()))
         _listen_on_node_address()
         self._id = f"gateway-{serve.get_replica_context().rank.rank}"

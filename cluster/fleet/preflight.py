@@ -13,9 +13,10 @@ from cluster.config import Config
 from cluster.errors import StartError
 from cluster.router import memory
 from cluster.router.build import dense_bytes, expert_bytes
-from cluster.router.sizing import compute_dtype, pool_blocks
+from cluster.router.sizing import pool_blocks
 from workers.checkpoint import Checkpoint
 from workers.model.kv_cache import bytes_per_block
+from workers.spec import compute_dtype
 
 _PROCESS_BYTES = 256 * 2**20  # Python, torch and gRPC in each of our processes
 _RAY_BYTES = 1024 * 2**20  # Ray, Serve and the gateways
@@ -41,7 +42,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     """Look at the checkpoint and decide. Raises CheckpointError naming file and tensor, StartError."""
     opened = Checkpoint(checkpoint)
     opened.verify()
-    spec, dtype = opened.spec, compute_dtype(config)
+    spec, dtype = opened.spec, compute_dtype(config.dtype)
     n_workers = config.expert_workers if config.transport == "grpc" else 0
     kv_bytes = pool_blocks(config, spec, dtype) * bytes_per_block(spec, config.block_size, dtype)
     wanted = {

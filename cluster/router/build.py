@@ -10,13 +10,13 @@ import torch
 from cluster.config import Config
 from cluster.router.engine import Engine
 from cluster.router.memory import check_memory
-from cluster.router.sizing import compute_dtype, pool_blocks
+from cluster.router.sizing import pool_blocks
 from workers.checkpoint import Checkpoint
 from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache, bytes_per_block
 from workers.model.mixtral import Mixtral
 from workers.shard import ExpertShard
-from workers.spec import ModelSpec
+from workers.spec import ModelSpec, compute_dtype
 
 _WORKING_BYTES = 256 * 2**20  # activations and logits of a step, code
 
@@ -29,7 +29,7 @@ def build_engine(config: Config, path: str | Path, experts: Experts | None = Non
     """
     checkpoint = Checkpoint(path)
     checkpoint.verify()
-    spec, dtype = checkpoint.spec, compute_dtype(config)
+    spec, dtype = checkpoint.spec, compute_dtype(config.dtype)
     n_blocks = pool_blocks(config, spec, dtype)
     wanted = {
         "dense weights": dense_bytes(spec, dtype),

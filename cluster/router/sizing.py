@@ -1,4 +1,4 @@
-"""How large things are: the compute dtype, the KV pool and the longest sequence that a configuration gives a model."""
+"""How large things are: the KV pool and the longest sequence that a configuration gives a model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ from cluster.config import Config
 from cluster.errors import StartError
 from workers.model.kv_cache import bytes_per_block
 from workers.spec import ModelSpec
-
-
-def compute_dtype(config: Config, device: torch.device | str = "cpu") -> torch.dtype:
-    """`config.dtype`; "auto" is float32 on a CPU and bfloat16 on a GPU."""
-    if config.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def pool_blocks(config: Config, spec: ModelSpec, dtype: torch.dtype) -> int:
