@@ -7,6 +7,7 @@ The files are compiled under the virtual path `workers/pb`, so that the generate
 from __future__ import annotations
 
 import filecmp
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ def generate(target: Path) -> None:
     sources = sorted(str(PACKAGE / source.name) for source in (ROOT / "proto").glob("*.proto"))
     outputs = [f"--{kind}_out={target}" for kind in ("python", "grpc_python")]
     stubs = [f"--{kind}_out=quiet:{target}" for kind in ("mypy", "mypy_grpc")]
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # has the plugins
     if protoc.main(["protoc", f"-I{PACKAGE}={ROOT / 'proto'}", *outputs, *stubs, *sources]) != 0:
         raise SystemExit("protoc failed")
 
