@@ -82,6 +82,9 @@ class Session:
             if (router, address) not in known:
                 self._links.append(Link(router, address, self._on_event, self._on_change))
         self._sweep()
+        if self.ready():  # a router is back in the view whose stream never broke: nothing else will say so
+            for entry in list(self._waiting.values()):
+                self._place(entry)
 
     def ready(self) -> bool:
         """Whether a router is connected and says that it is ready."""
@@ -125,12 +128,16 @@ class Session:
 
     def _place(self, entry: Entry) -> None:
         """Give a request to the ready router with the fewest of ours, or let it wait for one."""
-        ready = [link for link in self._links if link.state == "ready" and not link.retired and link not in entry.full]
-        if not ready:
+        candidates = self._candidates(entry)
+        if not candidates:
             self._wait(entry)
             return
         self._stop_waiting(entry)
-        min(ready, key=lambda link: len(link.requests)).submit(entry)
+        min(candidates, key=lambda link: len(link.requests)).submit(entry)
+
+    def _candidates(self, entry: Entry) -> list[Link]:
+        """The ready routers that have not said in this round that their queue is full."""
+        return [link for link in self._links if link.state == "ready" and not link.retired and link not in entry.full]
 
     def _wait(self, entry: Entry) -> None:
         if entry.request_id not in self._waiting:
@@ -181,10 +188,11 @@ class Session:
 
     def _refused(self, link: Link, entry: Entry, error: RequestError) -> None:
         if error.code == "draining":
+            entry.full.clear()  # so that one that was full is asked again: it has no other way to speak up
             self._place(entry)
         elif error.code == "queue_full":
             entry.full.add(link)
-            if any(other.state == "ready" and other not in entry.full for other in self._links):
+            if self._candidates(entry):
                 self._place(entry)
             elif entry.accepted:
                 asyncio.get_running_loop().call_later(_FULL_RETRY_S, self._retry, entry)

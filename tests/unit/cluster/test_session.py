@@ -14,10 +14,12 @@ from cluster.errors import RequestError
 from cluster.gateway import session as session_module
 from cluster.gateway.journal import Entry
 from cluster.gateway.session import Session
+from cluster.router.outbox import Outbox
 from cluster.router.params import SamplingParams, StepOutput, TokenLogprobs
 from cluster.router.service import GenerationService
 from tests.fake_engine import FakeEngine, expected
 from tests.loop import in_loop, until
+from workers.pb import generation_pb2 as pb
 
 
 class Router:
@@ -177,6 +179,48 @@ async def test_a_router_that_left_the_view_finishes_what_it_has() -> None:
         await assert_undisturbed(tasks, params)
         assert session.stats().fail_overs == 0
         assert [link.router for link in session.stats().links] == ["router-1"]
+
+
+@in_loop
+async def test_a_router_that_a_view_lacked_for_a_moment_takes_what_waited() -> None:
+    params = SamplingParams(max_tokens=60)
+    async with cluster(FakeEngine(step_s=0.002)) as (session, routers):
+        tasks = start(session, 1, params)
+        await until(lambda: session.stats().tokens > 5)
+        session.update({})
+        late = asyncio.create_task(tokens_of(session, [9], params))
+        await until(lambda: session.stats().waiting == 1)
+        session.update(view(routers))
+        assert session.stats().waiting == 0
+        assert await late == expected([9], params)
+        await assert_undisturbed(tasks, params)
+
+
+@in_loop
+async def test_a_full_queue_beside_a_router_that_leaves_is_a_refusal() -> None:
+    params = SamplingParams(max_tokens=60)
+    async with cluster(FakeEngine(step_s=0.002), FakeEngine(max_queue=0)) as (session, routers):
+        tasks = start(session, 1, params)
+        await until(lambda: session.stats().tokens > 5)
+        session.update(view(routers[1:]))
+        with pytest.raises(RequestError, match="too many"):
+            await tokens_of(session, [1], params)
+        await assert_undisturbed(tasks, params)
+
+
+@in_loop
+async def test_a_full_queue_beside_a_router_that_just_drains_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(FakeEngine(max_queue=0), FakeEngine()) as (session, [_, draining]):
+        refuse = draining.service._submit
+
+        def submit(stream: Outbox, message: pb.Submit) -> None:
+            draining.service.state = "draining"
+            stream.announce("draining")
+            refuse(stream, message)
+
+        monkeypatch.setattr(draining.service, "_submit", submit)
+        with pytest.raises(RequestError, match="too many"):
+            await tokens_of(session, [1], SamplingParams(max_tokens=2))
 
 
 @in_loop
