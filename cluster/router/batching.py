@@ -22,7 +22,7 @@ def logits_wanted(chunk: Chunk) -> int:
     """
     sequence, n = chunk
     if sequence.prompt_logprobs is not None and sequence.wants_prompt_logprobs:
-        return min(n, sequence.computed + n - (len(sequence.prompt_logprobs) - 1))
+        return max(0, min(n, sequence.computed + n - (len(sequence.prompt_logprobs) - 1)))
     return 1 if chunk.completes else 0
 
 

@@ -80,8 +80,10 @@ class Engine:
         limits.check_emitted(emitted_ids, params, vocab_size=spec.vocab_size)
         sequence = Sequence(request_id, prompt_ids, params, eos_ids=spec.eos_ids, emitted_ids=emitted_ids)
         finish = sequence.finish()
-        if finish is not None and not sequence.wants_prompt_logprobs:  # its router died between last token and end
-            self._outbox.append(StepOutput(request_id, (), finish=finish))
+        if finish is not None and not sequence.wants_prompt_logprobs:
+            # Its router died between last token and end; or one prompt token is to be scored, and the first has none.
+            scores = sequence.take_prompt_logprobs()
+            self._outbox.append(StepOutput(request_id, (), prompt_logprobs=scores, finish=finish))
             return
         self._scheduler.submit(sequence)
         self._open[request_id] = sequence

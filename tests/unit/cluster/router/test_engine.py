@@ -18,8 +18,11 @@ from transformers import MixtralForCausalLM
 
 from cluster.config import Config
 from cluster.errors import RequestError, WorkerLost
+from cluster.router.batching import logits_wanted
 from cluster.router.engine import Engine
 from cluster.router.params import SamplingParams, StepOutput
+from cluster.router.scheduler import Chunk
+from cluster.router.sequence import Sequence
 from tests.reference import SHAPES, TOLERANCE, Paged, random_tokens, reference_logits, save_random
 
 STEPS = 64
@@ -202,11 +205,20 @@ def test_long_prompts_are_scored_a_few_rows_at_a_time(model: Model, monkeypatch:
     assert max(widths) <= 130 and sum(widths) == 600
 
 
-def test_a_prompt_can_be_scored_without_an_answer(model: Model) -> None:
+@pytest.mark.parametrize(("computed", "n", "wanted"), [(0, 100, 0), (0, 256, 0), (200, 80, 24), (256, 44, 44)])
+def test_a_prompt_preempted_between_its_scores_shifts_nobody_elses_rows(computed: int, n: int, wanted: int) -> None:
+    sequence = Sequence("x", range(300), SamplingParams(max_tokens=1, prompt_logprobs=0))
+    sequence.prompt_logprobs = [None] * 257  # rows 0 to 255 gave theirs
+    sequence.computed = computed
+    assert logits_wanted(Chunk(sequence, n)) == wanted
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_a_prompt_can_be_scored_without_an_answer(model: Model, n: int) -> None:
     engine = model.engine()
-    engine.submit("score", model.prompt(9), SamplingParams(max_tokens=0, prompt_logprobs=0))
+    engine.submit("score", model.prompt(n), SamplingParams(max_tokens=0, prompt_logprobs=0))
     (output,) = finish(engine)["score"]
-    assert (output.token_ids, output.finish, len(output.prompt_logprobs or ())) == ((), "length", 9)
+    assert (output.token_ids, output.finish, len(output.prompt_logprobs or ())) == ((), "length", n)
 
 
 def test_cut_into_micro_batches_it_says_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
