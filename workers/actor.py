@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from workers.checkpoint import Checkpoint
 from workers.kernels.threads import set_threads
 from workers.member import Member, State
-from workers.shard import ExpertShard
+from workers.shard import load_shard
 from workers.spec import compute_dtype
 from workers.transport.grpc_server import ExpertServer
 
@@ -109,7 +109,8 @@ class ExpertWorker:
 
     def _load(self, placement: Placement) -> None:
         try:
-            shard = load_shard(self._checkpoint, placement.shard(self._worker), self._config.dtype)
+            source = Checkpoint(self._checkpoint)
+            shard = load_shard(source, placement.shard(self._worker), compute_dtype(self._config.dtype))
             server = ExpertServer(shard, self._worker, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
             server.start()
         except Exception as error:
@@ -140,13 +141,3 @@ class ExpertWorker:
             epoch=self._epoch,
             detail={} if server is None else server.numbers(),
         )
-
-
-def load_shard(checkpoint: str, experts: tuple[tuple[int, int], ...], dtype: str) -> ExpertShard:
-    """A shard with `experts`, (layer, expert) pairs, of a checkpoint directory; reads no other tensor."""
-    chosen = compute_dtype(dtype)
-    source = Checkpoint(checkpoint)
-    shard = ExpertShard(source.spec, dtype=chosen)
-    for layer, expert in experts:
-        shard.load(layer, expert, source.expert(layer, expert, chosen))
-    return shard

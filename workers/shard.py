@@ -6,6 +6,7 @@ Legend: T token rows, P (token, expert) pairs, K choices a token, D hidden, F ff
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from workers.errors import ExpertNotHeld
 from workers.kernels.experts import LayerExperts
-from workers.kernels.memory import empty_weights
+from workers.kernels.memory import empty_weights, give_back
 
 if TYPE_CHECKING:
-    from workers.checkpoint import ExpertWeights
+    from workers.checkpoint import Checkpoint, ExpertWeights
     from workers.spec import ModelSpec
 
 
@@ -117,3 +118,12 @@ class ExpertShard:
     def micro_batches(self, n_rows: int) -> int:
         """One: there is nothing to overlap in one process."""
         return 1
+
+
+def load_shard(source: Checkpoint, experts: Iterable[tuple[int, int]], dtype: torch.dtype) -> ExpertShard:
+    """A shard with `experts`, (layer, expert) pairs, on the CPU; no other tensor is read. Raises CheckpointError."""
+    shard = ExpertShard(source.spec, dtype=dtype)
+    for layer, expert in experts:
+        shard.load(layer, expert, source.expert(layer, expert, dtype))
+    give_back()
+    return shard

@@ -12,7 +12,7 @@ import torch
 
 from cluster.placement.placement import striped
 from workers.checkpoint import Checkpoint
-from workers.shard import ExpertShard
+from workers.shard import load_shard
 from workers.transport.grpc_server import ExpertServer
 
 
@@ -20,9 +20,8 @@ def main(directory: str, worker: str, n_workers: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     checkpoint = Checkpoint(directory)
     spec = checkpoint.spec
-    shard = ExpertShard(spec, dtype=torch.float32)
-    for layer, expert in striped(spec.n_layers, spec.n_experts, worker_names(int(n_workers))).shard(worker):
-        shard.load(layer, expert, checkpoint.expert(layer, expert, torch.float32))
+    placement = striped(spec.n_layers, spec.n_experts, worker_names(int(n_workers)))
+    shard = load_shard(checkpoint, placement.shard(worker), torch.float32)
     server = ExpertServer(shard, worker, "127.0.0.1")
     server.start()
     print(server.address, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from cluster.router.engine import Engine
 from cluster.router.memory import check_memory
 from cluster.router.sizing import pool_blocks
 from workers.checkpoint import Checkpoint
+from workers.kernels.memory import give_back
 from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache, bytes_per_block
 from workers.model.mixtral import Mixtral
-from workers.shard import ExpertShard
+from workers.shard import load_shard
 from workers.spec import ModelSpec, compute_dtype
 
 _WORKING_BYTES = 256 * 2**20  # activations and logits of a step, code
@@ -41,17 +43,11 @@ def build_engine(config: Config, path: str | Path, experts: Experts | None = Non
     check_memory(wanted)
     dense = checkpoint.dense(dtype)
     cache = KVCache(spec, n_blocks, config.block_size, dtype)
-    return Engine(Mixtral(spec, dense, experts or all_experts(checkpoint, dtype), cache), config)
-
-
-def all_experts(checkpoint: Checkpoint, dtype: torch.dtype) -> ExpertShard:
-    """Every expert of the model in one shard."""
-    spec = checkpoint.spec
-    shard = ExpertShard(spec, dtype=dtype)
-    for layer in range(spec.n_layers):
-        for expert in range(spec.n_experts):
-            shard.load(layer, expert, checkpoint.expert(layer, expert, dtype))
-    return shard
+    if experts is None:
+        experts = load_shard(checkpoint, product(range(spec.n_layers), range(spec.n_experts)), dtype)
+    model = Mixtral(spec, dense, experts, cache)
+    give_back()
+    return Engine(model, config)
 
 
 def expert_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,11 @@ from cluster.config import Config
 from cluster.errors import CheckpointError, StartError
 from cluster.models.random import write_random
 from cluster.router import memory
-from cluster.router.build import all_experts, build_engine, dense_bytes, expert_bytes
+from cluster.router.build import build_engine, dense_bytes, expert_bytes
 from cluster.router.params import SamplingParams
 from cluster.router.sizing import context_limit, pool_blocks
 from workers.checkpoint import Checkpoint
-from workers.shard import ExpertShard
+from workers.shard import ExpertShard, load_shard
 
 CONFIG = Config(kv_cache_mb=1)
 
@@ -36,7 +37,9 @@ def answer(directory: Path, experts: ExpertShard | None) -> list[int]:
 
 
 def test_experts_may_be_here_or_given(directory: Path) -> None:
-    given = all_experts(Checkpoint(directory), torch.float32)
+    checkpoint = Checkpoint(directory)
+    every = product(range(checkpoint.spec.n_layers), range(checkpoint.spec.n_experts))
+    given = load_shard(checkpoint, every, torch.float32)
     assert answer(directory, given) == answer(directory, None)
     assert sum(slot.rows for slot in given.slots) > 0
 
