@@ -11,19 +11,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 from openai import OpenAI
 from transformers import MixtralForCausalLM
 
 from cluster.gateway.session import Session
+from cluster.router.build import dense_bytes
 from cluster.router.params import SamplingParams
 from tests.cluster_fixture import RunningCluster, run, running_cluster
 from tests.reference import TOLERANCE
+from workers.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.cluster
 
 STEPS = 64
+KV_CACHE_MB = 512  # the default
+MIB = 2**20
 QUESTIONS = """
 What is the capital of France?
 Name three rivers.
@@ -100,6 +105,18 @@ def test_same_as_the_reference(served: RunningCluster, checkpoint: Path) -> None
             best = row.topk(2)
             near_tie = best.values[0] - best.values[1] < TOLERANCE
             assert taken == best.indices[0] or (near_tie and taken == best.indices[1]), f"{question} step {step}"
+
+
+def test_a_process_holds_its_part_of_the_model(served: RunningCluster, checkpoint: Path) -> None:
+    """After work. Would catch a second copy of weights, or what loading them leaves behind."""
+    spec = Checkpoint(checkpoint).spec
+    dense = dense_bytes(spec, torch.float32)
+    for process in served.status()["processes"]:
+        resident = psutil.Process(process["pid"]).memory_info().rss
+        if process["role"] == "expert":
+            assert resident < process["detail"]["weight_bytes"] + 400 * MIB, process["id"]
+        elif process["role"] == "router":
+            assert resident < dense + (KV_CACHE_MB + 500) * MIB, process["id"]
 
 
 @pytest.mark.parametrize("role", ["expert", "router"])
