@@ -16,6 +16,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import httpx
 import typer
@@ -99,13 +100,16 @@ async def run_all(client: httpx.AsyncClient, todo: list[dict[str, Any]]) -> list
     return await asyncio.gather(*(follow(client, request) for request in todo))
 
 
-async def killer(role: str, kills: int, rng: random.Random, done: asyncio.Event) -> list[float]:
-    """Kill `kills` processes of `role`, each after the fleet is whole again. Returns the moments of the kills."""
+async def killer(port: int | None, role: str, kills: int, rng: random.Random, done: asyncio.Event) -> list[float]:
+    """Kill `kills` processes of `role` in the cluster on `port`, each after the fleet is whole again.
+
+    Returns the moments of the kills.
+    """
     moments: list[float] = []
     dead: set[int] = set()
     while len(moments) < kills:
         await asyncio.sleep(rng.uniform(0.5, 4.0))
-        fleet = await asyncio.to_thread(processes)
+        fleet = await asyncio.to_thread(processes, port)
         if any(process["state"] != "ready" or process["pid"] in dead for process in fleet):
             continue
         candidates = [process["pid"] for process in fleet if process["role"] == role]
@@ -138,7 +142,7 @@ async def campaign(
         todo = requests(model, streams, tokens)
         undisturbed = await run_all(client, todo)
         done = asyncio.Event()
-        killing = asyncio.create_task(killer(role, kills, random.Random(seed), done))
+        killing = asyncio.create_task(killer(urlsplit(url).port, role, kills, random.Random(seed), done))
         seen: list[Stream] = []
         changed = 0
         while not done.is_set():
