@@ -1,4 +1,4 @@
-"""What can be known before anything starts: is the port free, is the checkpoint whole, does it fit into memory."""
+"""What can be known before anything starts: is the port free, are checkpoint and keys whole, does memory suffice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import psutil
 
 from cluster.config import Config
 from cluster.errors import StartError
+from cluster.gateway.keys import ApiKeys
+from cluster.gateway.tokenizer import Tokenizer
 from cluster.router import memory
 from cluster.router.build import dense_bytes, expert_bytes
 from cluster.router.sizing import pool_blocks
@@ -74,6 +76,13 @@ def model_name(config: Config, checkpoint: Path) -> str:
     if config.model == "default" or Path(config.model).is_dir():
         return checkpoint.resolve().name
     return config.model.rsplit("/", 1)[-1]
+
+
+def check_gateway(config: Config, checkpoint: Path) -> None:
+    """Read what only the gateways need. Raises CheckpointError naming the tokenizer's file, ConfigError on the keys."""
+    _ = Tokenizer(checkpoint).chat_template
+    if config.api_keys_file is not None:
+        ApiKeys.from_file(config.api_keys_file)
 
 
 def check_memory(plan: Plan) -> None:

@@ -38,6 +38,7 @@ def serve(config: Config, console: Console) -> None:
         checkpoint = resolve(config.model)
         with console.status(f"checking {checkpoint}"):
             plan = preflight.plan(config, checkpoint)
+            preflight.check_gateway(config, checkpoint)
         if config.ray_address is None:
             preflight.check_memory(plan)
         run_dir = make_run_dir()

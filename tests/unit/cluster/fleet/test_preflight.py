@@ -1,0 +1,40 @@
+"""Catches a defect that only shows once Ray runs: a tokenizer, a chat template or a file of keys that is broken."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config
+from cluster.errors import CheckpointError, ConfigError
+from cluster.fleet.preflight import check_gateway
+from cluster.models.random import write_random
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_random(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_whole_checkpoint_passes(checkpoint: Path) -> None:
+    check_gateway(Config(), checkpoint)
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
+        check_gateway(Config(), checkpoint)
+
+
+def test_a_broken_chat_template_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(CheckpointError, match="chat template"):
+        check_gateway(Config(), checkpoint)
+
+
+def test_a_broken_file_of_keys_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("two words\n")
+    with pytest.raises(ConfigError, match=r"keys:1: a key is one word"):
+        check_gateway(replace(Config(), api_keys_file=keys), checkpoint)
