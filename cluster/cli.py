@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -26,12 +27,17 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 class _OneLineErrors(TyperGroup):
-    """An error made on purpose ends the command with one line on standard error and exit code 1."""
+    """An error made on purpose, or of the system (a full disk), ends the command with one line and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except ExpertMeshError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read our output has left
+                raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
 

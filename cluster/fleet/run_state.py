@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.errors import ExpertMeshError
+from cluster.errors import ExpertMeshError, StartError
 
 # Ray and HAProxy put Unix sockets below the run directory, whose paths may have 107 bytes.
 _LONGEST_TMP = 20
@@ -38,21 +39,30 @@ class RunState:
             return False
 
     def write(self) -> None:
-        """Replace the note of this port."""
+        """Replace the note of this port. Raises StartError when that is impossible."""
         path = _path(self.port)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        draft.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            draft.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+            draft.replace(path)
+        except OSError as error:
+            raise StartError(
+                f"cannot write {path}: {error.strerror}; set XDG_RUNTIME_DIR to a directory of yours"
+            ) from error
 
     def remove(self) -> None:
-        _path(self.port).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            _path(self.port).unlink(missing_ok=True)
 
 
 def make_run_dir() -> Path:
-    """A new directory that only this user can enter."""
-    base = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="em-", dir=base if len(base) <= _LONGEST_TMP else "/tmp"))
+    """A new directory that only this user can enter. Raises StartError when there can be none."""
+    try:
+        base = tempfile.gettempdir()
+        return Path(tempfile.mkdtemp(prefix="em-", dir=base if len(base) <= _LONGEST_TMP else "/tmp"))
+    except OSError as error:
+        raise StartError(f"cannot make a temporary directory: {error}; TMPDIR says where") from error
 
 
 def find(port: int | None = None) -> RunState:

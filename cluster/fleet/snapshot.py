@@ -5,6 +5,7 @@ A file, because asking is then instant and disturbs nothing, and because it tell
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -21,7 +22,7 @@ _STALE_S = 15.0  # it is written every second, and with every change
 
 
 def write(state: RunState, view: View) -> None:
-    """Replace the snapshot of the cluster."""
+    """Replace the snapshot of the cluster. A full disk costs the snapshot, which `read` notices, not the cluster."""
     content = {
         "model": state.model,
         "url": state.url,
@@ -34,8 +35,9 @@ def write(state: RunState, view: View) -> None:
         "processes": [asdict(member) for member in view.members],
     }
     draft = Path(state.run_dir, f"{_NAME}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    draft.replace(Path(state.run_dir, _NAME))
+    with contextlib.suppress(OSError):
+        draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        draft.replace(Path(state.run_dir, _NAME))
 
 
 def read(port: int | None = None) -> dict[str, Any]:

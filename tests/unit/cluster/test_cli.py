@@ -1,6 +1,8 @@
 """Catches an option of the configuration that the command line lacks, an error that shows a traceback, slow help."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -66,6 +68,15 @@ def test_errors_are_one_line(arguments: list[str], says: str) -> None:
     assert result.exit_code == 1
     assert says in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/em/haproxy")
+
+    monkeypatch.setattr("cluster.fleet.serve.serve", full)
+    result = runner.invoke(app, ["serve"])
+    assert (result.exit_code, result.stderr) == (1, "error: [Errno 28] No space left on device: '/tmp/em/haproxy'\n")
 
 
 def test_help_imports_nothing_heavy() -> None:

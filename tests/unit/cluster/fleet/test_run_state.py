@@ -6,8 +6,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.errors import ExpertMeshError
+from cluster.errors import ExpertMeshError, StartError
+from cluster.fleet import snapshot
+from cluster.fleet.membership import View
 from cluster.fleet.run_state import RunState, find, make_run_dir
+from cluster.placement.placement import striped
 
 
 @pytest.fixture
@@ -48,6 +51,22 @@ def test_a_damaged_note_is_no_cluster(mine: RunState, tmp_path: Path) -> None:
     (tmp_path / "expertmesh" / "8000.json").write_text('{"pid": 1')
     with pytest.raises(ExpertMeshError, match="no cluster"):
         find()
+
+
+def test_nowhere_to_leave_the_note_is_one_clear_error(mine: RunState, tmp_path: Path) -> None:
+    (tmp_path / "expertmesh").write_text("a file where the directory should be")
+    with pytest.raises(StartError, match="XDG_RUNTIME_DIR"):
+        mine.write()
+    mine.remove()
+
+
+def test_a_directory_that_is_gone_or_full_costs_the_snapshot_and_not_the_cluster(mine: RunState) -> None:
+    view = View(1, (), striped(1, 1, ("expert-0",)))
+    state = replace(mine, run_dir=f"{mine.run_dir}/gone")
+    state.write()
+    snapshot.write(state, view)
+    with pytest.raises(ExpertMeshError, match="just starting"):
+        snapshot.read()
 
 
 def test_the_run_directory_is_private_and_short_enough_for_sockets() -> None:
