@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import math
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
@@ -104,11 +106,13 @@ def _typed(hint: Any, value: Any) -> Any:
     if hint in (int, float):
         whole = isinstance(value, float) and hint is int
         try:
-            return hint(value) if isinstance(value, int | float | str) and not whole else None
-        except ValueError:
+            number = hint(value) if isinstance(value, int | float | str) and not whole else None
+            return number if number is None or math.isfinite(number) else None
+        except (ValueError, OverflowError):
             return None
     if hint is Path:
-        return Path(value).expanduser() if isinstance(value, str | Path) else None
+        # Unlike Path.expanduser, this takes an unknown user for a name.
+        return Path(os.path.expanduser(value)) if isinstance(value, str | Path) else None
     return str(value) if isinstance(value, str | int | float | Path) else None
 
 
