@@ -31,7 +31,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "ExpertMesh needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
-	  { echo "Python's venv module is missing. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	  { rm -f $@; echo "Python's venv module is missing. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
 $(VENV)/.runtime: $(VENV)/bin/python pyproject.toml
 	@echo "Installing ExpertMesh and what it needs into $(VENV) (once, a minute or two) ..."

@@ -50,7 +50,7 @@ class Gateway:
 
     def _on_view(self, view: View) -> None:
         self._session.update(view.addresses("router"))
-        self._drain.draining = view.draining
+        self._drain.draining |= view.draining  # a controller that was restarted no longer knows
 
     def _member(self) -> Member:
         ready = not self._drain.draining and self._session.ready()
