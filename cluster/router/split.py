@@ -70,10 +70,16 @@ def piece_of(worker: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Pi
 
 
 def weighted_sum(rows_PD: Tensor, place_TK: Ints, weights_TK: Floats) -> Tensor:
-    """`y[t] = sum over k of weights[t, k] * rows[place[t, k]]`, added in the order of k in float32; dtype of rows."""
+    """`y[t] = sum over k of weights[t, k] * rows[place[t, k]]`, added in the order of k in float32; dtype of rows.
+
+    `rows_PD` is used up: where it is the sum already, it is what comes back.
+    """
     if rows_PD.is_cpu and rows_PD.dtype is torch.float32:
+        rows = rows_PD.numpy()
+        if place_TK.shape[1] == 1 and _weigh(rows, place_TK, weights_TK):
+            return rows_PD
         y_TD = torch.empty(len(place_TK), rows_PD.shape[1])
-        _sum(rows_PD.numpy(), place_TK, weights_TK, y_TD.numpy())
+        _sum(rows, place_TK, weights_TK, y_TD.numpy())
         return y_TD
     place, weights = (torch.from_numpy(array).to(rows_PD.device) for array in (place_TK, weights_TK))
     total_TD = rows_PD.index_select(0, place[:, 0]).float().mul_(weights[:, :1])
@@ -87,6 +93,7 @@ def warm_up() -> None:
     ids_TK, weights_TK, owner_E = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), np.zeros(1, np.int64)
     _, place_TK, weights_TK = split(torch.ones(1, 1), ids_TK, weights_TK, owner_E, 1, np.zeros(1, np.int64))
     weighted_sum(torch.ones(1, 1), place_TK, weights_TK)
+    weighted_sum(torch.ones(2, 1), np.array([[0, 1]]), np.ones((1, 2), np.float32))
 
 
 def _plan_loops(ids_TK: Ints, weights_TK: Floats, owner_E: Ints, n_workers: int, counter_E: Ints) -> tuple[Any, ...]:
@@ -150,5 +157,20 @@ def _sum_loops(rows_PD: Floats, place_TK: Ints, weights_TK: Floats, y_TD: Floats
                 y[d] += weight * row[d]
 
 
+def _weigh_loops(rows_PD: Floats, place_TK: Ints, weights_TK: Floats) -> bool:
+    """One expert a token, and the rows in the order of the tokens: weighs them where they are. False: they are not."""
+    for t in range(len(place_TK)):
+        if place_TK[t, 0] != t:
+            return False
+    for t in range(len(place_TK)):
+        weight = weights_TK[t, 0]
+        if weight != 1:
+            row = rows_PD[t]
+            for d in range(len(row)):
+                row[d] *= weight
+    return True
+
+
 _plan = cast(Callable[[Ints, Floats, Ints, int, Ints], tuple[Any, ...]], numba.njit(cache=True)(_plan_loops))
 _sum = cast(Callable[[Floats, Ints, Floats, Floats], None], numba.njit(cache=True)(_sum_loops))
+_weigh = cast(Callable[[Floats, Ints, Floats], bool], numba.njit(cache=True)(_weigh_loops))

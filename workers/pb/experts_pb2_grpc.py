@@ -59,7 +59,7 @@ class ExpertsServicer:
         request: token rows [T, D], then token_P int32 [P], then expert_P int32 [P]
         reply:   expert rows [P, D], unweighted, in the order of the request's pairs
         error:   UTF-8 text
-        and is cut into frames of at most 1 MiB; the first carries the header, which says how many bytes follow.
+        and is cut into frames of at most 1088 KiB; the first carries the header, which says how many bytes follow.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
