@@ -1,4 +1,8 @@
-"""`expertmesh bench exchange`: what dispatch + combine cost beside a bare gRPC stream that echoes the same bytes."""
+"""`expertmesh bench exchange`: what dispatch + combine cost beside bare gRPC streams that echo the same bytes.
+
+`echo` returns every frame as it comes, so that the two directions of a message of several frames overlap. An expert
+needs all its rows first: `stored` returns the frames once the last one has come.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from workers.kernels.threads import process_environment
 _SIZES = (2 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 _RUN_BYTES = 64 << 20  # a run moves about this much, in at least _FEWEST and at most _MOST round trips
 _FEWEST, _MOST = 4, 500
-_WAYS = ("exchange", "echo")
+_WAYS = ("exchange", "echo", "stored")
 _COMMAND = (sys.executable, "-m", "cluster.bench.exchange_process")
 
 
@@ -35,9 +39,10 @@ def exchange(
             rows = [_measure(client, n_bytes, repeats) for n_bytes in _SIZES]
         finally:
             client.close()
-    ratios = {_name(row["bytes"]): row["exchange_us"] / row["echo_us"] for row in rows}
+    ratios = {way: {_name(row["bytes"]): row["exchange_us"] / row[f"{way}_us"] for row in rows} for way in _WAYS[1:]}
     if as_json:
-        print_json({"machine": machine(), "repeats": repeats, "sizes": rows, "ratios": ratios})
+        report = {"machine": machine(), "repeats": repeats, "sizes": rows}
+        print_json(report | {"ratios": ratios["echo"], "stored_ratios": ratios["stored"]})
     else:
         _show(rows, ratios)
 
@@ -74,16 +79,17 @@ def _server(role: str) -> Iterator[str]:
         yield address
 
 
-def _show(rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
-    header = ("bytes each way", "µs", "echo µs", "ratio", "trips/s", "MB/s", "router CPU µs", "echo CPU µs")
+def _show(rows: list[dict[str, Any]], ratios: dict[str, dict[str, float]]) -> None:
+    header = ("bytes each way", "µs", "echo µs", "ratio", "stored µs", "ratio", "MB/s", "router CPU µs", "echo CPU µs")
     lines = []
     for row in rows:
         name = _name(row["bytes"])
-        trips, mega_bytes = row["exchange_round_trips_per_s"], row["exchange_bytes_per_s"] / 1e6
-        figures = (row["exchange_us"], row["echo_us"], trips, mega_bytes, row["exchange_cpu_us"], row["echo_cpu_us"])
-        whole = [f"{figure:.0f}" for figure in figures]
-        lines.append((name, *whole[:2], f"{ratios[name]:.2f}", *whole[2:]))
-    print_table("dispatch + combine beside a bare gRPC echo", header, lines)
+        cells = [name, f"{row['exchange_us']:.0f}"]
+        for way, ratio in ratios.items():
+            cells += [f"{row[f'{way}_us']:.0f}", f"{ratio[name]:.2f}"]
+        figures = (row["exchange_bytes_per_s"] / 1e6, row["exchange_cpu_us"], row["echo_cpu_us"])
+        lines.append((*cells, *(f"{figure:.0f}" for figure in figures)))
+    print_table("dispatch + combine beside bare gRPC echoes", header, lines)
 
 
 def _name(n_bytes: int) -> str:

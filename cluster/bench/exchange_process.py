@@ -1,7 +1,7 @@
-"""The processes of `bench exchange`: an expert worker whose experts cost nothing, a bare gRPC echo, and the client.
+"""The processes of `bench exchange`: an expert worker whose experts cost nothing, bare gRPC echoes, and the client.
 
 `python -m cluster.bench.exchange_process worker|echo` prints its address and serves until its standard input ends;
-`... client WORKER ECHO` answers {"way": "exchange"|"echo", "n_bytes": ..., "trips": ...} with seconds.
+`... client WORKER ECHO` answers {"way": "exchange"|"echo"|"stored", "n_bytes": ..., "trips": ...} with seconds.
 
 Legend: T token rows, P pairs, D hidden size, K experts a token.
 """
@@ -31,6 +31,7 @@ from workers.wire import FRAME_BYTES
 HIDDEN_SIZE = 512
 ROW_BYTES = 4 * HIDDEN_SIZE  # float32
 _TIMEOUT_S = 60.0
+_END = b"\1"  # ends the last frame of an echoed message; the others end in zeros
 
 
 class FreeShard(ExpertShard):
@@ -60,14 +61,26 @@ def worker() -> None:
 
 
 def echo() -> None:
-    """Serve frames back as they come."""
-    server = grpc.server(ThreadPoolExecutor(2), options=_options())
-    echoing: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(lambda frames, context: frames)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", {"Echo": echoing}),))
+    """Serve frames back: `echo` as they come, `stored` once the last one of a message has come, as an expert must."""
+    server = grpc.server(ThreadPoolExecutor(4), options=_options())
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "echo": grpc.stream_stream_rpc_method_handler(lambda frames, context: frames),
+        "stored": grpc.stream_stream_rpc_method_handler(_stored),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", handlers),))
     print(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", flush=True)
     server.start()
     sys.stdin.read()
     server.stop(0)
+
+
+def _stored(frames: Iterator[bytes], context: object) -> Iterator[bytes]:
+    message = []
+    for frame in frames:
+        message.append(frame)
+        if frame.endswith(_END):
+            yield from message
+            message.clear()
 
 
 def client(worker_address: str, echo_address: str) -> Callable[[dict[str, Any]], Any]:
@@ -76,11 +89,12 @@ def client(worker_address: str, echo_address: str) -> Callable[[dict[str, Any]],
     over = Exchange(
         placement, {"worker": worker_address}, GrpcTransport(), reply_timeout_s=_TIMEOUT_S, rejoin_timeout_s=_TIMEOUT_S
     )
-    bare = _Echo(echo_address)
+    echoes = {way: _Echo(echo_address, way) for way in ("echo", "stored")}
 
     def answer(request: dict[str, Any]) -> dict[str, float]:
         rows = request["n_bytes"] // ROW_BYTES
-        trip = _exchange_trip(over, rows) if request["way"] == "exchange" else _echo_trip(bare, rows)
+        echo = echoes.get(request["way"])
+        trip = _echo_trip(echo, rows) if echo else _exchange_trip(over, rows)
         trip()
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(request["trips"]):
@@ -98,19 +112,19 @@ def _exchange_trip(over: Exchange, rows: int) -> Callable[[], object]:
     return lambda: over.combine(over.dispatch(0, x_TD, ids_TK, weights_TK))
 
 
-def _echo_trip(bare: _Echo, rows: int) -> Callable[[], None]:
-    content = bytes(rows * ROW_BYTES)
+def _echo_trip(echo: _Echo, rows: int) -> Callable[[], None]:
+    content = bytes(rows * ROW_BYTES - len(_END)) + _END
     frames = [content[at : at + FRAME_BYTES] for at in range(0, len(content), FRAME_BYTES)]
-    return lambda: bare.trip(frames)
+    return lambda: echo.trip(frames)
 
 
 class _Echo:
     """A stream of grpc's public API, used as its documentation shows."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, way: str) -> None:
         self._channel = grpc.insecure_channel(address, options=_options())
         self._outbox: SimpleQueue[bytes] = SimpleQueue()
-        call: Any = self._channel.stream_stream("/Bare/Echo")
+        call: Any = self._channel.stream_stream(f"/Bare/{way}")
         self._replies: Iterator[bytes] = call(iter(self._outbox.get, None))
 
     def trip(self, frames: list[bytes]) -> None:
