@@ -50,18 +50,20 @@ class MembershipLoop:
         while True:
             try:
                 view = await self._call(known)
+                if away:
+                    log.warning("the controller is back")
+                    away = False
+                if view is not None and view.version != known:
+                    known = view.version
+                    self._on_view(view)
             except (RayError, TimeoutError) as error:
                 if not away:
                     log.warning("the controller is away (%s); going on with the last view", type(error).__name__)
                 away = True
                 await asyncio.sleep(_RETRY_S)
-                continue
-            if away:
-                log.warning("the controller is back")
-                away = False
-            if view is not None and view.version != known:
-                known = view.version
-                self._on_view(view)
+            except Exception:  # of ours; a member that fell silent would be lost for good
+                log.exception("a round of membership failed")
+                await asyncio.sleep(_RETRY_S)
 
     async def _call(self, known: int) -> View | None:
         """One call; None when it was left alone because there is something to tell."""

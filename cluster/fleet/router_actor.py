@@ -97,11 +97,15 @@ class Router:
             change.add_done_callback(self._changes.discard)
 
     async def _follow_state(self) -> None:
-        """Ready once every worker is: one that leaves later is waited for by the step that needs it."""
+        """Ready once every worker is: one that leaves later is waited for by the step that needs it.
+
+        Workers of a cluster that is being stopped still answer, and a router restarted then has requests to finish.
+        """
         if self._service is None or self._view is None or self._service.state != "starting":
             return
-        ready = {member.id for member in self._view.members if member.role == "expert" and member.state == "ready"}
-        if self._exchange is None or ready.issuperset(self._view.placement.workers):
+        experts = [member for member in self._view.members if member.role == "expert"]
+        serving = {member.id for member in experts if member.state in ("ready", "draining")}
+        if self._exchange is None or serving.issuperset(self._view.placement.workers):
             await self._service.set_state("ready")
             self._membership.tell()
 
