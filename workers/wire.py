@@ -12,8 +12,9 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -154,10 +155,7 @@ def request(header: Header, content: memoryview) -> Request:
         raise WireError(f"a message of kind {header.kind} where only requests come")
     n_tokens, n_pairs, width = header.n_tokens, header.n_pairs, header.width
     at = header.payload_bytes - n_pairs * _PAIR_BYTES
-    token_P = np.frombuffer(content, np.uint32, n_pairs, at)
-    expert_P = np.frombuffer(content, np.uint32, n_pairs, at + 4 * n_pairs)
-    # Seen as unsigned, one comparison catches negative numbers too.
-    if token_P.max() >= n_tokens or expert_P[-1] >= MAX_EXPERTS or (expert_P[1:] < expert_P[:-1]).any():
+    if not _pairs_fit(np.frombuffer(content, np.int32, 2 * n_pairs, at), n_tokens):
         raise WireError("pairs must name a row of the message and ascend by expert")
     return Request(
         torch.frombuffer(content, dtype=header.dtype, count=n_tokens * width).view(n_tokens, width),
@@ -214,6 +212,27 @@ def _check_sizes(kind: int, n_tokens: int, n_pairs: int, width: int, payload_byt
         fits = payload_bytes == n_pairs * width * item_bytes
     if not fits or (kind != ERROR and 0 in (n_tokens, n_pairs, width)):
         raise WireError(f"{n_tokens} rows of {width}, {n_pairs} pairs do not make {payload_bytes} bytes")
+
+
+def _pairs_fit_loops(pairs: NDArray[np.int32], n_tokens: int) -> bool:
+    """Whether the first half, token_P, names rows that are there and the second, expert_P, ascends."""
+    n_pairs = len(pairs) // 2
+    last = 0
+    for at in range(n_pairs):
+        token, expert = pairs[at], pairs[n_pairs + at]
+        if token < 0 or token >= n_tokens or expert < last or expert >= MAX_EXPERTS:
+            return False
+        last = expert
+    return True
+
+
+# Compiled, because on the few rows of a decode step every call into numpy costs more than the check; and at once, so
+# that no request waits for it.
+_PAIRS = numba.types.Array(numba.int32, 1, "C", readonly=True)
+_pairs_fit = cast(
+    Callable[[NDArray[np.int32], int], bool],
+    numba.njit(numba.boolean(_PAIRS, numba.int64), cache=True)(_pairs_fit_loops),
+)
 
 
 def _check_frame(frame: bytes, left: int) -> None:
