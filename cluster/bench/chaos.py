@@ -25,6 +25,7 @@ from cluster.errors import ExpertMeshError
 from cluster.fleet.status import processes
 
 NEAR_TIE = 1e-4  # nats
+_QUIET_S = (0.5, 8.0)  # between two kills, once the fleet is whole again
 SUBJECTS = ["the sea", "a clock", "bread", "winter", "the number seven", "a garden", "trains", "an old friend"]
 
 
@@ -108,7 +109,7 @@ async def killer(port: int | None, role: str, kills: int, rng: random.Random, do
     moments: list[float] = []
     dead: set[int] = set()
     while len(moments) < kills:
-        await asyncio.sleep(rng.uniform(0.5, 4.0))
+        await asyncio.sleep(rng.uniform(*_QUIET_S))
         fleet = await asyncio.to_thread(processes, port)
         if any(process["state"] != "ready" or process["pid"] in dead for process in fleet):
             continue

@@ -20,7 +20,8 @@ from workers.pb import generation_pb2 as pb
 log = logging.getLogger(__name__)
 
 # A request that was on this many routers in a row when they died, without a token between, is probably why they did.
-_MAX_LOSSES = 8
+# Many, because routers that die for another reason can do so again while a long prompt is computed anew.
+_MAX_LOSSES = 32
 _FULL_RETRY_S = 0.25  # a continued request that finds every queue full asks again after this
 
 
