@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,12 @@ class Child:
         """Returns once the process is ready. Raises StartError when it ends before."""
         self.name = name
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {})
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | (environment or {}),
+            start_new_session=True,
         )
         self._reply()
 
@@ -32,9 +38,9 @@ class Child:
         return self._reply()
 
     def close(self) -> None:
-        """End the process."""
-        with self._process:
-            self._process.terminate()
+        """End the process and those it started."""
+        with self._process, suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
 
     def _reply(self) -> Any:
         assert self._process.stdout is not None

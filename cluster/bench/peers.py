@@ -1,71 +1,45 @@
 """Other engines on the same checkpoint, each in processes of its own. One that is not installed is named so.
 
 They live in environments of their own, because they pin other versions: `EXPERTMESH_BENCH_VLLM` names the Python that
-has vLLM, `EXPERTMESH_BENCH_LLAMA_SERVER` llama.cpp's `llama-server`. Without them this Python and PATH are searched.
+has vLLM, `EXPERTMESH_BENCH_LLAMA` llama.cpp's `llama-batched-bench`. Without them this Python and PATH are searched.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
-
-import httpx
+from typing import Protocol, Self
 
 from cluster.bench.child import Child
 from cluster.bench.gguf_file import write_gguf
-from cluster.bench.workload import DECODE_BATCHES, DECODE_PROMPT, DECODE_STEPS, Runner, prompts
+from cluster.bench.workload import DECODE_PROMPT, DECODE_STEPS, Runner, prompts
 from cluster.errors import ExpertMeshError
 from workers.spec import ModelSpec
 
-_TIMEOUT_S = 600.0
 
-
-class Peer:
-    """An engine that can only be asked to generate, so that decoding is a difference of two times."""
-
-    name: str
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-
-    def decode(self, batch: int) -> float:
-        """Tokens per second of `batch` greedy sequences, from the first generated token on."""
-        prompt_ids = prompts(batch, DECODE_PROMPT, self._vocab_size)
-        seconds = self.seconds(prompt_ids, 1 + DECODE_STEPS) - self.seconds(prompt_ids, 1)
-        return batch * DECODE_STEPS / seconds
-
-    def prefill(self, n_tokens: int) -> float:
-        """Prompt tokens per second of one sequence, up to the first generated token."""
-        return n_tokens / self.seconds(prompts(1, n_tokens, self._vocab_size), 1)
-
-    def seconds(self, prompt_ids: list[list[int]], n_new: int) -> float:
-        """How long `n_new` tokens for every prompt take, all prompts at once."""
-        raise NotImplementedError
+class Peer(Runner, Protocol):
+    """A runner with something to end."""
 
     def close(self) -> None:
         """End its processes."""
-        raise NotImplementedError
 
 
-class Vllm(Peer):
-    """vLLM's CPU build."""
+class Vllm:
+    """vLLM's CPU build. It can only be asked to generate, so decoding is the difference of two times."""
 
     name = "vllm"
 
     def __init__(self, python: str, directory: Path, n_threads: int) -> None:
-        super().__init__(ModelSpec.from_config(directory).vocab_size)
+        self._vocab_size = ModelSpec.from_config(directory).vocab_size
         script = Path(__file__).with_name("vllm_process.py")
-        self._child = Child(self.name, [python, str(script), str(directory), str(n_threads)])
+        self._child = Child(self.name, [python, "-I", str(script), str(directory), str(n_threads)])
 
     @classmethod
     def find(cls, directory: Path, work: Path, n_threads: int) -> Self | None:
@@ -73,73 +47,64 @@ class Vllm(Peer):
         python = os.environ.get("EXPERTMESH_BENCH_VLLM") or (sys.executable if find_spec("vllm") else None)
         return cls(python, directory, n_threads) if python else None
 
-    def seconds(self, prompt_ids: list[list[int]], n_new: int) -> float:
-        """See `Peer`."""
+    def decode(self, batch: int) -> float:
+        """Tokens per second of `batch` greedy sequences, from the first generated token on."""
+        prompt_ids = prompts(batch, DECODE_PROMPT, self._vocab_size)
+        seconds = self._seconds(prompt_ids, 1 + DECODE_STEPS) - self._seconds(prompt_ids, 1)
+        return batch * DECODE_STEPS / seconds
+
+    def prefill(self, n_tokens: int) -> float:
+        """Prompt tokens per second of one sequence, up to the first generated token."""
+        return n_tokens / self._seconds(prompts(1, n_tokens, self._vocab_size), 1)
+
+    def close(self) -> None:
+        """End its process."""
+        self._child.close()
+
+    def _seconds(self, prompt_ids: list[list[int]], n_new: int) -> float:
+        """How long `n_new` tokens for every prompt take, all prompts at once."""
         reply = self._child.ask(prompts=prompt_ids, n_new=n_new)
         if reply["tokens"] != n_new * len(prompt_ids):
             raise ExpertMeshError(f"vllm gave {reply['tokens']} tokens instead of {n_new * len(prompt_ids)}")
         return float(reply["seconds"])
 
-    def close(self) -> None:
-        """See `Peer`."""
-        self._child.close()
 
-
-class LlamaCpp(Peer):
-    """llama.cpp's server, on the checkpoint converted to GGUF in float32."""
+class LlamaCpp:
+    """llama.cpp's own `llama-batched-bench`, on the checkpoint converted to GGUF in float32."""
 
     name = "llama.cpp"
 
-    def __init__(self, server: str, directory: Path, work: Path, n_threads: int) -> None:
-        super().__init__(ModelSpec.from_config(directory).vocab_size)
-        gguf = work / "model.gguf"
-        write_gguf(directory, gguf)
-        port = free_port()
-        command = [
-            server, "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--threads", str(n_threads),
-            "--parallel", str(max(DECODE_BATCHES)), "--ctx-size", str(max(DECODE_BATCHES) * 640), "--no-warmup",
-        ]  # fmt: skip
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=_TIMEOUT_S)
-        self._pool = ThreadPoolExecutor(max(DECODE_BATCHES))
-        self._await_ready()
+    def __init__(self, program: str, directory: Path, work: Path, n_threads: int) -> None:
+        self._gguf = work / "model.gguf"
+        write_gguf(directory, self._gguf)
+        self._command = [program, "-m", str(self._gguf), "-t", str(n_threads), "--output-format", "jsonl"]
 
     @classmethod
     def find(cls, directory: Path, work: Path, n_threads: int) -> Self | None:
-        """A running one, or None where llama.cpp is not installed."""
-        server = os.environ.get("EXPERTMESH_BENCH_LLAMA_SERVER") or shutil.which("llama-server")
-        return cls(server, directory, work, n_threads) if server else None
+        """One that is ready to run, or None where llama.cpp is not installed."""
+        program = os.environ.get("EXPERTMESH_BENCH_LLAMA") or shutil.which("llama-batched-bench")
+        return cls(program, directory, work, n_threads) if program else None
 
-    def seconds(self, prompt_ids: list[list[int]], n_new: int) -> float:
-        """See `Peer`."""
-        start = time.perf_counter()
-        for tokens in self._pool.map(lambda ids: self._complete(ids, n_new), prompt_ids):
-            if tokens != n_new:
-                raise ExpertMeshError(f"llama.cpp gave {tokens} tokens instead of {n_new}")
-        return time.perf_counter() - start
+    def decode(self, batch: int) -> float:
+        """Tokens per second of `batch` greedy sequences, from the first generated token on."""
+        return self._run("speed_tg", batch, DECODE_PROMPT, DECODE_STEPS)
+
+    def prefill(self, n_tokens: int) -> float:
+        """Prompt tokens per second of one sequence."""
+        return self._run("speed_pp", 1, n_tokens, 1)
 
     def close(self) -> None:
-        """See `Peer`."""
-        self._process.terminate()
-        self._process.wait()
+        """See `Vllm`; here nothing stays open."""
 
-    def _complete(self, ids: list[int], n_new: int) -> int:
-        request = {
-            "prompt": ids, "n_predict": n_new, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False,
-        }  # fmt: skip
-        reply = self._client.post("/completion", json=request).raise_for_status().json()
-        return int(reply["tokens_predicted"])
-
-    def _await_ready(self) -> None:
-        for _ in range(600):
-            if (code := self._process.poll()) is not None:
-                raise ExpertMeshError(f"llama-server ended with exit code {code}")
-            with suppress(httpx.TransportError):
-                if self._client.get("/health").status_code == 200:
-                    return
-            time.sleep(0.2)
-        self.close()
-        raise ExpertMeshError("llama-server did not get ready in two minutes")
+    def _run(self, figure: str, batch: int, n_prompt: int, n_new: int) -> float:
+        context = batch * (n_prompt + n_new) + 256
+        # Measured twice, the first counts: the program sometimes ends before it has written its last line.
+        arguments = f"-npp {n_prompt} -ntg {n_new} -npl {batch},{batch} -c {context}".split()
+        ended = subprocess.run(self._command + arguments, capture_output=True, text=True, check=False)
+        lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
+        if ended.returncode or not lines:
+            raise ExpertMeshError(f"llama-batched-bench ended with exit code {ended.returncode}: {ended.stderr[-500:]}")
+        return float(json.loads(lines[0])[figure])
 
 
 @contextmanager
@@ -165,11 +130,3 @@ def installed(directory: Path, work: Path, n_threads: int) -> Iterator[tuple[lis
     finally:
         for peer in running:
             peer.close()
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
