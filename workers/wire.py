@@ -42,6 +42,7 @@ with warnings.catch_warnings():
     # torch says once per process that it cannot enforce read-only memory. Nothing here writes to what it received.
     warnings.simplefilter("ignore")
     torch.frombuffer(bytes(4), dtype=torch.float32)
+    torch.from_numpy(np.frombuffer(bytes(4), np.int32))
 
 
 class Tag(NamedTuple):
@@ -155,12 +156,13 @@ def request(header: Header, content: memoryview) -> Request:
         raise WireError(f"a message of kind {header.kind} where only requests come")
     n_tokens, n_pairs, width = header.n_tokens, header.n_pairs, header.width
     at = header.payload_bytes - n_pairs * _PAIR_BYTES
-    if not _pairs_fit(np.frombuffer(content, np.int32, 2 * n_pairs, at), n_tokens):
+    pairs = np.frombuffer(content, np.int32, 2 * n_pairs, at)
+    if not _pairs_fit(pairs, n_tokens):
         raise WireError("pairs must name a row of the message and ascend by expert")
     return Request(
         torch.frombuffer(content, dtype=header.dtype, count=n_tokens * width).view(n_tokens, width),
-        torch.frombuffer(content, dtype=torch.int32, count=n_pairs, offset=at),
-        torch.frombuffer(content, dtype=torch.int32, count=n_pairs, offset=at + 4 * n_pairs),
+        torch.from_numpy(pairs[:n_pairs]),
+        torch.from_numpy(pairs[n_pairs:]),
     )
 
 
@@ -180,7 +182,7 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 
 def _cut(head: bytes, payload_bytes: int, parts: tuple[NDArray[Any], ...]) -> Iterator[bytes]:
     if len(head) + payload_bytes <= FRAME_BYTES:
-        return iter((b"".join((head, *(part.data for part in parts))),))
+        return iter((b"".join((head, *parts)),))  # type: ignore[arg-type]  # typed as buffers from Python 3.12 on
     if payload_bytes > MAX_PAYLOAD_BYTES:
         raise WireError(f"a message of {payload_bytes} bytes; the limit is {MAX_PAYLOAD_BYTES}")
     return _frames([memoryview(head), *(part.data.cast("B") for part in parts)])

@@ -159,7 +159,8 @@ class Exchange:
         first = 0
         for piece in pieces:
             at = slice(first, first := first + len(piece.token_P))
-            parts.append(self._send(layer, 0, piece, at, rows_PD[at]))
+            out_PD = rows_PD if len(pieces) == 1 else rows_PD[at]
+            parts.append(self._send(layer, 0, piece, at, out_PD))
         return Dispatched(epoch, rows_PD, tuple(parts), (place_TK, sorted_TK))
 
     def combine(self, handle: Dispatched) -> Tensor:
