@@ -41,16 +41,19 @@ def generate(
 ) -> None:
     """Answer one prompt in this process: no cluster, no server."""
     from cluster.config_load import load
-    from cluster.gateway.tokenizer import Tokenizer
-    from cluster.router.build import build_engine
-    from workers.kernels.threads import set_threads
+    from workers.kernels.threads import process_environment, set_threads
 
     with one_line_errors():
         settings = load({"model": model}, os.environ, config).config
         directory = resolve(settings.model)
+        threads = settings.router_threads or len(os.sched_getaffinity(0))
+        os.environ.update(process_environment(threads))  # before torch is imported
+        from cluster.gateway.tokenizer import Tokenizer
+        from cluster.router.build import build_engine
+
         tokenizer = Tokenizer(directory)
         prompt_ids, raw = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw)
-        set_threads(settings.router_threads or len(os.sched_getaffinity(0)))
+        set_threads(threads)
         engine = build_engine(settings, directory)
         params = SamplingParams(
             max_tokens=max(1, min(max_tokens, engine.max_context - len(prompt_ids))),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 _GLIBC_TUNABLES = ":".join(
     (
         # Large buffers come from the heap and stay there: mapping and zeroing fresh pages for each message of a
@@ -36,4 +34,6 @@ def process_environment(threads: int) -> dict[str, str]:
 
 def set_threads(threads: int) -> None:
     """Compute on `threads` threads from now on: torch's operators and the kernels of this package."""
+    import torch  # here, because OpenMP reads the environment above when torch is imported
+
     torch.set_num_threads(threads)
