@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -37,6 +38,7 @@ class Controller:
             striped(n_layers, n_experts, tuple(workers)), expected, time.monotonic(), time.time_ns()
         )
         self._changed = asyncio.Condition()
+        self._processes: dict[str, psutil.Process] = {}  # of this node, by member: psutil tells a recycled pid apart
         self._node = ray.get_runtime_context().get_node_id()
         self._sweeper = asyncio.get_event_loop().create_task(self._sweep())
 
@@ -46,6 +48,7 @@ class Controller:
         Returns as soon as the view is another than `known_version`, else after a second with the same one.
         """
         self._membership.report(member, time.monotonic())
+        self._remember(member)
         async with self._changed:
             self._changed.notify_all()
         return await self._news(known_version)
@@ -92,9 +95,24 @@ class Controller:
             await asyncio.sleep(_SWEEP_S)
             before = self._membership.view.version
             self._membership.sweep(time.monotonic(), self._is_dead)
+            for member in self._membership.hung(time.monotonic()):
+                self._end(member)
             if self._membership.view.version != before:
                 async with self._changed:
                     self._changed.notify_all()
+
+    def _remember(self, member: Member) -> None:
+        known = self._processes.get(member.id)
+        if member.node == self._node and (known is None or known.pid != member.pid):
+            with suppress(psutil.Error):
+                self._processes[member.id] = psutil.Process(member.pid)
+
+    def _end(self, member: Member) -> None:
+        """Kill a process of this node that hangs. Ray starts it again."""
+        process = self._processes.get(member.id)
+        if process is not None and process.pid == member.pid:
+            with suppress(psutil.Error):
+                process.kill()
 
     def _is_dead(self, member: Member) -> bool:
         """Whether a process of this node is gone; those of other nodes are judged by their silence."""

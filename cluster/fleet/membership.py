@@ -9,6 +9,7 @@ from cluster.placement.placement import Placement
 from workers.member import Member, Role
 
 LOST_AFTER_S = 5.0  # a member says something every second; on a busy machine a second can be three
+HUNG_AFTER_S = 30.0  # silent for this long, a process that still exists is stopped or stuck
 REBUILD_S = 2.0  # a controller that just started hears every member within two rounds of calls
 
 
@@ -45,6 +46,8 @@ class Membership:
         self._draining = False
         self._members: dict[str, Member] = {}
         self._heard: dict[str, float] = {}
+        self._hung_at: dict[str, float] = {}  # of members that have started: loading may keep a process busy
+        self._swept = now
         self._view: View | None = None
 
     def report(self, member: Member, now: float) -> None:
@@ -52,6 +55,8 @@ class Membership:
         known = self._members.get(member.id)
         self._members[member.id] = member
         self._heard[member.id] = now
+        if member.state != "starting":
+            self._hung_at[member.id] = now + HUNG_AFTER_S
         # `detail` are numbers for people: they must not wake every member each second.
         if known is None or replace(known, detail={}) != replace(member, detail={}):
             self._changed()
@@ -65,6 +70,16 @@ class Membership:
             if member.state != "lost" and (silent or is_dead(member)):
                 self._members[member.id] = replace(member, state="lost")
                 self._changed()
+
+    def hung(self, now: float) -> list[Member]:
+        """Members that are to be ended, each named once: nobody else does it, and Ray starts only what ended again."""
+        if now - self._swept > LOST_AFTER_S:  # it was us who stood still; whoever lives will say so
+            self._hung_at = dict.fromkeys(self._hung_at, now + HUNG_AFTER_S)
+        self._swept = now
+        hung = [member_id for member_id, at in self._hung_at.items() if now >= at]
+        for member_id in hung:
+            del self._hung_at[member_id]
+        return [self._members[member_id] for member_id in hung]
 
     def publish(self, placement: Placement) -> None:
         """Put the next placement in force; ValueError unless its epoch follows the present one."""

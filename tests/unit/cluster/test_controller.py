@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.fleet.membership import LOST_AFTER_S, REBUILD_S, Membership
+from cluster.fleet.membership import HUNG_AFTER_S, LOST_AFTER_S, REBUILD_S, Membership
 from cluster.placement.placement import striped
 from workers.member import Member
 
@@ -50,6 +50,34 @@ def test_a_dead_process_is_lost_at_once() -> None:
     m.sweep(0.1, lambda member: member.pid == EXPERT.pid)
     assert m.view.addresses("expert") == {}
     assert m.view.addresses("router") == {"router-0": "127.0.0.1:1"}
+
+
+def sweep(m: Membership, first: int, last: int) -> list[str]:
+    """A sweep every second; who is to be ended."""
+    hung = []
+    for now in range(first, last + 1):
+        m.sweep(now, lambda member: False)
+        hung += [member.id for member in m.hung(now)]
+    return hung
+
+
+def test_a_member_that_hangs_is_ended_once_and_one_that_loads_is_not() -> None:
+    m = membership()
+    m.report(EXPERT, 0.0)
+    m.report(replace(ROUTER, state="starting"), 0.0)
+    assert sweep(m, 1, int(HUNG_AFTER_S) - 1) == []
+    assert sweep(m, int(HUNG_AFTER_S), 100) == ["expert-0"]
+    m.report(replace(EXPERT, pid=99), 100)
+    assert sweep(m, 101, 101 + int(HUNG_AFTER_S)) == ["expert-0"]
+
+
+def test_a_controller_that_stood_still_itself_ends_nobody() -> None:
+    m = membership()
+    m.report(EXPERT, 0.0)
+    assert sweep(m, 1, 2) == []
+    assert sweep(m, 1000, 1001) == []
+    m.report(EXPERT, 1001)
+    assert sweep(m, 1002, 1000 + int(HUNG_AFTER_S)) == []
 
 
 def test_an_epoch_is_acknowledged_by_all_live_routers() -> None:
