@@ -23,7 +23,7 @@ def service_routes(gateway: Gateway, version: str) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> responses.Status:
-        """200 while requests can be served: model loaded, a router and its workers connected. Else 503."""
+        """200 while a router is ready: its model loaded, its workers connected. One that leaves later is waited for."""
         if not gateway.session.ready():
             raise RequestError("No router is ready", code="not_ready", status=503, retry_after_s=1)
         return responses.Status(status="ready")
