@@ -57,8 +57,10 @@ def save_random(directory: Path, seed: int = 0, **sizes: Any) -> MixtralForCausa
             noise = torch.randn(weight.shape, generator=generator)
             if "norm" in name:
                 weight.copy_(1.0 + 0.3 * noise)
-            else:
-                weight.copy_(noise if "embed" in name or "gate.weight" in name else noise * weight.shape[-1] ** -0.5)
+            elif "gate.weight" in name or ("embed" in name and not model.config.tie_word_embeddings):
+                weight.copy_(noise)
+            else:  # what logits come from among them: they are of order one in every shape, so one tolerance fits all
+                weight.copy_(noise * weight.shape[-1] ** -0.5)
     model.save_pretrained(directory)
     return model
 
