@@ -129,3 +129,24 @@ def random_tokens(vocab_size: int, n: int, seed: int) -> list[int]:
 def reference_logits(model: MixtralForCausalLM, token_ids: Sequence[int]) -> Tensor:
     """transformers' logits [T, V] of every position, without any cache."""
     return model(torch.tensor([list(token_ids)]), use_cache=False).logits[0].float()
+
+
+@torch.no_grad()
+def gate_margins(model: MixtralForCausalLM, token_ids: Sequence[int]) -> Tensor:
+    """Per position [T], how far the last expert chosen is ahead of the first one not chosen, in the closest layer.
+
+    Where that is within float32's noise either choice is right, and what follows differs by far more than noise.
+    """
+    top_k, margins = model.config.num_experts_per_tok, []
+
+    def note(gate: torch.nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        logits_TE = inputs[0].reshape(-1, inputs[0].shape[-1]) @ gate.weight.T
+        best_TE = logits_TE.sort(dim=-1, descending=True).values
+        if top_k < best_TE.shape[-1]:
+            margins.append(best_TE[:, top_k - 1] - best_TE[:, top_k])
+
+    hooks = [layer.mlp.gate.register_forward_hook(note) for layer in model.model.layers]
+    reference_logits(model, token_ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(margins).amin(0) if margins else torch.full((len(token_ids),), torch.inf)

@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers import MixtralForCausalLM
 
 from tests.cluster_fixture import RunningCluster, running_cluster
-from tests.reference import SHAPES, TOLERANCE, random_tokens, reference_logits, save_random
+from tests.reference import SHAPES, TOLERANCE, gate_margins, random_tokens, reference_logits, save_random
 
 pytestmark = pytest.mark.cluster
 
 VOCABULARY = 20  # as many as the likeliest tokens a response may name, so that it names the whole distribution
 STEPS = 64
+GATE_TIE = 2e-5  # of gate logits of order ten
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -62,10 +63,14 @@ def check(model: MixtralForCausalLM, prompt: Sequence[int], logprobs: dict[str, 
     ids, ours = distributions(logprobs)
     assert ids[: len(prompt)] == list(prompt)
     assert len(ids) == len(prompt) + STEPS
-    reference = reference_logits(model, ids)[:-1]
+    # From a position on at which the gate itself hardly decides, another choice of experts is as right.
+    undecided = (gate_margins(model, ids) < GATE_TIE).nonzero()
+    end = int(undecided[0]) if len(undecided) else len(ids) - 1
+    assert end > len(prompt) // 2, "choose another seed: there is hardly anything to compare"
+    ours, reference = ours[:end], reference_logits(model, ids)[:end]
     # Log-probabilities are the logits but for one constant a position, which no sampling can see.
     torch.testing.assert_close(ours, reference.log_softmax(-1), atol=TOLERANCE, rtol=0)
-    for position in range(len(prompt) - 1, len(ids) - 1):
+    for position in range(len(prompt) - 1, end):
         best = reference[position].topk(2)
         taken = ids[position + 1]
         near_tie = best.values[0] - best.values[1] < TOLERANCE
