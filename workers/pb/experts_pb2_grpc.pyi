@@ -41,7 +41,7 @@ class ExpertsStub:
       request: token rows [T, D], then token_P int32 [P], then expert_P int32 [P]
       reply:   expert rows [P, D], unweighted, in the order of the request's pairs
       error:   UTF-8 text
-    and is cut into frames of at most 1 MiB; the first carries the header, which says how many bytes follow.
+    and is cut into frames of at most 1088 KiB; the first carries the header, which says how many bytes follow.
     """
     Describe: _grpc.UnaryUnaryMultiCallable[_experts_pb2.DescribeRequest, _experts_pb2.DescribeReply]
     """What this worker holds and how it is doing. For the controller and for people; not on the data path."""
@@ -59,7 +59,7 @@ class ExpertsAsyncStub(ExpertsStub):
       request: token rows [T, D], then token_P int32 [P], then expert_P int32 [P]
       reply:   expert rows [P, D], unweighted, in the order of the request's pairs
       error:   UTF-8 text
-    and is cut into frames of at most 1 MiB; the first carries the header, which says how many bytes follow.
+    and is cut into frames of at most 1088 KiB; the first carries the header, which says how many bytes follow.
     """
     Describe: _aio.UnaryUnaryMultiCallable[_experts_pb2.DescribeRequest, _experts_pb2.DescribeReply]  # type: ignore[assignment]
     """What this worker holds and how it is doing. For the controller and for people; not on the data path."""
@@ -80,7 +80,7 @@ class ExpertsServicer(metaclass=_abc_1.ABCMeta):
           request: token rows [T, D], then token_P int32 [P], then expert_P int32 [P]
           reply:   expert rows [P, D], unweighted, in the order of the request's pairs
           error:   UTF-8 text
-        and is cut into frames of at most 1 MiB; the first carries the header, which says how many bytes follow.
+        and is cut into frames of at most 1088 KiB; the first carries the header, which says how many bytes follow.
         """
 
     @_abc_1.abstractmethod
