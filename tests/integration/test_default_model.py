@@ -85,6 +85,18 @@ def tokens_of(cluster: RunningCluster, question: str) -> list[int]:
     return list(httpx.post(f"{cluster.url}/tokenize", json=body).raise_for_status().json()["tokens"])
 
 
+def test_a_process_holds_its_part_of_the_model(served: RunningCluster, checkpoint: Path) -> None:
+    """Once loaded. Would catch a second copy of weights, or what loading them leaves behind."""
+    spec = Checkpoint(checkpoint).spec
+    dense = dense_bytes(spec, torch.float32)
+    for process in served.status()["processes"]:
+        resident = psutil.Process(process["pid"]).memory_info().rss
+        if process["role"] == "expert":
+            assert resident < process["detail"]["weight_bytes"] + 400 * MIB, process["id"]
+        elif process["role"] == "router":
+            assert resident < dense + (KV_CACHE_MB + 500) * MIB, process["id"]
+
+
 def test_a_sensible_answer(served: RunningCluster) -> None:
     client = OpenAI(base_url=f"{served.url}/v1", api_key="none")
     stream = client.chat.completions.create(
@@ -105,18 +117,6 @@ def test_same_as_the_reference(served: RunningCluster, checkpoint: Path) -> None
             best = row.topk(2)
             near_tie = best.values[0] - best.values[1] < TOLERANCE
             assert taken == best.indices[0] or (near_tie and taken == best.indices[1]), f"{question} step {step}"
-
-
-def test_a_process_holds_its_part_of_the_model(served: RunningCluster, checkpoint: Path) -> None:
-    """After work. Would catch a second copy of weights, or what loading them leaves behind."""
-    spec = Checkpoint(checkpoint).spec
-    dense = dense_bytes(spec, torch.float32)
-    for process in served.status()["processes"]:
-        resident = psutil.Process(process["pid"]).memory_info().rss
-        if process["role"] == "expert":
-            assert resident < process["detail"]["weight_bytes"] + 400 * MIB, process["id"]
-        elif process["role"] == "router":
-            assert resident < dense + (KV_CACHE_MB + 500) * MIB, process["id"]
 
 
 @pytest.mark.parametrize("role", ["expert", "router"])
