@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 
 @dataclass(frozen=True, slots=True)
