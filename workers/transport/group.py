@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch._C._distributed_c10d import TCPStore
+if TYPE_CHECKING:  # the controller and the gateways hear of groups and need no torch
+    from torch._C._distributed_c10d import TCPStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ def host_store(host: str) -> tuple[TCPStore, str]:
     It lives until it is garbage and listens on `host` alone: it has neither authentication nor encryption.
     Raises OSError when `host` is not an address of this machine.
     """
+    from torch._C._distributed_c10d import TCPStore
+
     family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server((host, 0), family=family, backlog=256)
     port = listener.getsockname()[1]
