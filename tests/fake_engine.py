@@ -47,6 +47,7 @@ class FakeEngine:
     steps: int = 0
     fail_next_step: bool = False
     gate: threading.Event = field(default_factory=threading.Event)  # steps wait until it is set
+    lock: threading.Lock = field(default_factory=threading.Lock)  # over `sequences`
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -63,7 +64,8 @@ class FakeEngine:
         self.sequences[request_id] = sequence
 
     def cancel(self, request_id: str) -> None:
-        self.cancelled += self.sequences.pop(request_id, None) is not None
+        with self.lock:
+            self.cancelled += self.sequences.pop(request_id, None) is not None
 
     def has_work(self) -> bool:
         return bool(self.sequences)
@@ -76,7 +78,8 @@ class FakeEngine:
             self.fail_next_step = False
             raise ValueError("the engine broke")
         self.steps += 1
-        return [self._advance(request_id) for request_id in list(self.sequences)]
+        with self.lock:
+            return [self._advance(request_id) for request_id in list(self.sequences)]
 
     def stats(self) -> object:
         return FakeStats(len(self.sequences), self.steps, ["expert-0"])

@@ -6,6 +6,7 @@ Shape legend: R rows whose logits are wanted, S sequences that get a token, V vo
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -21,8 +22,9 @@ from cluster.router.logprobs import token_logprobs
 from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
 from cluster.router.sampler import Sampler
 from cluster.router.scheduler import Chunk, Scheduler
-from cluster.router.sequence import Sequence
+from cluster.router.sequence import Sequence, State
 from cluster.router.sizing import context_limit
+from workers.model.batch import Batch
 from workers.model.mixtral import Mixtral
 
 log = logging.getLogger(__name__)
@@ -47,8 +49,9 @@ class EngineStats:
 class Engine:
     """Serves many sequences with one model.
 
-    Not thread-safe, but for `stats`: commands come between steps (`EngineThread` sees to it). The end-of-sequence or
-    stop token that ends a sequence is part of its output; stop strings are the gateway's business.
+    One thread submits and steps (`EngineThread` sees to it); `cancel` and `stats` are for any thread, also during a
+    step. The end-of-sequence or stop token that ends a sequence is part of its output; stop strings are the gateway's
+    business.
     """
 
     def __init__(self, model: Mixtral, config: Config) -> None:
@@ -64,6 +67,9 @@ class Engine:
         self._sampler = Sampler(model.spec.vocab_size)
         self._open: dict[str, Sequence] = {}
         self._outbox: list[StepOutput] = []
+        # Held while the scheduler's state is looked at or changed, and not while the model computes. Blocks that are
+        # freed meanwhile are still written by that step; nobody can get them before it has ended.
+        self._lock = threading.Lock()
         self._steps = self._tokens = self._rows = 0
 
     def submit(
@@ -85,13 +91,15 @@ class Engine:
             scores = sequence.take_prompt_logprobs()
             self._outbox.append(StepOutput(request_id, (), prompt_logprobs=scores, finish=finish))
             return
-        self._scheduler.submit(sequence)
-        self._open[request_id] = sequence
+        with self._lock:
+            self._scheduler.submit(sequence)
+            self._open[request_id] = sequence
 
     def cancel(self, request_id: str) -> None:
-        """End a request without a further output; its blocks are free at once. Unknown ids are ignored."""
-        if (sequence := self._open.pop(request_id, None)) is not None:
-            self._scheduler.end(sequence)
+        """End a request without a further output; its blocks are free at once, whatever the step in progress waits
+        for. Unknown ids are ignored."""
+        with self._lock:
+            self._close(request_id)
 
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
@@ -104,15 +112,19 @@ class Engine:
         this batch end with an error and the engine lives on.
         """
         outputs, self._outbox = self._outbox, []
-        chunks = self._scheduler.schedule()
-        if not chunks:
-            return outputs
-        wanted_S = [logits_wanted(chunk) for chunk in chunks]
+        with self._lock:
+            chunks = self._scheduler.schedule()
+            if not chunks:
+                return outputs
+            wanted_S = [logits_wanted(chunk) for chunk in chunks]
+            batch = make_batch(chunks, wanted_S, self._blocks.block_size)
         try:
-            logits_RV = self._forward(chunks, wanted_S)
+            logits_RV = self._forward(batch)
         except Exception as error:
-            return outputs + self._abandon(chunks, error)
-        return outputs + self._commit(chunks, wanted_S, logits_RV)
+            with self._lock:
+                return outputs + self._abandon(chunks, error)
+        with self._lock:
+            return outputs + self._commit(chunks, wanted_S, logits_RV)
 
     def stats(self) -> EngineStats:
         """Safe to call from any thread, also during a step."""
@@ -127,9 +139,8 @@ class Engine:
             preemptions=self._scheduler.preemptions,
         )
 
-    def _forward(self, chunks: Items[Chunk], wanted_S: Items[int]) -> Logits:
+    def _forward(self, batch: Batch) -> Logits:
         """The wanted logits on the host, float32 [R, V]."""
-        batch = make_batch(chunks, wanted_S, self._blocks.block_size)
         experts = self.model.experts
         self._steps += 1
         experts.begin_step(self._steps)
@@ -138,7 +149,10 @@ class Engine:
         return logits_RV
 
     def _commit(self, chunks: Items[Chunk], wanted_S: Items[int], logits_RV: Logits) -> list[StepOutput]:
-        """What is computed counts from here on; the sequences with nothing pending get their next token."""
+        """What is computed counts from here on; the sequences with nothing pending get their next token.
+
+        Those that were cancelled while the model computed get nothing any more.
+        """
         outputs: list[StepOutput] = []
         sequences: list[Sequence] = []
         rows: list[int] = []
@@ -146,6 +160,8 @@ class Engine:
         for chunk, wanted in zip(chunks, wanted_S, strict=True):
             sequence, completes = chunk.sequence, chunk.completes
             end += wanted
+            if sequence.state is State.ENDED:
+                continue
             if sequence.prompt_logprobs is not None:
                 score_prompt(sequence, sequence.prompt_logprobs, logits_RV[end - wanted : end])
             sequence.computed += chunk.n
@@ -168,14 +184,14 @@ class Engine:
         self._tokens += 1
         finish = sequence.finish()
         if finish is not None:
-            self.cancel(sequence.request_id)
+            self._close(sequence.request_id)
         n_top = sequence.params.logprobs
         logprobs = () if n_top is None else (token_logprobs(logits_V, token, n_top),)
         return StepOutput(sequence.request_id, (token,), logprobs, scores, finish)
 
     def _end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> StepOutput:
         """End a sequence without a further token."""
-        self.cancel(sequence.request_id)
+        self._close(sequence.request_id)
         return StepOutput(sequence.request_id, (), (), sequence.take_prompt_logprobs(), finish, error)
 
     def _abandon(self, chunks: Items[Chunk], error: Exception) -> list[StepOutput]:
@@ -185,7 +201,13 @@ class Engine:
         else:
             log.exception("a step of %d sequences failed", len(chunks))
         reason = str(error) if isinstance(error, ExpertMeshError) else f"{type(error).__name__}: {error}"
-        return [self._end(chunk.sequence, "error", reason) for chunk in chunks]
+        lost = [chunk.sequence for chunk in chunks if chunk.sequence.state is not State.ENDED]
+        return [self._end(sequence, "error", reason) for sequence in lost]
+
+    def _close(self, request_id: str) -> None:
+        """Forget an open request and free its blocks."""
+        if (sequence := self._open.pop(request_id, None)) is not None:
+            self._scheduler.end(sequence)
 
 
 def score_prompt(sequence: Sequence, scores: list[TokenLogprobs | None], logits_RV: Logits) -> None:

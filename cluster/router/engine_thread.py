@@ -20,7 +20,7 @@ _FAILURE_PAUSE_S = 0.05  # an engine that fails at every step must not spin
 
 
 class EngineLike(Protocol):
-    """What the step loop asks of an engine. All but `stats` is called from one thread."""
+    """What the step loop asks of an engine. `cancel` and `stats` come from any thread, the rest from one."""
 
     def submit(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, emitted_ids: Sequence[int] = ()
@@ -28,7 +28,7 @@ class EngineLike(Protocol):
         """Admit a request, or raise RequestError."""
 
     def cancel(self, request_id: str) -> None:
-        """End a request and free what it holds; unknown ids are ignored."""
+        """End a request and free what it holds, also during a step; unknown ids are ignored."""
 
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
@@ -81,6 +81,9 @@ class EngineThread:
         self._put(lambda: self._submit(request_id, prompt_ids, params, emitted_ids))
 
     def cancel(self, request_ids: Sequence[str]) -> None:
+        """What the engine works on ends at once, however long its step waits for a worker; what is still to be
+        submitted ends right after that."""
+        self._drop(request_ids)
         self._put(lambda: self._cancel(request_ids))
 
     def _put(self, command: Callable[[], None]) -> None:
@@ -119,8 +122,11 @@ class EngineThread:
             self._refused.append(Refused(request_id, internal_error(f"{type(error).__name__}: {error}")))
 
     def _cancel(self, request_ids: Sequence[str]) -> None:
+        self._open.difference_update(request_ids)
+        self._drop(request_ids)
+
+    def _drop(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
-            self._open.discard(request_id)
             try:
                 self._engine.cancel(request_id)
             except Exception:

@@ -158,6 +158,25 @@ async def test_cancel_and_a_broken_stream_free_the_sequences() -> None:
 
 
 @in_loop
+async def test_a_cancellation_does_not_wait_for_a_step_that_is_stuck() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as service, stub_of(service) as stub, stub_of(service) as other:
+        call, gone = await opened(stub), await opened(other)
+        params = SamplingParams(max_tokens=10**6)
+        for name in "ab":
+            await call.write(encode_submit(name, [1], params))
+        await gone.write(encode_submit("c", [1], params))
+        await until(lambda: len(engine.sequences) == 3)
+        with closed_gate(engine):
+            await call.write(encode_submit("late", [2], params))  # the engine has not even seen it
+            await call.write(encode_cancel("a"))
+            await call.write(encode_cancel("late"))
+            gone.cancel()
+            await until(lambda: len(engine.sequences) == 1 and len(service._open) == 1)
+        await until(lambda: engine.submitted[-1][0] == (2,) and len(engine.sequences) == 1)
+
+
+@in_loop
 async def test_a_gateway_that_does_not_read_neither_stops_the_steps_nor_loses_a_token() -> None:
     engine = FakeEngine()
     params = SamplingParams(max_tokens=2500, logprobs=1)

@@ -7,6 +7,7 @@ taken after a cancellation or a failed step.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
@@ -171,6 +172,44 @@ def test_cancelling_at_random_points_frees_all_and_changes_nobody_else(model: Mo
     engine.cancel("no such request")
     for name in sorted(set(prompts) - cancelled):
         assert got[name] == run(alone, prompts[name], seeded(int(name), max_tokens=20))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["goes_on", "fails"])
+def test_cancelling_while_a_step_waits_for_experts_frees_the_blocks_at_once(
+    model: Model, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    engine = model.engine(60)
+    waiting, go_on = threading.Event(), threading.Event()
+    combine = engine.model.experts.combine
+
+    def wait_for_a_worker(handle: object) -> object:
+        waiting.set()
+        assert go_on.wait(30)
+        if fails:
+            raise WorkerLost("expert-1", "no replica within 120 s")
+        return combine(handle)
+
+    prompts = {name: model.prompt(9 + i, i) for i, name in enumerate("abc")}
+    for name, prompt_ids in prompts.items():
+        engine.submit(name, prompt_ids, greedy(6))
+    got: list[StepOutput] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model.experts, "combine", wait_for_a_worker)
+        step = threading.Thread(target=lambda: got.extend(engine.step()))
+        step.start()
+        assert waiting.wait(30)
+        engine.cancel("a")
+        engine.cancel("c")
+        assert (engine.stats().free_blocks, engine.stats().running) == (60 - 3, 1)  # b has 10 tokens in blocks of 4
+        go_on.set()
+        step.join()
+    assert [(output.request_id, output.finish) for output in got] == [("b", "error" if fails else None)]
+    engine.submit("d", prompts["a"], greedy(6))
+    rest = finish(engine)
+    assert tokens(rest["d"]) == run(model.engine(), prompts["a"], greedy(6))
+    if not fails:
+        assert [*got[0].token_ids, *tokens(rest["b"])] == run(model.engine(), prompts["b"], greedy(6))
+    assert engine.stats().free_blocks == 60
 
 
 @pytest.mark.parametrize("config", [{}, {"max_batch_tokens": 7}, {"max_sequences": 3}], ids=str)
