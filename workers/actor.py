@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import logging
 import os
-import threading
-import time
-from concurrent.futures import Future
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayError
 
 from workers.checkpoint import Checkpoint
 from workers.kernels.threads import set_threads
 from workers.member import Member, State
+from workers.membership import MembershipLoop, node_address
 from workers.shard import load_shard
 from workers.spec import compute_dtype
 from workers.transport.grpc_server import ExpertServer
 
 _log = logging.getLogger(__name__)
-_CALL_TIMEOUT_S = 10.0  # a call without news takes one second
-_RETRY_S = 0.2
 _LAST_WORD_S = 2.0
 
 
@@ -57,7 +52,7 @@ class View(Protocol):
 
 
 class ExpertWorker:
-    """A Ray actor that holds a shard, serves it, and tells the controller where.
+    """A Ray async actor that holds a shard, serves it, and tells the controller where.
 
     The constructor's arguments and the controller's placement say everything: Ray restarts the actor with the same
     ones, and it comes back with the same experts at a new address.
@@ -70,64 +65,47 @@ class ExpertWorker:
         self._worker = worker
         self._config = config
         self._checkpoint = checkpoint
-        self._controller = controller
         self._node = ray.get_runtime_context().get_node_id()
         self._state: State = "starting"
         self._epoch = 0
         self._server: ExpertServer | None = None
-        self._loaded: Future[str] = Future()
-        threading.Thread(target=self._follow, name="membership", daemon=True).start()
+        self._placed: asyncio.Future[Placement] = asyncio.get_event_loop().create_future()
+        self._membership = MembershipLoop(controller, self._member, self._on_view)
+        self._started = asyncio.get_event_loop().create_task(self._start())
+        self._started.add_done_callback(self._end_if_failed)
 
-    def ready(self) -> str:
+    async def ready(self) -> str:
         """The address it serves at, once the shard is loaded; raises what went wrong, CheckpointError above all."""
-        return self._loaded.result()
+        await asyncio.shield(self._started)
+        assert self._server is not None
+        return self._server.address
 
-    def stop(self, grace_s: float) -> None:
-        """Answer what has arrived, at most `grace_s` seconds, then close every stream."""
-        self._state = "draining"
-        if self._server is not None:
-            self._server.stop(grace_s)
+    async def _start(self) -> None:
+        placement = await self._placed
+        self._server = await asyncio.to_thread(self._load, placement)
+        self._epoch, self._state = placement.epoch, "ready"
+        self._membership.tell()
 
-    def _follow(self) -> None:
-        """Register with the controller and stay in touch, for ever. Its absence changes nothing for the routers."""
-        known, loading = 0, False
-        while True:
-            try:
-                view = self._sync(known)
-            except RayError as error:
-                _log.warning("the controller is away: %s", type(error).__name__)
-                time.sleep(_RETRY_S)
-                continue
-            known = view.version
-            if not loading and self._worker in view.placement.workers:
-                loading = True
-                threading.Thread(target=self._load, args=(view.placement,), name="load", daemon=True).start()
-            if view.draining and self._state == "ready":
-                self._state = "draining"
-                assert self._server is not None
-                self._server.drain()
+    def _end_if_failed(self, started: asyncio.Task[None]) -> None:
+        """A worker that cannot start ends after it could say why; Ray tries again."""
+        if (error := started.exception()) is not None:
+            _log.error("expert worker %s cannot start", self._worker, exc_info=error)
+            asyncio.get_event_loop().call_later(_LAST_WORD_S, os._exit, 1)
 
-    def _load(self, placement: Placement) -> None:
-        try:
-            source = Checkpoint(self._checkpoint)
-            shard = load_shard(source, placement.shard(self._worker), compute_dtype(self._config.dtype))
-            server = ExpertServer(shard, self._worker, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-            server.start()
-        except Exception as error:
-            _log.exception("expert worker %s cannot start", self._worker)
-            self._loaded.set_exception(error)
-            # It ends after it could say why, and Ray tries again.
-            threading.Timer(_LAST_WORD_S, os._exit, (1,)).start()
-            return
-        self._server, self._epoch, self._state = server, placement.epoch, "ready"
-        self._loaded.set_result(server.address)
-        # The loop's own call is on its way with what was true before; this one is the news.
-        with contextlib.suppress(RayError):
-            self._sync(0)
+    def _load(self, placement: Placement) -> ExpertServer:
+        source = Checkpoint(self._checkpoint)
+        shard = load_shard(source, placement.shard(self._worker), compute_dtype(self._config.dtype))
+        server = ExpertServer(shard, self._worker, node_address())
+        server.start()
+        return server
 
-    def _sync(self, known: int) -> View:
-        view: View = ray.get(self._controller.sync.remote(self._member(), known), timeout=_CALL_TIMEOUT_S)
-        return view
+    def _on_view(self, view: View) -> None:
+        if not self._placed.done() and self._worker in view.placement.workers:
+            self._placed.set_result(view.placement)
+        if view.draining and self._state == "ready":
+            self._state = "draining"
+            assert self._server is not None
+            self._server.drain()
 
     def _member(self) -> Member:
         server = self._server

@@ -18,8 +18,8 @@ from cluster.config import Config
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
 from cluster.fleet.membership import View
-from cluster.fleet.membership_loop import MembershipLoop, node_address
 from workers.member import Member
+from workers.membership import MembershipLoop, node_address
 
 
 class Gateway:

@@ -11,8 +11,8 @@ import ray
 
 from cluster.config import Config
 from cluster.fleet.membership import View
-from cluster.fleet.membership_loop import MembershipLoop, node_address
 from workers.member import Member, State
+from workers.membership import MembershipLoop, node_address
 
 if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already being told that this router is there
     from cluster.router.engine import Engine

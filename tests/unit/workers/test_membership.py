@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from cluster.fleet import membership_loop
 from cluster.fleet.membership import View
-from cluster.fleet.membership_loop import MembershipLoop
 from cluster.fleet.router_actor import Router
 from cluster.placement.placement import striped
 from tests.loop import in_loop, until
+from workers import membership
 from workers.member import Member, State
+from workers.membership import MembershipLoop
 
 ROUTER = Member("router", "router-0", 10, "n", "ready", "127.0.0.1:1")
 
@@ -49,7 +49,7 @@ async def test_a_mistake_in_one_round_does_not_end_the_rounds() -> None:
         views.append(view)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(membership_loop, "_RETRY_S", 0.001)
+        patch.setattr(membership, "_RETRY_S", 0.001)
         loop = MembershipLoop(controller, describe, on_view)
         await until(lambda: len(views) >= 3)
         loop.close()

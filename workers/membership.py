@@ -5,18 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import ray
 from ray.exceptions import RayError
 
-from cluster.fleet.membership import View
 from workers.member import Member
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 10.0  # a call without news takes one second
 _RETRY_S = 0.2
+
+
+class Versioned(Protocol):
+    """All that the loop itself reads of a view: a higher version is a newer one."""
+
+    @property
+    def version(self) -> int: ...
+
+
+View = TypeVar("View", bound=Versioned)
 
 
 def node_address() -> str:
@@ -24,11 +33,11 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
-class MembershipLoop:
+class MembershipLoop(Generic[View]):
     """Tells the controller what `describe` says, for ever; calls `on_view` with each new view.
 
-    `controller` is a handle or a `ControllerByName`. When it is away that costs nothing but news: the data plane goes
-    on with the last view. `close` ends it.
+    `controller` is a handle, or what stands for one. When it is away that costs nothing but news: the data plane goes
+    on with the last view. Runs in the asyncio loop of whoever makes it; `close` ends it.
     """
 
     def __init__(self, controller: Any, describe: Callable[[], Member], on_view: Callable[[View], None]) -> None:
@@ -36,11 +45,12 @@ class MembershipLoop:
         self._describe = describe
         self._on_view = on_view
         self._news = asyncio.Event()
-        self._task = asyncio.get_event_loop().create_task(self._run())
+        self._loop = asyncio.get_event_loop()
+        self._task = self._loop.create_task(self._run())
 
     def tell(self) -> None:
-        """What `describe` says has changed: let the controller know now."""
-        self._news.set()
+        """What `describe` says has changed: let the controller know now. From any thread."""
+        self._loop.call_soon_threadsafe(self._news.set)
 
     def close(self) -> None:
         self._task.cancel()
@@ -51,18 +61,18 @@ class MembershipLoop:
             try:
                 view = await self._call(known)
                 if away:
-                    log.warning("the controller is back")
+                    _log.warning("the controller is back")
                     away = False
                 if view is not None and view.version != known:
                     known = view.version
                     self._on_view(view)
             except (RayError, TimeoutError) as error:
                 if not away:
-                    log.warning("the controller is away (%s); going on with the last view", type(error).__name__)
+                    _log.warning("the controller is away (%s); going on with the last view", type(error).__name__)
                 away = True
                 await asyncio.sleep(_RETRY_S)
             except Exception:  # of ours; a member that fell silent would be lost for good
-                log.exception("a round of membership failed")
+                _log.exception("a round of membership failed")
                 await asyncio.sleep(_RETRY_S)
 
     async def _call(self, known: int) -> View | None:
