@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from cluster.config import Config
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
 from cluster.fleet.membership import View
+from cluster.gateway.context import ModelCard
 from workers.member import Member
 from workers.membership import MembershipLoop, node_address
 
@@ -25,24 +25,18 @@ from workers.membership import MembershipLoop, node_address
 class Gateway:
     """One replica of the Serve deployment."""
 
-    async def __init__(self, config: Config, checkpoint: str, model_name: str, url: str, controller: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, config: Config, model: ModelCard, url: str, controller: Any) -> None:  # type: ignore[misc]
         from cluster.gateway.app import create_app
-        from cluster.gateway.context import ModelCard
         from cluster.gateway.session import Session
         from cluster.gateway.tokenizer import Tokenizer
-        from cluster.router.sizing import context_limit, pool_blocks
-        from workers.spec import ModelSpec, compute_dtype
 
-        spec = ModelSpec.from_config(checkpoint)
-        limit = context_limit(config, spec, pool_blocks(config, spec, compute_dtype(config.dtype)))
-        card = ModelCard(model_name, checkpoint, limit, spec.vocab_size, int(time.time()))
         _listen_on_node_address()
         self._id = f"gateway-{serve.get_replica_context().rank.rank}"
         self._url = url
         self._node = ray.get_runtime_context().get_node_id()
         self._session = Session(rejoin_timeout_s=config.rejoin_timeout_s)
-        tokenizer = await asyncio.to_thread(Tokenizer, Path(checkpoint))
-        self._drain = Drain(create_app(config, card, tokenizer, self._session), lambda: self._membership.tell())
+        tokenizer = await asyncio.to_thread(Tokenizer, Path(model.path))
+        self._drain = Drain(create_app(config, model, tokenizer, self._session), lambda: self._membership.tell())
         self._membership = MembershipLoop(controller, self._member, self._on_view)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -67,7 +61,7 @@ class Gateway:
         )
 
 
-def deploy(config: Config, checkpoint: str, model_name: str, url: str, controller: Any) -> None:
+def deploy(config: Config, model: ModelCard, url: str, controller: Any) -> None:
     """Start Serve and the gateways behind it; return once they take requests. Raises what a gateway died of."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": config.log_level.upper(), "enable_access_log": False}
@@ -85,7 +79,7 @@ def deploy(config: Config, checkpoint: str, model_name: str, url: str, controlle
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=1.0,
     )
-    application = deployment.bind(config, checkpoint, model_name, url, controller)
+    application = deployment.bind(config, model, url, controller)
     serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
 
 

@@ -20,6 +20,7 @@ from cluster.fleet.controller import NAME, NAMESPACE, Controller, ControllerByNa
 from cluster.fleet.membership import View
 from cluster.fleet.preflight import Plan
 from cluster.fleet.router_actor import Router
+from cluster.gateway.context import ModelCard
 from workers.actor import ExpertWorker
 from workers.kernels.threads import process_environment
 
@@ -79,12 +80,13 @@ def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
         actors[router] = _actor(Router, router, plan.router_threads).remote(
             router, config, plan.checkpoint, plan.router_threads, by_name
         )
+    model = ModelCard(plan.model_name, plan.checkpoint, plan.max_context, plan.vocab_size, int(time.time()))
     # Serve needs seconds of its own, which the loading of the model hides.
     serving: Future[None] = Future()
 
     def deploy() -> None:
         try:
-            gateway.deploy(config, plan.checkpoint, plan.model_name, url, by_name)
+            gateway.deploy(config, model, url, by_name)
         except Exception as error:
             serving.set_exception(error)
         else:

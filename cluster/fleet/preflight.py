@@ -15,7 +15,7 @@ from cluster.gateway.keys import ApiKeys
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router import memory
 from cluster.router.build import dense_bytes, expert_bytes
-from cluster.router.sizing import pool_blocks
+from cluster.router.sizing import context_limit, pool_blocks
 from workers.checkpoint import Checkpoint
 from workers.model.kv_cache import bytes_per_block
 from workers.spec import compute_dtype
@@ -33,6 +33,8 @@ class Plan:
     model_name: str
     n_layers: int
     n_experts: int
+    vocab_size: int
+    max_context: int  # tokens, prompt and answer together
     workers: tuple[str, ...]  # ids of the expert workers; none with the local transport
     routers: tuple[str, ...]
     worker_threads: int
@@ -46,11 +48,11 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     opened.verify()
     spec, dtype = opened.spec, compute_dtype(config.dtype)
     n_workers = config.expert_workers if config.transport == "grpc" else 0
-    kv_bytes = pool_blocks(config, spec, dtype) * bytes_per_block(spec, config.block_size, dtype)
+    n_blocks = pool_blocks(config, spec, dtype)
     wanted = {
         "experts": expert_bytes(spec, dtype) * spec.n_layers * spec.n_experts,
         "dense weights": dense_bytes(spec, dtype) * config.routers,
-        "KV caches": kv_bytes * config.routers,
+        "KV caches": n_blocks * bytes_per_block(spec, config.block_size, dtype) * config.routers,
         "work": _STEP_BYTES * config.routers,
         "processes": _PROCESS_BYTES * (config.routers + n_workers) + _RAY_BYTES,
     }
@@ -60,6 +62,8 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         model_name=model_name(config, checkpoint),
         n_layers=spec.n_layers,
         n_experts=spec.n_experts,
+        vocab_size=spec.vocab_size,
+        max_context=context_limit(config, spec, n_blocks),
         workers=tuple(f"expert-{i}" for i in range(n_workers)),
         routers=tuple(f"router-{i}" for i in range(config.routers)),
         # Routers and workers take turns within a step, so each pool gets all cores.
