@@ -94,9 +94,10 @@ class Exchange:
         self._closed = False
         self._outstanding: Counter[int] = Counter()  # dispatches not yet combined, by epoch
         self._view = self._published = View(placement, dict(addresses))
+        self._may_have_left = False  # whether the links may lead to workers that are not in the view any more
         self._n_experts = len(placement.replicas[0])
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
-        self._connect(alone=True)
+        self._connect()
         warm_up()
 
     @property
@@ -186,16 +187,18 @@ class Exchange:
             epoch = self._view.placement.epoch
             self._outstanding[epoch] += 1
         if changed:
-            self._connect(alone=self._outstanding.total() == 1)
+            self._connect()
         elif self._links.absent and self._links.probe():
             self._routes = Routes(self._view.placement, self._links.absent)
+        if self._may_have_left and self._outstanding.total() == 1:
+            self._links.forget(self._view.placement.workers)
+            self._may_have_left = False
         return epoch
 
-    def _connect(self, alone: bool) -> None:
-        """Follow the view in force. Workers that left it are forgotten once nothing can be in flight to them."""
+    def _connect(self) -> None:
+        """Follow the view in force. Workers that left it are forgotten by the next dispatch that is alone in flight."""
         self._links.update(self._view.addresses)
-        if alone:
-            self._links.forget(self._view.placement.workers)
+        self._may_have_left = True
         self._routes = Routes(self._view.placement, self._links.absent)
 
     def _send(self, layer: int, attempt: int, piece: Piece, at: slice | Tensor, out_PD: Tensor) -> Part:
@@ -252,13 +255,12 @@ class Exchange:
 
     def _follow(self, lost: Iterable[Part]) -> None:
         """Put the newest view in force and try the ways that failed once more."""
-        view = self._published
-        if view is not self._view:
-            self._view = view
-            self._links.update(view.addresses)
+        if self._published is not self._view:
+            self._view = self._published
+            self._connect()
         for worker in {part.reply.worker for part in lost} & set(self._links.absent):
             self._links.reopen(worker)
-        self._routes = Routes(view.placement, self._links.absent)
+        self._routes = Routes(self._view.placement, self._links.absent)
 
     def _resend(self, part: Part) -> list[Part]:
         """The rows of `part` on the way to whoever holds their experts now, one part for each."""

@@ -110,8 +110,10 @@ class Links:
 
     def _failed(self, reply: Reply, loss: WorkerLost) -> None:
         _lose(reply, loss)
-        # Longer after every failure: a worker that hangs should cost a deadline ever more rarely.
         worker = reply.worker
+        if worker in self._absent_until:
+            return  # what else it owed, or a try for want of another replica: the same failure
+        # Longer after every failure: a worker that hangs should cost a deadline ever more rarely.
         self._absence_s[worker] = min(2 * self._absence_s.get(worker, _FIRST_ABSENCE_S / 2), _LAST_ABSENCE_S)
         self._absent_until[worker] = time.monotonic() + self._absence_s[worker]
 
