@@ -59,6 +59,12 @@ def merge_output(message: pb.Output, output: StepOutput) -> None:
             message.refusal.CopyFrom(encode_refusal(internal_error(output.error)))
 
 
+def output_bytes(output: StepOutput) -> int:
+    """About what `merge_output` adds on the wire; rather too much than too little."""
+    entries = output.logprobs if output.prompt_logprobs is None else (*output.logprobs, *output.prompt_logprobs)
+    return 64 + 5 * len(output.token_ids) + sum(16 + 13 * len(entry.top) if entry else 2 for entry in entries)
+
+
 def decode_output(message: pb.Output) -> StepOutput:
     """The inverse of `merge_output`; the refusal of a message whose `finish` is "error" is read apart."""
     prompt_logprobs = None

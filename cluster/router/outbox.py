@@ -1,14 +1,27 @@
-"""What waits to be sent to one gateway: at most one Event, into which the outputs of further steps are merged."""
+"""What waits to be sent to one gateway: Events of a bounded size, into the last of which further steps are merged."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field
 
 from cluster.errors import RequestError
-from cluster.router.codec import encode_refusal, merge_output
+from cluster.router.codec import encode_refusal, merge_output, output_bytes
 from cluster.router.params import StepOutput
 from workers.pb import generation_pb2 as pb
+
+_EVENT_BYTES = 1024 * 1024  # about where the next Event begins; a larger output of one step is an Event of its own
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """One Event in the making."""
+
+    event: pb.Event = field(default_factory=pb.Event)
+    outputs: dict[str, pb.Output] = field(default_factory=dict)  # those of the event, by request id
+    tokens: int = 0
+    n_bytes: int = 0  # about; on the wire
 
 
 @dataclass(eq=False, slots=True)
@@ -17,42 +30,55 @@ class Outbox:
 
     open: dict[str, str] = field(default_factory=dict)  # the gateway's request id -> the engine's
     pending_tokens: int = 0
-    _event: pb.Event = field(default_factory=pb.Event)
-    _outputs: dict[str, pb.Output] = field(default_factory=dict)  # those of _event, by request id
+    pending_bytes: int = 0
+    _waiting: deque[_Waiting] = field(default_factory=deque)
     _filled: asyncio.Event = field(default_factory=asyncio.Event)
     _closed: bool = False
 
     def announce(self, state: str) -> None:
-        self._event.state = state
-        self._filled.set()
+        self._last(0).event.state = state
 
     def put(self, request_id: str, output: StepOutput) -> None:
-        merge_output(self._output(request_id), output)
-        self.pending_tokens += len(output.token_ids)
+        merge_output(self._message(request_id, output_bytes(output), len(output.token_ids)), output)
 
     def refuse(self, request_id: str, error: RequestError) -> None:
-        message = self._output(request_id)
+        refusal = encode_refusal(error)
+        message = self._message(request_id, refusal.ByteSize() + 64, 0)
         message.finish = "error"
-        message.refusal.CopyFrom(encode_refusal(error))
+        message.refusal.CopyFrom(refusal)
 
     async def take(self) -> pb.Event | None:
-        """Everything that waits, as soon as there is something; None once closed."""
+        """The oldest Event, as soon as there is one; None once closed."""
         await self._filled.wait()
         if self._closed:
             return None
-        event = self._event
-        self._event, self._outputs, self.pending_tokens = pb.Event(), {}, 0
-        self._filled.clear()
-        return event
+        first = self._waiting.popleft()
+        self.pending_tokens -= first.tokens
+        self.pending_bytes -= first.n_bytes
+        if not self._waiting:
+            self._filled.clear()
+        return first.event
 
     def close(self) -> None:
         """Drop what waits and end the stream."""
         self._closed = True
-        self._event, self._outputs, self.pending_tokens = pb.Event(), {}, 0
+        self._waiting.clear()
         self._filled.set()
 
-    def _output(self, request_id: str) -> pb.Output:
-        if (message := self._outputs.get(request_id)) is None:
-            message = self._outputs[request_id] = self._event.outputs.add(request_id=request_id)
-            self._filled.set()
+    def _message(self, request_id: str, n_bytes: int, tokens: int) -> pb.Output:
+        """The message that takes `n_bytes` more of a request."""
+        last = self._last(n_bytes)
+        last.tokens += tokens
+        last.n_bytes += n_bytes
+        self.pending_tokens += tokens
+        self.pending_bytes += n_bytes
+        if (message := last.outputs.get(request_id)) is None:
+            message = last.outputs[request_id] = last.event.outputs.add(request_id=request_id)
         return message
+
+    def _last(self, n_bytes: int) -> _Waiting:
+        """The Event that takes `n_bytes` more."""
+        if not self._waiting or 0 < self._waiting[-1].n_bytes > _EVENT_BYTES - n_bytes:
+            self._waiting.append(_Waiting())
+            self._filled.set()
+        return self._waiting[-1]

@@ -32,8 +32,10 @@ log = logging.getLogger(__name__)
 
 SERVICE = "expertmesh.generation.v1.Generation"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-# A gateway that reads nothing while this many tokens wait for it is gone; its requests go on through another.
+# A gateway that reads nothing while so much waits for it is gone; its requests go on through another. Tokens with
+# log-probabilities take up to 300 bytes, and so does each token of a scored prompt.
 _MAX_PENDING_TOKENS = 65536
+_MAX_PENDING_BYTES = 32 * 1024 * 1024
 
 
 class GenerationService:
@@ -209,7 +211,7 @@ class GenerationService:
                 stream.put(request_id, output)
             if isinstance(output, Refused) or output.finish is not None:
                 self._forget(output.request_id)
-            elif stream.pending_tokens > _MAX_PENDING_TOKENS:
+            if stream.pending_tokens > _MAX_PENDING_TOKENS or stream.pending_bytes > _MAX_PENDING_BYTES:
                 log.warning("router %s: a gateway reads too slowly; its stream is closed", self.router)
                 self._drop(list(stream.open.values()))
                 stream.close()

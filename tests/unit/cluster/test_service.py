@@ -13,7 +13,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.errors import StartError
+from cluster.errors import RequestError, StartError
 from cluster.router import service as service_module
 from cluster.router.codec import decode_output, decode_refusal, decode_sampling, encode_cancel, encode_submit
 from cluster.router.outbox import Outbox
@@ -86,8 +86,39 @@ def test_parameters_and_logprobs_survive_the_wire() -> None:
     outbox = Outbox()
     outbox.put("a", output)
     outbox.put("a", replace(output, prompt_logprobs=None, finish="stop"))
-    [message] = outbox._event.outputs
+    event = asyncio.run(outbox.take())
+    assert event is not None
+    [message] = event.outputs
     assert decode_output(message) == StepOutput("a", (8, 8), (first, first), output.prompt_logprobs, "stop")
+
+
+@in_loop
+async def test_what_a_slow_gateway_left_unread_is_cut_into_events_of_a_bounded_size() -> None:
+    top = tuple((32000 + i, -0.5 - i) for i in range(20))
+    params = SamplingParams(max_tokens=300)
+    steps = [expected([request], params) for request in range(40)]
+    outbox = Outbox()
+    outbox.put("scored", StepOutput("scored", (), (), (None, *[TokenLogprobs(-1.0, top)] * 9000)))
+    for position in range(300):
+        for request, tokens in enumerate(steps):
+            name = str(request)
+            outbox.put(name, StepOutput(name, (tokens[position],), (TokenLogprobs(-0.5, top),)))
+    outbox.refuse("0", RequestError("no more", code="internal_error"))
+    waiting = outbox.pending_bytes
+    assert outbox.pending_tokens == 40 * 300
+    events: list[pb.Event] = []
+    while outbox.pending_bytes:
+        event = await outbox.take()
+        assert event is not None
+        events.append(event)
+    sizes = [event.ByteSize() for event in events]
+    assert max(sizes[1:]) < 1.1 * 2**20 < sizes[0] < 4 * 2**20, sizes  # one output of one step is never cut
+    assert 0.5 * waiting < sum(sizes) <= waiting
+    outputs = [output for event in events for output in event.outputs]
+    for request, tokens in enumerate(steps):
+        assert [t for output in outputs if output.request_id == str(request) for t in output.token_ids] == tokens
+    ends = [(output.request_id, output.finish) for output in outputs if output.finish]
+    assert (ends, outbox.pending_tokens) == ([("0", "error")], 0)
 
 
 @in_loop
@@ -193,9 +224,10 @@ async def test_a_gateway_that_does_not_read_neither_stops_the_steps_nor_loses_a_
         assert tokens == {str(index): expected([index], params) for index in range(8)}
 
 
+@pytest.mark.parametrize(("limit", "value"), [("_MAX_PENDING_TOKENS", 100), ("_MAX_PENDING_BYTES", 10_000)])
 @in_loop
-async def test_a_gateway_that_never_reads_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "_MAX_PENDING_TOKENS", 100)
+async def test_a_gateway_that_never_reads_is_let_go(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
+    monkeypatch.setattr(service_module, limit, value)
     engine = FakeEngine()
     async with serving(engine) as service, stub_of(service) as stub:
         call = await opened(stub)
