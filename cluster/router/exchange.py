@@ -21,8 +21,10 @@ from torch import Tensor
 from cluster.placement.placement import Placement
 from cluster.placement.routes import Routes
 from cluster.router.links import Links, Reply
-from cluster.router.split import Floats, Ints, Piece, piece_of, split, warm_up, weighted_sum
+from cluster.router.split import Piece, piece_of, split
 from workers.errors import WorkerLost
+from workers.kernels import native
+from workers.kernels.dispatch import Plan, weighted_sum
 from workers.transport.base import Rows, Tag, Transport
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
@@ -50,7 +52,7 @@ class Dispatched(NamedTuple):
     epoch: int
     rows_PD: Tensor  # every pair's row, as the workers give it
     parts: tuple[Part, ...]
-    sum: tuple[Ints, Floats] | None  # place_TK and weights_TK, see Split; None: no rows
+    plan: Plan | None  # where the rows belong; None: no rows
 
 
 @dataclass(slots=True)
@@ -98,7 +100,7 @@ class Exchange:
         self._n_experts = len(placement.replicas[0])
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
         self._connect()
-        warm_up()
+        native.usable()  # loads the kernels, so that no step waits for it
 
     @property
     def epoch(self) -> int:
@@ -149,20 +151,19 @@ class Exchange:
         epoch = self._enter()
         if not len(x_TD):
             return Dispatched(epoch, torch.empty_like(x_TD), (), None)
-        ids_TK, weights = expert_ids_TK.cpu().numpy(), weights_TK.cpu().numpy()
+        ids_TK = expert_ids_TK.cpu()
         routes = self._routes
-        rows_E = np.bincount(ids_TK.ravel(), minlength=self._n_experts) if routes.has_choice(layer) else None
-        pieces, place_TK, sorted_TK = split(
-            x_TD, ids_TK, weights, routes.owners(layer, rows_E), len(routes.workers), self.counters.rows_LE[layer]
-        )
-        rows_PD = x_TD.new_empty(place_TK.size, x_TD.shape[1])
+        rows_E = np.bincount(ids_TK.numpy().ravel(), minlength=self._n_experts) if routes.has_choice(layer) else None
+        owner_E, counter_E = routes.owners(layer, rows_E), self.counters.rows_LE[layer]
+        pieces, plan = split(x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E)
+        rows_PD = x_TD.new_empty(plan.n_pairs, x_TD.shape[1])
         parts = []
         first = 0
         for piece in pieces:
             at = slice(first, first := first + len(piece.token_P))
             out_PD = rows_PD if len(pieces) == 1 else rows_PD[at]
             parts.append(self._send(layer, 0, piece, at, out_PD))
-        return Dispatched(epoch, rows_PD, tuple(parts), (place_TK, sorted_TK))
+        return Dispatched(epoch, rows_PD, tuple(parts), plan)
 
     def combine(self, handle: Dispatched) -> Tensor:
         """y_TD, in the dtype of the rows; see `workers.model.experts.Experts`.
@@ -170,11 +171,11 @@ class Exchange:
         Raises WorkerLost when experts stay without a live replica for longer than the rejoin timeout.
         """
         y_TD = handle.rows_PD
-        if handle.sum is not None:
+        if handle.plan is not None:
             lost = self._receive(handle.parts, y_TD)
             if lost:
                 self._repair(lost, y_TD)
-            y_TD = weighted_sum(y_TD, *handle.sum)
+            y_TD = weighted_sum(y_TD, handle.plan)
         with self._lock:
             self._outstanding[handle.epoch] -= 1
         return y_TD

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numba
 
-from workers.kernels.jit import COLUMNS, as_float32, as_int64, dot_tile, swiglu_tile, take, wait_for_team
+from workers.kernels.jit import as_float32, as_int64, take, wait_for_team
 from workers.kernels.native import DOWN_UNIT, UNIT
+from workers.kernels.tile import COLUMNS, dot_tile, swiglu_tile
 
 _dot_1, _dot_2, _dot_3, _dot_4, _dot_5, _dot_6 = (dot_tile(4, columns) for columns in range(1, 7))
 _dot_single = dot_tile(1, 1)

@@ -93,6 +93,19 @@ class Kernel:
             args = array("q", (0, 0, 0, 0, *values))
             self._call(args.buffer_info()[0])
 
+    @functools.cached_property
+    def _call_with_gil(self) -> Callable[[int], None]:
+        return ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self.address)
+
+    def alone(self, *values: int) -> int:
+        """Run on the calling thread and never record; returns what the kernel leaves in args[0].
+
+        The GIL is kept: for work of microseconds, waiting to get it back would take longer.
+        """
+        args = array("q", (0, 0, 0, 0, *values))
+        self._call_with_gil(args.buffer_info()[0])
+        return args[0]
+
 
 class Tape:
     """Kernel calls recorded once and run again as one: on the same memory, one fork and join for all of them.
@@ -152,6 +165,9 @@ add_rms_norm = Kernel("add_rms_norm")
 gate_top_k = Kernel("gate_top_k")
 rotary_write = Kernel("rotary_write")
 paged_attention = Kernel("paged_attention")
+dispatch_plan = Kernel("dispatch_plan")
+weighted_sum = Kernel("weighted_sum")
+weigh_rows = Kernel("weigh_rows")
 _run_tape = Kernel("run_tape")
 
 
