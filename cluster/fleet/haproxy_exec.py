@@ -8,6 +8,7 @@ Serve has settings for the ports of its statistics pages but none for their addr
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shlex
 import signal
@@ -15,6 +16,18 @@ import sys
 from pathlib import Path
 
 _UNWANTED = ("listen stats", "frontend prometheus")
+# The gateway answers every path. So HAProxy knows none of its own only while it knows no gateway: as it starts.
+_NOT_FOUND = ["http-request", "return", "status", "404"]
+_ERROR = {
+    "message": "the gateway is being started",
+    "type": "server_error",
+    "param": None,
+    "code": "service_unavailable",
+}
+_NOT_YET = (
+    "    http-request return status 503 content-type application/json hdr Retry-After 1 "
+    f"string {json.dumps(json.dumps({'error': _ERROR}))}"
+)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,7 +41,7 @@ def install(path: Path, host: str, port: int) -> None:
 
 
 def restrict(config: str, host: str, port: int) -> str:
-    """The HAProxy configuration without statistics pages, its frontend on `host:port`.
+    """The HAProxy configuration without statistics pages, its frontend on `host:port`; 503 until there is a gateway.
 
     Raises ValueError when it would listen anywhere else, as a Ray of another version may make it do.
     """
@@ -45,6 +58,8 @@ def restrict(config: str, host: str, port: int) -> str:
             if section != "frontend http_frontend" or words[1:] != [f"127.0.0.1:{port}"]:
                 raise ValueError(f"unexpected `{line.strip()}` in section `{section}`")
             line = f"    bind {wanted}"
+        elif section == "backend default_backend" and words[:4] == _NOT_FOUND:
+            line = _NOT_YET
         elif section == "global" and words[:1] == ["log"]:
             continue  # a syslog datagram for every request, to a daemon that is rarely there
         elif section == "global" and words[:2] == ["stats", "socket"]:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -83,6 +84,24 @@ def test_a_killed_process_comes_back(cluster: RunningCluster, member: str) -> No
     cluster.kill(member)
     wait_until(lambda: httpx.get(f"{cluster.url}/ready").status_code == 200, 30)
     assert chat(cluster, "hello", max_tokens=8) == before
+
+
+def test_a_killed_haproxy_is_replaced_before_clients_give_up(cluster: RunningCluster) -> None:
+    """Left alone, Serve needs half a minute; and the new HAProxy says 404 until it hears of the gateway."""
+    victims = [process for process in cluster.family() if process.name() == "haproxy"]
+    assert victims
+    for process in victims:
+        process.kill()
+    seen: set[int] = set()
+
+    def answers() -> bool:
+        with suppress(httpx.TransportError):
+            seen.add(httpx.get(f"{cluster.url}/ready").status_code)
+        return 200 in seen
+
+    psutil.wait_procs(victims, timeout=5)
+    wait_until(answers, 15)
+    assert seen <= {200, 503}
 
 
 @pytest.mark.parametrize("member", ["expert-0", "router-0", "controller"])
