@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from workers.transport.group import Group
+
 Role = Literal["gateway", "router", "expert", "controller"]
 State = Literal["starting", "ready", "draining", "lost"]
 
@@ -21,4 +23,7 @@ class Member:
     address: str  # host:port of its gRPC service; the base URL for a gateway
     metrics_url: str | None = None
     epoch: int = 0  # the placement epoch it works with: a router's acknowledgement
+    store: str = ""  # of a router that takes part in collective groups: host:port of the store it hosts, once loaded
+    group: Group | None = None  # the one it was told last
+    broken: int = 0  # number of the newest group that broke under it
     detail: dict[str, object] = field(default_factory=dict)  # numbers for people: experts held, blocks free

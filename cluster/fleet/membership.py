@@ -1,16 +1,19 @@
-"""Who is in the cluster and which placement is in force. Plain logic: no Ray, no clock, no I/O."""
+"""Who is in the cluster, and which placement and group are in force. Plain logic: no Ray, no clock, no I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
+from cluster.fleet.groups import regroup
 from cluster.placement.placement import Placement
 from workers.member import Member, Role
+from workers.transport.group import Group
 
 LOST_AFTER_S = 5.0  # a member says something every second; on a busy machine a second can be three
 HUNG_AFTER_S = 30.0  # silent for this long, a process that still exists is stopped or stuck
 REBUILD_S = 2.0  # a controller that just started hears every member within two rounds of calls
+REGROUP_S = 0.2  # between two groups after a break, so that one that breaks at once does not make everybody spin
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,7 @@ class View:
     version: int
     members: tuple[Member, ...]  # by role and id; those that left stay, as `lost`
     placement: Placement
+    group: Group | None = None  # None: there is none yet, or the last one broke; those in it leave it
     draining: bool = False  # the cluster is being stopped: finish what is open, take nothing new
 
     def addresses(self, role: Role) -> Mapping[str, str]:
@@ -48,20 +52,25 @@ class Membership:
         self._heard: dict[str, float] = {}
         self._hung_at: dict[str, float] = {}  # of members that have started: loading may keep a process busy
         self._swept = now
+        self._group: Group | None = None
+        self._newest_group = 0
+        self._regroup_at = now
         self._view: View | None = None
 
     def report(self, member: Member, now: float) -> None:
-        """`member` said something: it registers, lives on, or acknowledges an epoch."""
+        """`member` said something: it registers, lives on, acknowledges an epoch, or tells of its group."""
         known = self._members.get(member.id)
         self._members[member.id] = member
         self._heard[member.id] = now
         if member.state != "starting":
             self._hung_at[member.id] = now + HUNG_AFTER_S
-        # `detail` are numbers for people: they must not wake every member each second.
-        if known is None or replace(known, detail={}) != replace(member, detail={}):
+        if member.group is not None and member.group.number > self._newest_group:  # of the time before a restart
+            self._put(member.group)
+        if known is None or _news(known) != _news(member):
             self._changed()
         else:
             self._view = None
+        self._regroup(now)
 
     def sweep(self, now: float, is_dead: Callable[[Member], bool]) -> None:
         """Mark as lost whoever is silent for too long or, as far as the caller can tell, dead."""
@@ -70,6 +79,7 @@ class Membership:
             if member.state != "lost" and (silent or is_dead(member)):
                 self._members[member.id] = replace(member, state="lost")
                 self._changed()
+        self._regroup(now)
 
     def hung(self, now: float) -> list[Member]:
         """Members that are to be ended, each named once: nobody else does it, and Ray starts only what ended again."""
@@ -106,10 +116,32 @@ class Membership:
     @property
     def view(self) -> View:
         if self._view is None:
-            members = sorted(self._members.values(), key=lambda member: (member.role, member.id))
-            self._view = View(self._version, tuple(members), self._placement, self._draining)
+            self._view = View(self._version, self._sorted(), self._placement, self._group, self._draining)
         return self._view
+
+    def _regroup(self, now: float) -> None:
+        if not self.settled(now) or (self._group is None and now < self._regroup_at):
+            return
+        # Versions rise across restarts of the controller, and so do groups that are numbered after them.
+        group = regroup(self._placement, self._sorted(), self._group, self._version + 1)
+        if group != self._group:
+            self._put(group)
+            if group is not None:
+                self._regroup_at = now + REGROUP_S
+
+    def _put(self, group: Group | None) -> None:
+        self._group = group
+        self._newest_group = self._newest_group if group is None else group.number
+        self._changed()
+
+    def _sorted(self) -> tuple[Member, ...]:
+        return tuple(sorted(self._members.values(), key=lambda member: (member.role, member.id)))
 
     def _changed(self) -> None:
         self._version += 1
         self._view = None
+
+
+def _news(member: Member) -> Member:
+    """`member` without what changes and need not wake every other member."""
+    return replace(member, detail={}, group=None, broken=0)
