@@ -78,33 +78,53 @@ class Request(NamedTuple):
 
 def request_frames(tag: Tag, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Iterator[bytes]:
     """The frames that carry rows to a worker. x_TD: a compute dtype; token_P, expert_P: int32; all in host memory."""
-    n_tokens, width = x_TD.shape
-    n_pairs = len(token_P)
-    payload_bytes = x_TD.nbytes + n_pairs * _PAIR_BYTES
-    code = _CODES[x_TD.dtype]
-    head = _HEADER.pack(_MAGIC, _VERSION, REQUEST, code, *tag, n_tokens, n_pairs, width, payload_bytes, 0)
+    head, payload_bytes = request_head(tag, x_TD, len(token_P))
     return _cut(head, payload_bytes, (_array(x_TD), token_P.numpy(), expert_P.numpy()))
 
 
 def reply_frames(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> Iterator[bytes]:
     """The frames that carry expert rows back. y_PD: a compute dtype, in host memory."""
-    n_pairs, width = y_PD.shape
-    code = _CODES[y_PD.dtype]
-    head = _HEADER.pack(_MAGIC, _VERSION, REPLY, code, *tag, n_tokens, n_pairs, width, y_PD.nbytes, compute_ns)
-    return _cut(head, y_PD.nbytes, (_array(y_PD),))
+    return _cut(reply_head(tag, n_tokens, y_PD, compute_ns), y_PD.nbytes, (_array(y_PD),))
 
 
 def error_frames(tag: Tag, text: str) -> Iterator[bytes]:
     """The frame that says why rows were not computed; long texts are cut to one frame."""
-    payload = text.encode()[: FRAME_BYTES - HEADER_BYTES]
-    head = _HEADER.pack(_MAGIC, _VERSION, ERROR, 0, *tag, 0, 0, 0, len(payload), 0)
-    return iter((head + payload,))
+    return iter((error_message(tag, text, FRAME_BYTES),))
+
+
+def request_head(tag: Tag, x_TD: Tensor, n_pairs: int) -> tuple[bytes, int]:
+    """The header of a request, and how many bytes follow it: the rows, token_P, expert_P."""
+    n_tokens, width = x_TD.shape
+    payload_bytes = x_TD.nbytes + n_pairs * _PAIR_BYTES
+    code = _CODES[x_TD.dtype]
+    head = _HEADER.pack(_MAGIC, _VERSION, REQUEST, code, *tag, n_tokens, n_pairs, width, payload_bytes, 0)
+    return head, payload_bytes
+
+
+def reply_head(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> bytes:
+    """The header of a reply; the bytes of y_PD follow it."""
+    n_pairs, width = y_PD.shape
+    code = _CODES[y_PD.dtype]
+    return _HEADER.pack(_MAGIC, _VERSION, REPLY, code, *tag, n_tokens, n_pairs, width, y_PD.nbytes, compute_ns)
+
+
+def error_message(tag: Tag, text: str, limit: int) -> bytes:
+    """Why rows were not computed, header and all, cut to `limit` bytes."""
+    payload = text.encode()[: limit - HEADER_BYTES]
+    return _HEADER.pack(_MAGIC, _VERSION, ERROR, 0, *tag, 0, 0, 0, len(payload), 0) + payload
 
 
 def parse(first: bytes) -> Header:
     """The header of the message that `first` begins. Raises WireError unless all its sizes fit together."""
     if len(first) < HEADER_BYTES:
         raise WireError(f"a first frame of {len(first)} bytes; the header alone has {HEADER_BYTES}")
+    header = parse_head(first)
+    _check_frame(first, HEADER_BYTES + header.payload_bytes)
+    return header
+
+
+def parse_head(first: bytes | memoryview) -> Header:
+    """The header at the beginning of `first`. Raises WireError unless all its sizes fit together."""
     magic, version, kind, code, *rest = _HEADER.unpack_from(first)
     if magic != _MAGIC or version != _VERSION:
         raise WireError(f"magic {magic!r}, version {version}; expected {_MAGIC!r}, {_VERSION}")
@@ -115,7 +135,6 @@ def parse(first: bytes) -> Header:
     if payload_bytes > MAX_PAYLOAD_BYTES:
         raise WireError(f"{payload_bytes} bytes announced; the limit is {MAX_PAYLOAD_BYTES}")
     _check_sizes(kind, n_tokens, n_pairs, width, payload_bytes, _ITEM_BYTES[code])
-    _check_frame(first, HEADER_BYTES + payload_bytes)
     return Header(kind, _DTYPES[code], tag, n_tokens, n_pairs, width, payload_bytes, compute_ns)
 
 

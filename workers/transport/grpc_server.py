@@ -6,16 +6,17 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from workers import wire
-from workers.errors import ExpertMeshError, WireError
+from workers.errors import WireError
 from workers.pb import experts_pb2 as pb
 from workers.shard import ExpertShard
+from workers.transport.answer import answer
 from workers.transport.batcher import Batcher
 from workers.transport.grpc_options import EXPERTS_SERVICE, SERVER_OPTIONS
 
@@ -101,25 +102,12 @@ class ExpertServer:
         """The frames of the reply. Raises WireError when the frames of the stream can no longer be told apart."""
         header = wire.parse(first)
         request = wire.request(header, wire.payload(header, first, lambda: _following(frames)))
-        try:
-            self._check(header, request)
-            y_PD, compute_ns = self._batcher.compute(header.tag.layer, request, is_wanted)
-            return wire.reply_frames(header.tag, header.n_tokens, y_PD, compute_ns)
-        except CancelledError:
+        result = answer(self._shard, self._batcher, header, request, is_wanted)
+        if result is None:
             return iter(())
-        except ExpertMeshError as error:
-            return wire.error_frames(header.tag, str(error))
-        except Exception as error:
-            # The router repairs this elsewhere; the worker lives on for the others.
-            _log.exception("layer %d, %d pairs", header.tag.layer, header.n_pairs)
-            return wire.error_frames(header.tag, f"{type(error).__name__}: {error}")
-
-    def _check(self, header: wire.Header, request: wire.Request) -> None:
-        shard, layer = self._shard, header.tag.layer
-        if (header.width, header.dtype) != (shard.hidden_size, shard.dtype):
-            raise WireError(f"rows of {header.width} {header.dtype}, not {shard.hidden_size} {shard.dtype}")
-        if layer >= shard.n_layers or int(request.expert_P[-1]) >= shard.n_experts:
-            raise WireError(f"layer {layer}, expert {int(request.expert_P[-1])}: the model does not have it")
+        if isinstance(result, str):
+            return wire.error_frames(header.tag, result)
+        return wire.reply_frames(header.tag, header.n_tokens, *result)
 
     def _describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         return pb.DescribeReply(

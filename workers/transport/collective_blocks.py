@@ -1,0 +1,45 @@
+"""How requests and replies lie in the messages of a mesh: as on the Exchange stream, but in one piece or in three.
+
+A message of at most BLOCK_BYTES is one block: the header of `workers.wire`, then what it announces. Of a larger one
+the block holds the header alone, and the tensors follow as they lie in memory: copying them would cost more than two
+messages.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers import wire
+from workers.wire import HEADER_BYTES
+
+BLOCK_BYTES = 1 << 18
+ERROR_BYTES = 1 << 10  # room that every reply has for the text of an error
+LEAVE = b"LEAV"  # the control word of a router that leaves the group, in a block of its own; the worker echoes it
+
+
+def fits(payload_bytes: int) -> bool:
+    """Whether a message with this payload is one block."""
+    return HEADER_BYTES + payload_bytes <= BLOCK_BYTES
+
+
+def view(block: Tensor) -> memoryview:
+    """The bytes of a block."""
+    return block.numpy().data
+
+
+def fill(block: Tensor, head: bytes, *tensors: Tensor) -> Tensor:
+    """Write a message into `block`; returns the part that it takes."""
+    target = view(block)
+    target[: len(head)] = head
+    at = len(head)
+    for tensor in tensors:
+        raw = wire.raw(tensor)
+        target[at : at + len(raw)] = raw
+        at += len(raw)
+    return block[:at]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as uint8 [n], over the same memory."""
+    return tensor.contiguous().view(-1).view(torch.uint8)

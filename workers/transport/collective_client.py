@@ -1,0 +1,245 @@
+"""The router's side of the collective transport: rows to the workers of its group, driven by the step loop's thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from workers import wire
+from workers.errors import WireError, WorkerLost
+from workers.transport.base import Rows, Tag
+from workers.transport.collective_beat import listen
+from workers.transport.collective_blocks import ERROR_BYTES, LEAVE, as_bytes, fill, fits, view
+from workers.transport.collective_buffers import Buffers
+from workers.transport.collective_joiner import BUILD_S, Joiner
+from workers.transport.collective_mesh import Broken, Lane, Mesh
+from workers.transport.group import Group
+
+_LAST_REPLIES_S = 30.0  # how long a group that was followed by another waits for replies that may be given up
+
+
+class _Owed(NamedTuple):
+    """A request in flight, with the blocks that it uses."""
+
+    mesh: Mesh
+    rank: int
+    tag: Tag
+    reply: Any
+    reply_block: Tensor
+    reply_bytes: int
+    sent: tuple[Any, ...]
+    block: Tensor
+
+
+class CollectiveTransport:
+    """A `Transport` over the group that the process is in. A worker can be reached while it is in that group too.
+
+    A new group is built beside the one in use, and requests go over it once every worker of it has given a sign of
+    life; what is in flight comes back over the old one. A group that breaks loses everything in flight, and until the
+    next one is there every worker is lost.
+    """
+
+    def __init__(
+        self, router: str, host: str, *, deadline_s: float = 2.0, on_change: Callable[[], None] | None = None
+    ) -> None:
+        """Connections are bound to the interface of `host`. A worker without a sign of life for `deadline_s` is lost.
+
+        on_change: called by some thread when a group became ready or broke. Raises RuntimeError when `host` is not an
+        address of this machine.
+        """
+        self.dropped_replies = 0
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._mesh: Mesh | None = None
+        self._left_at: dict[Mesh, float] = {}  # groups that were followed by another
+        self._in_flight: Counter[Mesh] = Counter()
+        self._connected: set[str] = set()
+        self._owed: defaultdict[str, deque[_Owed]] = defaultdict(deque)
+        self._buffers = Buffers()
+        self._joiner = Joiner(router, host, self._live, on_change)
+
+    @property
+    def ready(self) -> int:
+        """Number of the group in use; 0: there is none, or it broke."""
+        mesh = self._mesh
+        return 0 if mesh is None or mesh.broken is not None else mesh.group.number
+
+    @property
+    def broken(self) -> int:
+        """Number of the newest group that broke or could not be built; 0: none did."""
+        return self._joiner.broken
+
+    def join(self, group: Group | None) -> None:
+        """Take part in `group` as soon as it is built. From any thread; returns at once, and may be repeated."""
+        self._joiner.join(group)
+
+    def connect(self, worker: str, address: str) -> None:
+        """Open the way to `worker`. The group says where it is, so the address means nothing."""
+        self._connected.add(worker)
+        kept = [owed for owed in self._owed[worker] if owed.mesh.broken is None]
+        self._owed[worker] = deque(kept)
+
+    def disconnect(self, worker: str) -> None:
+        """Forget `worker`. What is in flight is lost."""
+        self._connected.discard(worker)
+
+    def send(self, worker: str, rows: Rows) -> None:
+        """Hand over `rows` and return at once. Raises WorkerLost when the worker is not in a group that works."""
+        mesh, rank = self._way(worker)
+        try:
+            owed = self._post(mesh, rank, rows)
+        except Broken as broken:
+            self._count(mesh, -1)
+            mesh.fail(f"{worker}: {broken}")
+            raise WorkerLost(worker, str(broken)) from None
+        self._owed[worker].append(owed)
+
+    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
+        """Write the reply to the rows sent with `tag` into `out_PD`; see `Transport.receive`."""
+        deadline = time.monotonic() + timeout_s
+        queue = self._owed[worker]
+        while queue and worker in self._connected:
+            owed = queue.popleft()
+            try:
+                result = self._finish(owed, deadline, out_PD if owed.tag == tag else None)
+            except (Broken, WireError) as error:
+                owed.mesh.fail(f"{worker}: {error}")
+                if owed.tag == tag:
+                    raise WorkerLost(worker, str(error)) from None
+                continue
+            finally:
+                self._count(owed.mesh, -1)
+            if owed.tag != tag:
+                self.dropped_replies += 1
+            elif isinstance(result, str):
+                raise WorkerLost(worker, f"refused the rows: {result}")
+            else:
+                return result
+        raise WorkerLost(worker, f"nothing was sent with {tag}" if worker in self._connected else "not connected")
+
+    def close(self) -> None:
+        """Leave every group."""
+        self._joiner.close()
+
+    def _way(self, worker: str) -> tuple[Mesh, int]:
+        with self._lock:
+            mesh = self._mesh
+            if mesh is None or mesh.broken is not None:
+                raise WorkerLost(worker, "there is no group yet" if mesh is None else f"its group broke: {mesh.broken}")
+            if worker not in mesh.group.workers or worker not in self._connected:
+                raise WorkerLost(worker, f"not in group {mesh.group.number}, or not connected")
+            self._in_flight[mesh] += 1
+        return mesh, mesh.workers[mesh.group.workers.index(worker)]
+
+    def _post(self, mesh: Mesh, rank: int, rows: Rows) -> _Owed:
+        x_TD = rows.x_TD.cpu()
+        head, payload_bytes = wire.request_head(rows.tag, x_TD, len(rows.token_P))
+        reply_bytes = len(rows.token_P) * x_TD.shape[1] * x_TD.itemsize
+        # The reply finds its place before it comes: so it need not wait for it.
+        room = max(wire.HEADER_BYTES + reply_bytes, ERROR_BYTES) if fits(reply_bytes) else ERROR_BYTES
+        reply_block = self._buffers.take(room)
+        reply = mesh.receive(rank, Lane.REPLY, reply_block)
+        if fits(payload_bytes):
+            block = self._buffers.take(len(head) + payload_bytes)
+            parts = [fill(block, head, x_TD, rows.token_P, rows.expert_P)]
+        else:
+            block = self._buffers.take(len(head))
+            pairs = torch.cat((rows.token_P, rows.expert_P))
+            parts = [fill(block, head), as_bytes(x_TD), as_bytes(pairs)]
+        sent = tuple(mesh.send(rank, Lane.REQUEST, part) for part in parts)
+        return _Owed(mesh, rank, rows.tag, reply, reply_block, reply_bytes, sent, block)
+
+    def _finish(self, owed: _Owed, deadline: float, out_PD: Tensor | None) -> int | str:
+        """Wait for a reply and write its rows into `out_PD`, or nowhere.
+
+        The nanoseconds the worker computed; or why it refused the rows.
+        """
+        mesh = owed.mesh
+        mesh.wait(owed.reply, deadline - time.monotonic())
+        header = wire.parse_head(view(owed.reply_block))
+        if header.tag != owed.tag:
+            raise WireError(f"the reply to {header.tag} where that to {owed.tag} was due")
+        result: int | str = header.compute_ns
+        if header.kind == wire.ERROR:
+            result = bytes(view(owed.reply_block)[wire.HEADER_BYTES :][: header.payload_bytes]).decode(errors="replace")
+        else:
+            self._take_rows(owed, header, deadline, out_PD)
+        for work in owed.sent:
+            mesh.wait(work, deadline - time.monotonic())
+        self._buffers.give(owed.reply_block)
+        self._buffers.give(owed.block)
+        return result
+
+    def _take_rows(self, owed: _Owed, header: wire.Header, deadline: float, out_PD: Tensor | None) -> None:
+        if header.kind != wire.REPLY or header.payload_bytes != owed.reply_bytes:
+            raise WireError(f"a reply of {header.payload_bytes} bytes, awaited: {owed.reply_bytes}")
+        if out_PD is not None and (header.n_pairs, header.width, header.dtype) != (*out_PD.shape, out_PD.dtype):
+            raise WireError(f"{header.n_pairs} rows of {header.width} {header.dtype}, awaited: {tuple(out_PD.shape)}")
+        if fits(owed.reply_bytes):
+            rows = owed.reply_block[wire.HEADER_BYTES :][: owed.reply_bytes]
+        else:
+            in_place = out_PD is not None and out_PD.is_cpu
+            rows = as_bytes(out_PD) if out_PD is not None and in_place else _block(owed.reply_bytes)
+            owed.mesh.wait(owed.mesh.receive(owed.rank, Lane.REPLY, rows), deadline - time.monotonic())
+            if in_place:
+                return
+        if out_PD is not None:
+            out_PD.copy_(rows.view(out_PD.dtype).view(out_PD.shape))
+
+    def _count(self, mesh: Mesh, requests: int) -> None:
+        with self._lock:
+            if mesh in self._in_flight:
+                self._in_flight[mesh] += requests
+
+    def _live(self, mesh: Mesh) -> None:
+        """The life of a group, in a thread of its own: it is taken up once all workers beat, and left for the next."""
+        taken_up = False
+        try:
+            for _ in listen(mesh, BUILD_S, self._deadline_s):
+                if not taken_up:
+                    taken_up = True
+                    self._take_up(mesh)
+                if self._is_done(mesh):
+                    break
+            _leave(mesh, self._deadline_s)
+        except Broken as broken:
+            mesh.fail(str(broken))
+        finally:
+            with self._lock:
+                self._left_at.pop(mesh, None)
+                del self._in_flight[mesh]
+
+    def _take_up(self, mesh: Mesh) -> None:
+        with self._lock:
+            old = self._mesh
+            is_newer = old is None or old.broken is not None or old.group.number < mesh.group.number
+            if is_newer:
+                self._mesh = mesh
+            followed = old if is_newer else mesh
+            if followed is not None:
+                self._left_at[followed] = time.monotonic()
+        self._joiner.changed()
+
+    def _is_done(self, mesh: Mesh) -> bool:
+        with self._lock:
+            left_at = self._left_at.get(mesh)
+            return left_at is not None and (not self._in_flight[mesh] or time.monotonic() > left_at + _LAST_REPLIES_S)
+
+
+def _block(n_bytes: int) -> Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8)
+
+
+def _leave(mesh: Mesh, timeout_s: float) -> None:
+    """Tell the workers that this router is not lost but has left, and wait until they know."""
+    word = torch.frombuffer(bytearray(LEAVE), dtype=torch.uint8)
+    echoes = [mesh.receive(worker, Lane.REPLY, torch.empty_like(word)) for worker in mesh.workers]
+    words = [mesh.send(worker, Lane.REQUEST, word) for worker in mesh.workers]
+    for work in words + echoes:
+        mesh.wait(work, timeout_s)

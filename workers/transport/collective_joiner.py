@@ -1,0 +1,88 @@
+"""Builds the groups a process is to take part in, in the background, beside the one it uses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+
+from workers.transport.collective_mesh import Mesh, gloo_device
+from workers.transport.group import Group
+
+_log = logging.getLogger(__name__)
+BUILD_S = 20.0  # for every rank to come; a group that takes longer is given up
+
+
+class Joiner:
+    """Every group it builds lives in a thread of its own, which runs `live` until the group has ended."""
+
+    def __init__(
+        self, name: str, host: str, live: Callable[[Mesh], None], on_change: Callable[[], None] | None
+    ) -> None:
+        """on_change: called by any thread when a group broke. Raises RuntimeError when `host` is not local."""
+        self._name = name
+        self._live = live
+        self._on_change = on_change
+        self._device = gloo_device(host)
+        self._lock = threading.Lock()
+        self._newest = 0
+        self._closed = False
+        self._meshes: dict[Mesh, threading.Thread] = {}
+        self.broken = 0  # number of the newest group that broke, or could not be built
+
+    def join(self, group: Group | None) -> None:
+        """Build `group` unless that was begun before, or it does not mean this process. Returns at once."""
+        rank = None if group is None else group.rank(self._name, os.getpid())
+        if group is None or rank is None:
+            return
+        with self._lock:
+            if group.number <= self._newest or self._closed:
+                return
+            self._newest = group.number
+        threading.Thread(target=self._run, args=(group, rank), name=f"group-{group.number}", daemon=True).start()
+
+    def changed(self) -> None:
+        """Tell whoever wants to know that a group became ready or broke."""
+        if self._on_change is not None:
+            self._on_change()
+
+    def close(self) -> None:
+        """End every group, and build no more."""
+        with self._lock:
+            self._closed = True
+            meshes = dict(self._meshes)
+        for mesh, thread in meshes.items():
+            mesh.close()
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _run(self, group: Group, rank: int) -> None:
+        try:
+            mesh = Mesh(group, rank, self._device, BUILD_S, self._broke)
+        except Exception as error:
+            _log.warning("%s: group %d could not be built: %s", self._name, group.number, error)
+            self._note_broken(group.number)
+            return
+        with self._lock:
+            self._meshes[mesh] = threading.current_thread()
+            closed = self._closed
+        try:
+            if not closed:
+                self._live(mesh)
+        except Exception:
+            _log.exception("%s: group %d", self._name, group.number)
+            mesh.fail("an unforeseen error; see the log")
+        finally:
+            mesh.close()
+            with self._lock:
+                del self._meshes[mesh]
+
+    def _broke(self, mesh: Mesh) -> None:
+        _log.warning("%s: group %d broke: %s", self._name, mesh.group.number, mesh.broken)
+        self._note_broken(mesh.group.number)
+
+    def _note_broken(self, number: int) -> None:
+        with self._lock:
+            self.broken = max(self.broken, number)
+        self.changed()

@@ -1,0 +1,124 @@
+"""What an expert worker does for one router of a group: take a request, compute it, reply; until the router leaves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers import wire
+from workers.errors import WireError
+from workers.shard import ExpertShard
+from workers.transport.answer import answer
+from workers.transport.batcher import Batcher
+from workers.transport.collective_blocks import BLOCK_BYTES, ERROR_BYTES, LEAVE, as_bytes, fill, fits, view
+from workers.transport.collective_buffers import Buffers
+from workers.transport.collective_mesh import Broken, Lane, Mesh
+
+
+class Work:
+    """What the lanes of a worker share: its shard, and how many requests are in hand."""
+
+    def __init__(self, shard: ExpertShard, batcher: Batcher) -> None:
+        self.shard = shard
+        self.batcher = batcher
+        self._idle = threading.Condition()
+        self._in_hand = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A request is in hand."""
+        self._add(1)
+        try:
+            yield
+        finally:
+            self._add(-1)
+
+    def wait_until_idle(self, timeout_s: float) -> None:
+        """Return when no request is in hand, or the time is over."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._in_hand == 0, timeout_s)
+
+    def _add(self, requests: int) -> None:
+        with self._idle:
+            self._in_hand += requests
+            self._idle.notify_all()
+
+
+class RouterLane:
+    """Serves the router of rank `router`."""
+
+    def __init__(self, mesh: Mesh, router: int, work: Work) -> None:
+        self.left = False  # the router said that it leaves: that it is gone means nothing
+        self._mesh = mesh
+        self._router = router
+        self._work = work
+        self._buffers = Buffers()
+        self._blocks = [torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(2)]
+
+    def serve(self) -> None:
+        """Answer every request, in order, until the router leaves or the group ends."""
+        try:
+            self._serve()
+        except (Broken, WireError) as error:
+            self._mesh.fail(f"{self._mesh.name(self._router)}: {error}")
+
+    def _serve(self) -> None:
+        this, other = self._blocks
+        request = self._receive(this)
+        while True:
+            self._mesh.wait(request)
+            if bytes(view(this)[: len(LEAVE)]) == LEAVE:
+                break
+            header = wire.parse_head(view(this))
+            content, rest = self._content(header, this)
+            # The next request finds its place while this one is computed.
+            request = self._receive(other)
+            with self._work.one():
+                self._answer(header, content)
+            if rest is not None:
+                self._buffers.give(rest)
+            this, other = other, this
+        self.left = True
+        self._send(this[: len(LEAVE)])
+
+    def _content(self, header: wire.Header, block: Tensor) -> tuple[memoryview, Tensor | None]:
+        """The payload of a request, and the buffer that it took unless it came with its header."""
+        if fits(header.payload_bytes):
+            return view(block)[wire.HEADER_BYTES :][: header.payload_bytes], None
+        rest = self._buffers.take(header.payload_bytes)
+        rows_bytes = header.n_tokens * header.width * header.dtype.itemsize
+        for part in (rest[:rows_bytes], rest[rows_bytes : header.payload_bytes]):
+            self._mesh.wait(self._receive(part))
+        return view(rest)[: header.payload_bytes], rest
+
+    def _answer(self, header: wire.Header, content: memoryview) -> None:
+        request = wire.request(header, content)
+        result = answer(self._work.shard, self._work.batcher, header, request, lambda: self._mesh.broken is None)
+        if isinstance(result, str):
+            self._reply(wire.error_message(header.tag, result, ERROR_BYTES))
+        elif result is not None:
+            y_PD, compute_ns = result
+            self._reply(wire.reply_head(header.tag, header.n_tokens, y_PD, compute_ns), y_PD)
+
+    def _reply(self, head: bytes, *rows: Tensor) -> None:
+        n_bytes = sum(tensor.nbytes for tensor in rows)
+        if fits(n_bytes):
+            block = self._buffers.take(len(head) + n_bytes)
+            parts = [fill(block, head, *rows)]
+        else:
+            block = self._buffers.take(len(head))
+            parts = [fill(block, head), *map(as_bytes, rows)]
+        for work in [self._mesh.send(self._router, Lane.REPLY, part) for part in parts]:
+            self._mesh.wait(work)
+        self._buffers.give(block)
+
+    def _receive(self, block: Tensor) -> Any:
+        return self._mesh.receive(self._router, Lane.REQUEST, block)
+
+    def _send(self, block: Tensor) -> None:
+        self._mesh.wait(self._mesh.send(self._router, Lane.REPLY, block))
