@@ -4,10 +4,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.contract.collective_harness import CollectiveWorkers
 from tests.contract.harness import GrpcWorkers, LocalWorkers, Workers
 from tests.contract.model import Model
 
-KINDS: dict[str, Callable[[Model], Workers]] = {"local": LocalWorkers, "grpc": GrpcWorkers}
+KINDS: dict[str, Callable[[Model], Workers]] = {
+    "local": LocalWorkers,
+    "grpc": GrpcWorkers,
+    "collective": CollectiveWorkers,
+}
 
 
 @pytest.fixture(params=list(KINDS))

@@ -11,6 +11,7 @@ import torch
 
 from cluster.placement.placement import Placement, striped
 from cluster.router.exchange import Exchange
+from tests.contract.collective_harness import CollectiveWorkers
 from tests.contract.harness import GrpcWorkers, Workers, start_all
 from tests.contract.model import Model, batch
 from tests.contract.test_results import run
@@ -32,9 +33,9 @@ def exchange_over(workers: Workers, placement: Placement, reply_s: float = 20, r
     )
 
 
-@pytest.fixture
-def grpc_workers() -> Iterator[GrpcWorkers]:
-    workers = GrpcWorkers(MODEL)
+@pytest.fixture(params=[GrpcWorkers, CollectiveWorkers])
+def gated_workers(request: pytest.FixtureRequest) -> Iterator[GrpcWorkers | CollectiveWorkers]:
+    workers: GrpcWorkers | CollectiveWorkers = request.param(MODEL)
     yield workers
     workers.close()
 
@@ -190,18 +191,18 @@ def test_replies_nobody_awaits_are_dropped_and_counted(make_workers: MakeWorkers
     assert transport.dropped_replies == 2
 
 
-def test_a_late_reply_is_repaired_at_a_replica(grpc_workers: GrpcWorkers) -> None:
-    exchange = exchange_over(grpc_workers, TWICE, reply_s=0.3)
+def test_a_late_reply_is_repaired_at_a_replica(gated_workers: GrpcWorkers | CollectiveWorkers) -> None:
+    exchange = exchange_over(gated_workers, TWICE, reply_s=0.3)
     before = run(exchange, GIVEN)
-    grpc_workers.shards["a"].open.clear()
+    gated_workers.shards["a"].open.clear()
     assert torch.equal(run(exchange, GIVEN), before)
     assert exchange.counters.repairs >= 1
 
 
-def test_a_late_reply_without_a_replica_is_asked_for_again(grpc_workers: GrpcWorkers) -> None:
-    exchange = exchange_over(grpc_workers, ONCE, reply_s=0.3)
+def test_a_late_reply_without_a_replica_is_asked_for_again(gated_workers: GrpcWorkers | CollectiveWorkers) -> None:
+    exchange = exchange_over(gated_workers, ONCE, reply_s=0.3)
     before = run(exchange, GIVEN)
-    gate = grpc_workers.shards["a"].open
+    gate = gated_workers.shards["a"].open
     gate.clear()
     threading.Timer(0.8, gate.set).start()
     torch.testing.assert_close(run(exchange, GIVEN), before)

@@ -13,7 +13,7 @@ from torch import Tensor
 from workers import wire
 from workers.wire import HEADER_BYTES
 
-BLOCK_BYTES = 1 << 18
+BLOCK_BYTES = (1 << 20) + (1 << 16)  # a round number of bytes of rows, and their pairs
 ERROR_BYTES = 1 << 10  # room that every reply has for the text of an error
 LEAVE = b"LEAV"  # the control word of a router that leaves the group, in a block of its own; the worker echoes it
 

@@ -92,8 +92,8 @@ class RouterLane:
             return view(block)[wire.HEADER_BYTES :][: header.payload_bytes], None
         rest = self._buffers.take(header.payload_bytes)
         rows_bytes = header.n_tokens * header.width * header.dtype.itemsize
-        for part in (rest[:rows_bytes], rest[rows_bytes : header.payload_bytes]):
-            self._mesh.wait(self._receive(part))
+        for work in [self._receive(part) for part in (rest[:rows_bytes], rest[rows_bytes : header.payload_bytes])]:
+            self._mesh.wait(work)
         return view(rest)[: header.payload_bytes], rest
 
     def _answer(self, header: wire.Header, content: memoryview) -> None:

@@ -1,0 +1,97 @@
+"""Expert workers in process groups over gloo, and what the controller does for them: the next group when one is due."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable
+
+from tests.contract.harness import GatedShard, gated
+from tests.contract.model import Model
+from workers.shard import ExpertShard
+from workers.transport.base import Transport
+from workers.transport.collective_client import CollectiveTransport
+from workers.transport.collective_server import CollectiveServer
+from workers.transport.group import Group, host_store
+
+_HOST = "127.0.0.1"
+_READY_S = 20
+
+
+class CollectiveWorkers:
+    """Servers and routers of this process; their ranks reach each other through the network stack."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.addresses: dict[str, str] = {}
+        self.shards: dict[str, GatedShard] = {}
+        self.number = 0
+        self._servers: dict[str, CollectiveServer] = {}
+        self._transports: dict[str, CollectiveTransport] = {}
+        self._store, self._store_address = host_store(_HOST)
+        self._lock = threading.RLock()
+        self._started = 0
+        self._closed = False
+
+    def start(self, worker: str, experts: Iterable[tuple[int, int]]) -> None:
+        self.shards[worker] = gated(self.model, experts)
+        self._servers[worker] = CollectiveServer(self.shards[worker], worker, _HOST, on_change=self._look)
+        self._servers[worker].start()
+        self._started += 1
+        self.addresses[worker] = f"{self._servers[worker].address}/{self._started}"
+        self._regroup()
+        self._await_group()
+
+    def kill(self, worker: str) -> None:
+        self.shards.pop(worker).open.set()
+        del self.addresses[worker]
+        with self._lock:
+            server = self._servers.pop(worker)
+        server.stop(0)
+        self._regroup()
+        self._await_group()
+
+    def shard(self, worker: str) -> ExpertShard:
+        return self.shards[worker]
+
+    def transport(self) -> Transport:
+        name = f"router-{len(self._transports)}"
+        transport = CollectiveTransport(name, _HOST, on_change=self._look)
+        with self._lock:
+            self._transports[name] = transport
+        self._regroup()
+        self._await_group()
+        return transport
+
+    def close(self) -> None:
+        self._closed = True
+        for shard in self.shards.values():
+            shard.open.set()
+        for transport in self._transports.values():
+            transport.close()
+        for server in self._servers.values():
+            server.stop(0)
+
+    def _look(self) -> None:
+        with self._lock:
+            members = [*self._transports.values(), *self._servers.values()]
+            if not self._closed and any(member.broken == self.number for member in members):
+                self._regroup()
+
+    def _regroup(self) -> None:
+        with self._lock:
+            if not self._servers or not self._transports:
+                return
+            self.number += 1
+            routers, servers = tuple(self._transports), tuple(self._servers)
+            pids = (os.getpid(),) * len(routers + servers)
+            group = Group(self.number, self._store_address, routers, servers, pids)
+            for member in (*self._transports.values(), *self._servers.values()):
+                member.join(group)
+
+    def _await_group(self) -> None:
+        deadline = time.monotonic() + _READY_S
+        while self._servers and any(transport.ready < self.number for transport in self._transports.values()):
+            assert time.monotonic() < deadline, f"group {self.number} does not become ready"
+            time.sleep(0.002)
