@@ -25,10 +25,23 @@ class Config:
     served_model_name: str | None = option(None, "name in the API; default: the directory's or hub id's last part")
     host: str = option("127.0.0.1", "address the gateway listens on")
     port: int = option(8000, "port the gateway listens on", at_least=1, at_most=65535)
-    transport: Literal["grpc", "local"] = option(
-        "grpc", "how rows travel between router and experts; local: one router holds them all"
+    transport: Literal["auto", "local", "grpc", "collective"] = option(
+        "auto",
+        "how rows travel between routers and experts; local: one router holds them all; "
+        "auto: local without expert workers, collective between GPUs, else grpc",
     )
-    expert_workers: int = option(2, "number of expert worker processes", at_least=1)
+    collective_interface: str | None = option(
+        None, "network interface, or an address of it, for the collective transport; default: loopback"
+    )
+    collective_deadline_s: float = option(
+        2.0, "a process of a collective group without a sign of life for this long is lost", at_least=0.1
+    )
+    trusted_network: bool = option(
+        False, "let the collective transport use an interface that others reach: it neither authenticates nor encrypts"
+    )
+    expert_workers: int = option(
+        2, "number of expert worker processes; 0: the router holds the experts itself", at_least=0
+    )
     routers: int = option(1, "number of router processes", at_least=1)
     gateways: int = option(1, "number of gateway processes", at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(

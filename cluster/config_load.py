@@ -6,7 +6,7 @@ import ipaddress
 import math
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from cluster.config import Config
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, ExpertMeshError
+from workers.transport.interface import UNPROTECTED, bind_address
 
 PREFIX = "EXPERTMESH_"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -133,12 +134,27 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _check_interface(config: Config, refuse: Callable[[str, str], ConfigError]) -> None:
+    # In a Ray of our own every process is on loopback; in another one nobody knows before it is joined.
+    if config.ray_address is not None and not (config.collective_interface and config.trusted_network):
+        raise refuse("transport", f"is not protected: {UNPROTECTED}")
+    if config.ray_address is None:
+        try:
+            bind_address(config.collective_interface, config.trusted_network, "127.0.0.1")
+        except ExpertMeshError as error:
+            raise refuse("collective_interface", f"cannot be used: {error}") from error
+
+
 def _check_together(config: Config, origins: Mapping[str, str]) -> None:
     def refuse(name: str, why: str) -> ConfigError:
         return ConfigError(f"{name} ({origins[name]}): {getattr(config, name)!r} {why}")
 
-    if config.transport == "local" and config.routers != 1:
-        raise refuse("routers", "does not go with transport local, where the one router holds all experts")
+    if (config.transport == "local" or not config.expert_workers) and config.routers != 1:
+        raise refuse("routers", "needs expert workers: without them the one router holds all experts")
+    if config.transport in ("grpc", "collective") and not config.expert_workers:
+        raise refuse("transport", "needs expert workers")
+    if config.transport == "collective":
+        _check_interface(config, refuse)
     if not config.host:
         raise refuse("host", "is empty; 0.0.0.0 listens on every address")
     if config.api_keys_file is not None and not config.api_keys_file.is_file():

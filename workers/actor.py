@@ -13,9 +13,12 @@ from workers.checkpoint import Checkpoint
 from workers.kernels.threads import set_threads
 from workers.member import Member, State
 from workers.membership import MembershipLoop, node_address
-from workers.shard import load_shard
+from workers.shard import ExpertShard, load_shard
 from workers.spec import compute_dtype
+from workers.transport.collective_server import CollectiveServer
+from workers.transport.group import Group
 from workers.transport.grpc_server import ExpertServer
+from workers.transport.interface import bind_address
 
 _log = logging.getLogger(__name__)
 _LAST_WORD_S = 2.0
@@ -28,6 +31,14 @@ class Config(Protocol):
     def dtype(self) -> str: ...
     @property
     def log_level(self) -> str: ...
+    @property
+    def transport(self) -> str: ...
+    @property
+    def collective_interface(self) -> str | None: ...
+    @property
+    def collective_deadline_s(self) -> float: ...
+    @property
+    def trusted_network(self) -> bool: ...
 
 
 class Placement(Protocol):
@@ -47,6 +58,8 @@ class View(Protocol):
     def version(self) -> int: ...
     @property
     def placement(self) -> Placement: ...
+    @property
+    def group(self) -> Group | None: ...
     @property
     def draining(self) -> bool: ...
 
@@ -68,7 +81,8 @@ class ExpertWorker:
         self._node = ray.get_runtime_context().get_node_id()
         self._state: State = "starting"
         self._epoch = 0
-        self._server: ExpertServer | None = None
+        self._group: Group | None = None
+        self._server: ExpertServer | CollectiveServer | None = None
         self._placed: asyncio.Future[Placement] = asyncio.get_event_loop().create_future()
         self._membership = MembershipLoop(controller, self._member, self._on_view)
         self._started = asyncio.get_event_loop().create_task(self._start())
@@ -92,14 +106,26 @@ class ExpertWorker:
             _log.error("expert worker %s cannot start", self._worker, exc_info=error)
             asyncio.get_event_loop().call_later(_LAST_WORD_S, os._exit, 1)
 
-    def _load(self, placement: Placement) -> ExpertServer:
+    def _load(self, placement: Placement) -> ExpertServer | CollectiveServer:
         source = Checkpoint(self._checkpoint)
         shard = load_shard(source, placement.shard(self._worker), compute_dtype(self._config.dtype))
-        server = ExpertServer(shard, self._worker, node_address())
+        server = self._make_server(shard)
         server.start()
         return server
 
+    def _make_server(self, shard: ExpertShard) -> ExpertServer | CollectiveServer:
+        config = self._config
+        if config.transport == "grpc":
+            return ExpertServer(shard, self._worker, node_address())
+        host = bind_address(config.collective_interface, config.trusted_network, node_address())
+        return CollectiveServer(
+            shard, self._worker, host, deadline_s=config.collective_deadline_s, on_change=self._membership.tell
+        )
+
     def _on_view(self, view: View) -> None:
+        self._group = view.group
+        if isinstance(self._server, CollectiveServer):
+            self._server.join(view.group)
         if not self._placed.done() and self._worker in view.placement.workers:
             self._placed.set_result(view.placement)
         if view.draining and self._state == "ready":
@@ -117,5 +143,7 @@ class ExpertWorker:
             state=self._state,
             address="" if server is None else server.address,
             epoch=self._epoch,
+            group=self._group,
+            broken=server.broken if isinstance(server, CollectiveServer) else 0,
             detail={} if server is None else server.numbers(),
         )

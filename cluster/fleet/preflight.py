@@ -11,6 +11,7 @@ import psutil
 
 from cluster.config import Config
 from cluster.errors import StartError
+from cluster.fleet.choose import Choice, choose
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router import memory
@@ -29,6 +30,7 @@ _STEP_BYTES = 256 * 2**20  # activations and logits of a router's step
 class Plan:
     """What will be started."""
 
+    transport: Choice
     checkpoint: str
     model_name: str
     n_layers: int
@@ -47,17 +49,19 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     opened = Checkpoint(checkpoint)
     opened.verify()
     spec, dtype = opened.spec, compute_dtype(config.dtype)
-    n_workers = config.expert_workers if config.transport == "grpc" else 0
+    transport = choose(config, linked_gpus=False)  # all of them compute on CPUs
+    n_workers = config.expert_workers if transport.transport != "local" else 0
     n_blocks = pool_blocks(config, spec, dtype)
     wanted = {
-        "experts": expert_bytes(spec, dtype) * spec.n_layers * spec.n_experts,
-        "dense weights": dense_bytes(spec, dtype) * config.routers,
+        "experts": expert_bytes(opened, dtype) * spec.n_layers * spec.n_experts,
+        "dense weights": dense_bytes(opened, dtype) * config.routers,
         "KV caches": n_blocks * bytes_per_block(spec, config.block_size, dtype) * config.routers,
         "work": _STEP_BYTES * config.routers,
         "processes": _PROCESS_BYTES * (config.routers + n_workers) + _RAY_BYTES,
     }
     cores = len(os.sched_getaffinity(0))
     return Plan(
+        transport=transport,
         checkpoint=str(checkpoint.resolve()),
         model_name=model_name(config, checkpoint),
         n_layers=spec.n_layers,

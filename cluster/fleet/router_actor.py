@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     from cluster.router.engine import Engine
     from cluster.router.exchange import Exchange
     from cluster.router.service import GenerationService
+    from workers.transport.base import Transport
+    from workers.transport.collective_client import CollectiveTransport
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +41,13 @@ class Router:
         self._first_view = asyncio.Event()
         self._changes: set[asyncio.Task[None]] = set()
         self._exchange: Exchange | None = None
+        self._collective: CollectiveTransport | None = None
+        self._store: object = None  # of the groups whose first router this one is; lives as long as the process
+        self._store_address = ""
         self._service: GenerationService | None = None
+        self._loop = asyncio.get_event_loop()
         self._membership = MembershipLoop(controller, self._member, self._on_view)
-        self._started = asyncio.get_event_loop().create_task(self._start())
+        self._started = self._loop.create_task(self._start())
         self._started.add_done_callback(self._end_if_failed)
 
     async def ready(self) -> str:
@@ -65,13 +71,12 @@ class Router:
         """A router that cannot start ends after it could say why; Ray tries again."""
         if (error := started.exception()) is not None:
             log.error("router %s cannot start", self._id, exc_info=error)
-            asyncio.get_event_loop().call_later(_LAST_WORD_S, os._exit, 1)
+            self._loop.call_later(_LAST_WORD_S, os._exit, 1)
 
     def _build(self) -> Engine:
         from cluster.router.build import build_engine
         from cluster.router.exchange import Exchange
         from workers.kernels.threads import set_threads
-        from workers.transport.grpc_client import GrpcTransport
 
         set_threads(self._threads)
         if self._config.transport == "local":
@@ -80,24 +85,56 @@ class Router:
         self._exchange = exchange = Exchange(
             self._view.placement,
             self._view.addresses("expert"),
-            GrpcTransport(),
+            self._make_transport(),
             reply_timeout_s=self._config.reply_timeout_s,
             rejoin_timeout_s=self._config.rejoin_timeout_s,
         )
         return build_engine(self._config, self._checkpoint, exchange)
 
+    def _make_transport(self) -> Transport:
+        from workers.transport.collective_client import CollectiveTransport
+        from workers.transport.group import host_store
+        from workers.transport.grpc_client import GrpcTransport
+        from workers.transport.interface import bind_address
+
+        config = self._config
+        if config.transport == "grpc":
+            return GrpcTransport()
+        host = bind_address(config.collective_interface, config.trusted_network, self._host)
+        self._store, self._store_address = host_store(host)
+        self._collective = CollectiveTransport(
+            self._id,
+            host,
+            deadline_s=config.collective_deadline_s,
+            on_change=self._group_changed,
+        )
+        return self._collective
+
+    def _group_changed(self) -> None:
+        """A group became ready or broke. From any thread."""
+        self._loop.call_soon_threadsafe(self._on_group)
+
+    def _on_group(self) -> None:
+        # A step that waits for its workers hears of the group as of a new view; the controller, which forms the next
+        # one, hears that it broke.
+        if self._view is not None:
+            self._on_view(self._view)
+        self._membership.tell()
+
     def _on_view(self, view: View) -> None:
         self._view = view
         self._first_view.set()
+        if self._collective is not None:
+            self._collective.join(view.group)
         if self._exchange is not None:
             self._exchange.publish(view.placement, view.addresses("expert"))
         if self._service is not None:
-            change = asyncio.get_running_loop().create_task(self._follow_state())
+            change = self._loop.create_task(self._follow_state())
             self._changes.add(change)
             change.add_done_callback(self._changes.discard)
 
     async def _follow_state(self) -> None:
-        """Ready once every worker is: one that leaves later is waited for by the step that needs it.
+        """Ready once every worker can be reached: one that leaves later is waited for by the step that needs it.
 
         Workers of a cluster that is being stopped still answer, and a router restarted then has requests to finish.
         """
@@ -105,6 +142,8 @@ class Router:
             return
         experts = [member for member in self._view.members if member.role == "expert"]
         serving = {member.id for member in experts if member.state in ("ready", "draining")}
+        if self._collective is not None and not self._collective.ready:
+            return
         if self._exchange is None or serving.issuperset(self._view.placement.workers):
             await self._service.set_state("ready")
             self._membership.tell()
@@ -118,6 +157,10 @@ class Router:
             state=cast(State, "starting" if self._service is None else self._service.state),
             address="" if self._service is None else self._service.address,
             epoch=self._epoch(),
+            # Before it has loaded it would keep the others waiting.
+            store="" if self._service is None else self._store_address,
+            group=None if self._view is None else self._view.group,
+            broken=0 if self._collective is None else self._collective.broken,
             detail={} if self._service is None else self._service.numbers(),
         )
 

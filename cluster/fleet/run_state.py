@@ -28,6 +28,8 @@ class RunState:
     ray_address: str  # empty until Ray runs
     run_dir: str
     model: str
+    transport: str
+    transport_reason: str
 
     @property
     def alive(self) -> bool:

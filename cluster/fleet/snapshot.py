@@ -16,6 +16,7 @@ from typing import Any
 from cluster.errors import ExpertMeshError
 from cluster.fleet.membership import View
 from cluster.fleet.run_state import RunState, find
+from workers.member import Member
 
 _NAME = "status.json"
 _STALE_S = 15.0  # it is written every second, and with every change
@@ -29,15 +30,23 @@ def write(state: RunState, view: View) -> None:
         "pid": state.pid,
         "ray_address": state.ray_address,
         "run_dir": state.run_dir,
+        "transport": state.transport,
+        "transport_reason": state.transport_reason,
         "epoch": view.placement.epoch,
+        "group": None if view.group is None else asdict(view.group),
         "draining": view.draining,
         "written": time.time(),
-        "processes": [asdict(member) for member in view.members],
+        "processes": [_process(member) for member in view.members],
     }
     draft = Path(state.run_dir, f"{_NAME}.{os.getpid()}")
     with contextlib.suppress(OSError):
         draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
         draft.replace(Path(state.run_dir, _NAME))
+
+
+def _process(member: Member) -> dict[str, Any]:
+    number = None if member.group is None else member.group.number
+    return asdict(member) | {"group": number}
 
 
 def read(port: int | None = None) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def processes(port: int | None = None) -> list[dict[str, Any]]:
 
 def show(content: dict[str, Any], console: Console) -> None:
     """Print a snapshot for people."""
-    console.print(f"{content['model']} at [bold]{content['url']}[/]", highlight=False)
+    how = f"over {content['transport']} [dim]({content['transport_reason']})[/]"
+    console.print(f"{content['model']} at [bold]{content['url']}[/] {how}", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("id", "state", "pid", "memory", "address", ""):
         right = column in ("pid", "memory")

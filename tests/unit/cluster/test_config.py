@@ -1,7 +1,9 @@
 """Catches an option that is read under another name, a wrong precedence, a lost origin, or a value let through."""
 
+import socket
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +46,7 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "max_body_bytes": "2048",
         "api_keys_file": str(keys),
         "allow_no_keys": "true",
+        "trusted_network": "true",
     }
     values = {f.name: special.get(f.name, "7") for f in fields(Config)}
     from_env = load({}, {f"EXPERTMESH_{name.upper()}": value for name, value in values.items()})
@@ -65,13 +68,19 @@ def test_config_file_and_ray_address_from_environment(tmp_path: Path) -> None:
     [
         ({}, {"EXPERTMESH_PORT": "http"}, r"port \(EXPERTMESH_PORT\): 'http' is not a whole number"),
         ({"port": 70000}, {}, r"port \(--port\): 70000 must be between 1 and 65535"),
-        ({"expert_workers": 0}, {}, r"expert_workers \(--expert-workers\): 0 must be at least 1"),
-        ({"transport": "carrier-pigeon"}, {}, r"transport \(--transport\): .* is not one of grpc, local"),
+        ({"expert_workers": -1}, {}, r"expert_workers \(--expert-workers\): -1 must be at least 0"),
+        (
+            {"transport": "carrier-pigeon"},
+            {},
+            r"transport \(--transport\): .* is not one of auto, local, grpc, collective",
+        ),
         ({}, {"EXPERTMESH_ALLOW_NO_KEYS": "maybe"}, r"allow_no_keys .* is not true or false"),
         ({}, {"EXPERTMESH_REPLY_TIMEOUT_S": "nan"}, r"reply_timeout_s .* is not a number"),
         ({"drain_timeout_s": float("inf")}, {}, r"drain_timeout_s .* is not a number"),
         ({"api_keys_file": "~nobody-of-this-name/keys"}, {}, r"api_keys_file .* is not a file"),
-        ({"transport": "local", "routers": 2}, {}, r"routers \(--routers\): 2 does not go with transport local"),
+        ({"transport": "local", "routers": 2}, {}, r"routers \(--routers\): 2 needs expert workers"),
+        ({"expert_workers": 0, "routers": 2}, {}, r"routers \(--routers\): 2 needs expert workers"),
+        ({"expert_workers": 0, "transport": "grpc"}, {}, r"transport \(--transport\): 'grpc' needs expert workers"),
         ({"host": "0.0.0.0"}, {}, r"host \(--host\): .* no API keys"),
         ({"host": "::"}, {}, r"host \(--host\): .* no API keys"),
         ({"host": "example.org"}, {}, r"host \(--host\): .* no API keys"),
@@ -81,6 +90,49 @@ def test_config_file_and_ray_address_from_environment(tmp_path: Path) -> None:
 def test_refusals_name_option_and_origin(given: dict[str, object], environ: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load(given, environ)
+
+
+COLLECTIVE = {"transport": "collective"}
+JOINED = {**COLLECTIVE, "ray_address": "10.0.0.1:6379"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"collective_interface": "lo"},
+        {"collective_interface": "127.0.0.1"},
+        {"collective_interface": "wire0", "trusted_network": True},
+        {"collective_interface": "192.0.2.7", "trusted_network": True},
+        {"collective_interface": "eth7", "trusted_network": True, "ray_address": "10.0.0.1:6379"},
+    ],
+)
+def test_collective_on_loopback_or_a_trusted_interface(wires: None, given: dict[str, object]) -> None:
+    assert load({**COLLECTIVE, **given}, {}).config.transport == "collective"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"collective_interface": "wire0"}, r"collective_interface .*: 'wire0' .* neither authenticates nor encrypts"),
+        ({"collective_interface": "192.0.2.7"}, "neither authenticates nor encrypts"),
+        ({"collective_interface": "nowhere"}, r"has no interface or address nowhere; it has lo, wire0"),
+        (JOINED, "neither authenticates nor encrypts"),
+        ({**JOINED, "trusted_network": True}, "--collective-interface NAME and --trusted-network"),
+        ({**JOINED, "collective_interface": "wire0"}, "--collective-interface NAME and --trusted-network"),
+    ],
+)
+def test_collective_is_refused_where_others_reach_it(wires: None, given: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load({**COLLECTIVE, **given}, {})
+
+
+@pytest.fixture
+def wires(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with loopback and one wire."""
+    entries = {"lo": "127.0.0.1", "wire0": "192.0.2.7"}
+    found = {name: [SimpleNamespace(family=socket.AF_INET, address=address)] for name, address in entries.items()}
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: found)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])

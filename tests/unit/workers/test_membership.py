@@ -68,7 +68,7 @@ def test_a_router_is_ready_once_its_workers_answer(state: State, becomes: str) -
 
     service.set_state = set_state
     router: Any = object.__new__(Router)
-    router._service, router._exchange = service, object()
+    router._service, router._exchange, router._collective = service, object(), None
     router._view = View(1, (expert,), striped(1, 1, ("expert-0",)))
     router._membership = SimpleNamespace(tell=lambda: None)
     asyncio.run(router._follow_state())

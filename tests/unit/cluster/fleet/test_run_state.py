@@ -17,7 +17,8 @@ from cluster.placement.placement import striped
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunState:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     process = psutil.Process()
-    return RunState(process.pid, process.create_time(), "http://127.0.0.1:8000", 8000, "", str(tmp_path), "tiny")
+    url = "http://127.0.0.1:8000"
+    return RunState(process.pid, process.create_time(), url, 8000, "", str(tmp_path), "tiny", "grpc", "as configured")
 
 
 def test_found_while_it_lives(mine: RunState) -> None:
