@@ -41,6 +41,7 @@ def serve(config: Config, console: Console) -> None:
             preflight.check_gateway(config, checkpoint)
         if config.ray_address is None:
             preflight.check_memory(plan)
+        config = replace(config, transport=plan.transport.transport)
         run_dir = make_run_dir()
         _run(config, plan, run_dir, signals, console)
     except Stopped:
@@ -64,7 +65,17 @@ def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, 
     os.environ.update(local_ray.environment(config, run_dir))
     local_ray.ensure_token(os.environ)
     myself = psutil.Process()
-    state = RunState(myself.pid, myself.create_time(), base_url(config), config.port, "", str(run_dir), plan.model_name)
+    state = RunState(
+        pid=myself.pid,
+        started=myself.create_time(),
+        url=base_url(config),
+        port=config.port,
+        ray_address="",
+        run_dir=str(run_dir),
+        model=plan.model_name,
+        transport=plan.transport.transport,
+        transport_reason=plan.transport.reason,
+    )
     state.write()
     with signals.deferred():
         try:
@@ -88,6 +99,7 @@ def _serve(
     from cluster.fleet.launch import start_actors, wait_ready
 
     cluster = start_actors(config, plan, state.url)
+    console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
     with console.status("starting") as status:
 
         def show(view: View) -> None:
