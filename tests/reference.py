@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from workers.checkpoint import Checkpoint
+from workers.kernels.linear import kept
 from workers.model.batch import Batch
 from workers.model.kv_cache import KVCache
 from workers.model.mixtral import Mixtral
-from workers.shard import ExpertShard
+from workers.shard import load_shard
 
 TOLERANCE = 1e-4
 
@@ -74,14 +76,11 @@ class Paged:
     def __init__(self, directory: Path, n_blocks: int = 128, block_size: int = 4) -> None:
         checkpoint = Checkpoint(directory)
         self.spec = spec = checkpoint.spec
-        shard = ExpertShard(spec, dtype=torch.float32)
-        for layer in range(spec.n_layers):
-            for expert in range(spec.n_experts):
-                shard.load(layer, expert, checkpoint.expert(layer, expert, torch.float32))
+        shard = load_shard(checkpoint, product(range(spec.n_layers), range(spec.n_experts)), torch.float32)
         self.cache = KVCache(spec, n_blocks, block_size, torch.float32)
         for pool in (*self.cache.k, *self.cache.v):
             pool.fill_(float("nan"))  # what was never written must never count
-        self.model = Mixtral(spec, checkpoint.dense(torch.float32), shard, self.cache)
+        self.model = Mixtral(spec, checkpoint.dense(torch.float32, kept(torch.float32)), shard, self.cache)
         self.free = list(range(n_blocks))
         random.Random(0).shuffle(self.free)
         self.blocks: dict[str, list[int]] = {}

@@ -6,7 +6,9 @@ Shape legend: V vocabulary, D hidden size, E experts, F expert FFN size; project
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -76,19 +78,44 @@ class Checkpoint:
         for name, shape in self.spec.tensor_names.every(fused=self._fused):
             self._store.check(name, shape)
 
-    def dense(self, dtype: torch.dtype) -> DenseWeights:
-        """Read everything but the experts, as `dtype`."""
+    def dense(self, dtype: torch.dtype, keep: Collection[torch.dtype] = ()) -> DenseWeights:
+        """Read everything but the experts, as `dtype`; a matrix that is stored as one of `keep` stays as it is."""
         names = self.spec.tensor_names
-        embed_VD = self._store.read(*names.embed(), dtype)
+        embed_VD = self._read(*names.embed(), dtype, keep)
         return DenseWeights(
             embed_VD=embed_VD,
-            norm_D=self._store.read(*names.norm(), dtype),
-            head_VD=embed_VD if self.spec.tie_embeddings else self._store.read(*names.head(), dtype),
+            norm_D=self._read(*names.norm(), dtype, keep),
+            head_VD=embed_VD if self.spec.tie_embeddings else self._read(*names.head(), dtype, keep),
             layers=tuple(
-                DenseLayer(**self._read_all(names.layer(layer, fused=self._fused), dtype))
+                DenseLayer(
+                    **{
+                        field: self._read(name, shape, dtype, keep)
+                        for field, (name, shape) in names.layer(layer, fused=self._fused).items()
+                    }
+                )
                 for layer in range(self.spec.n_layers)
             ),
         )
+
+    def dense_bytes(self, dtype: torch.dtype, keep: Collection[torch.dtype] = ()) -> int:
+        """Bytes of what `dense` gives, by the headers alone."""
+        names = self.spec.tensor_names
+        tensors = [names.embed(), names.norm()] + ([] if self.spec.tie_embeddings else [names.head()])
+        for layer in range(self.spec.n_layers):
+            tensors += names.layer(layer, fused=self._fused).values()
+        return sum(prod(shape) * self._dtype_of(name, shape, dtype, keep).itemsize for name, shape in tensors)
+
+    @property
+    def expert_dtype(self) -> torch.dtype:
+        """What every expert is stored as; float32, which holds all of them, where they differ. Reads headers alone."""
+        names, stored = self.spec.tensor_names, set()
+        for layer in range(self.spec.n_layers):
+            if self._fused:
+                stored |= {self._store.check(*tensor) for tensor in names.fused_experts(layer).values()}
+                continue
+            for expert in range(self.spec.n_experts):
+                stored |= {self._store.check(*tensor) for tensor in names.expert(layer, expert).values()}
+        return stored.pop() if len(stored) == 1 else torch.float32
 
     def expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
         """Read one expert, as `dtype`."""
@@ -104,6 +131,14 @@ class Checkpoint:
             w2_DF=self._store.read(*down, dtype, first=expert * size, part=(hidden, ffn)),
             w3_FD=self._store.read(*gate_up, dtype, first=(2 * expert + 1) * size, part=(ffn, hidden)),
         )
+
+    def _read(self, name: str, shape: Shape, dtype: torch.dtype, keep: Collection[torch.dtype]) -> Tensor:
+        return self._store.read(name, shape, self._dtype_of(name, shape, dtype, keep))
+
+    def _dtype_of(self, name: str, shape: Shape, dtype: torch.dtype, keep: Collection[torch.dtype]) -> torch.dtype:
+        """What a tensor becomes: matrices may stay what they are, vectors are too small to matter."""
+        stored = self._store.check(name, shape)
+        return stored if len(shape) > 1 and stored in keep else dtype
 
     def _read_all(self, tensors: dict[str, tuple[str, Shape]], dtype: torch.dtype) -> dict[str, Tensor]:
         return {field: self._store.read(name, shape, dtype) for field, (name, shape) in tensors.items()}

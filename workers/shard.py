@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workers.errors import ExpertNotHeld
 from workers.kernels.experts import LayerExperts
+from workers.kernels.linear import kept
 from workers.kernels.memory import empty_weights, give_back
 
 if TYPE_CHECKING:
@@ -39,15 +40,24 @@ class ExpertShard:
     One thread may load and unload while another computes; a forward sees a layer as it was when it began.
     """
 
-    def __init__(self, spec: ModelSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        stored: torch.dtype | None = None,
+    ) -> None:
+        """`dtype`: what to compute in. `stored`: what the checkpoint's experts are in, which they stay if they can."""
         self.device = torch.device(device)
         self.dtype = dtype or spec.dtype
+        keep = kept(self.dtype) if self.device.type == "cpu" else frozenset()
+        self.weight_dtype = stored if stored in keep else self.dtype
         self.n_layers = spec.n_layers
         self.n_experts = spec.n_experts
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size
         self._layers = [
-            LayerExperts(spec.n_experts, spec.hidden_size, spec.ffn_size, self.device, self.dtype)
+            LayerExperts(spec.n_experts, spec.hidden_size, spec.ffn_size, self.device, self.dtype, self.weight_dtype)
             for _ in range(spec.n_layers)
         ]
         self._locks = [threading.Lock() for _ in range(spec.n_layers)]
@@ -64,7 +74,7 @@ class ExpertShard:
     @property
     def expert_bytes(self) -> int:
         """Bytes that one replica takes."""
-        return 3 * self.hidden_size * self.ffn_size * self.dtype.itemsize
+        return 3 * self.hidden_size * self.ffn_size * self.weight_dtype.itemsize
 
     @property
     def weight_bytes(self) -> int:
@@ -72,9 +82,9 @@ class ExpertShard:
         return self.expert_bytes * sum(len(layer.held) for layer in self._layers)
 
     def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
-        """Put a replica of `(layer, expert)` on the device, in the shard's dtype; replaces one that is there."""
+        """Put a replica of `(layer, expert)` on the device, as `weight_dtype`; replaces one that is there."""
         f, d = self.ffn_size, self.hidden_size
-        memory = empty_weights(3 * f * d, self.dtype, self.device)
+        memory = empty_weights(3 * f * d, self.weight_dtype, self.device)
         w13_2FD, w2_DF = memory[: 2 * f * d].view(2 * f, d), memory[2 * f * d :].view(d, f)
         w13_2FD[:f], w13_2FD[f:] = weights.w1_FD, weights.w3_FD
         w2_DF.copy_(weights.w2_DF)
@@ -121,9 +131,12 @@ class ExpertShard:
 
 
 def load_shard(source: Checkpoint, experts: Iterable[tuple[int, int]], dtype: torch.dtype) -> ExpertShard:
-    """A shard with `experts`, (layer, expert) pairs, on the CPU; no other tensor is read. Raises CheckpointError."""
-    shard = ExpertShard(source.spec, dtype=dtype)
+    """A shard with `experts`, (layer, expert) pairs, on the CPU, that computes in `dtype`; no other tensor is read.
+
+    Raises CheckpointError.
+    """
+    shard = ExpertShard(source.spec, dtype=dtype, stored=source.expert_dtype)
     for layer, expert in experts:
-        shard.load(layer, expert, source.expert(layer, expert, dtype))
+        shard.load(layer, expert, source.expert(layer, expert, shard.weight_dtype))
     give_back()
     return shard

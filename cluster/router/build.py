@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from math import prod
 from pathlib import Path
 
 import torch
@@ -13,12 +12,13 @@ from cluster.router.engine import Engine
 from cluster.router.memory import check_memory
 from cluster.router.sizing import pool_blocks
 from workers.checkpoint import Checkpoint
+from workers.kernels.linear import kept
 from workers.kernels.memory import give_back
 from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache, bytes_per_block
 from workers.model.mixtral import Mixtral
 from workers.shard import load_shard
-from workers.spec import ModelSpec, compute_dtype
+from workers.spec import compute_dtype
 
 _WORKING_BYTES = 256 * 2**20  # activations and logits of a step, code
 
@@ -34,14 +34,14 @@ def build_engine(config: Config, path: str | Path, experts: Experts | None = Non
     spec, dtype = checkpoint.spec, compute_dtype(config.dtype)
     n_blocks = pool_blocks(config, spec, dtype)
     wanted = {
-        "dense weights": dense_bytes(spec, dtype),
+        "dense weights": dense_bytes(checkpoint, dtype),
         "KV cache": n_blocks * bytes_per_block(spec, config.block_size, dtype),
         "work": _WORKING_BYTES,
     }
     if experts is None:
-        wanted["experts"] = expert_bytes(spec, dtype) * spec.n_layers * spec.n_experts
+        wanted["experts"] = expert_bytes(checkpoint, dtype) * spec.n_layers * spec.n_experts
     check_memory(wanted)
-    dense = checkpoint.dense(dtype)
+    dense = checkpoint.dense(dtype, kept(dtype))
     cache = KVCache(spec, n_blocks, config.block_size, dtype)
     if experts is None:
         experts = load_shard(checkpoint, product(range(spec.n_layers), range(spec.n_experts)), dtype)
@@ -50,12 +50,12 @@ def build_engine(config: Config, path: str | Path, experts: Experts | None = Non
     return Engine(model, config)
 
 
-def expert_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of the weights of one expert."""
-    return sum(prod(shape) for _, shape in spec.tensor_names.expert(0, 0).values()) * dtype.itemsize
+def expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of one expert in a worker that computes in `dtype`."""
+    stored, spec = checkpoint.expert_dtype, checkpoint.spec
+    return 3 * spec.hidden_size * spec.ffn_size * (stored if stored in kept(dtype) else dtype).itemsize
 
 
-def dense_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of the weights that a router holds: all but the experts."""
-    every = sum(prod(shape) for _, shape in spec.tensor_names.every(fused=False)) * dtype.itemsize
-    return every - expert_bytes(spec, dtype) * spec.n_layers * spec.n_experts
+def dense_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of the weights, all but the experts, in a router that computes in `dtype`."""
+    return checkpoint.dense_bytes(dtype, kept(dtype))

@@ -87,8 +87,7 @@ def tokens_of(cluster: RunningCluster, question: str) -> list[int]:
 
 def test_a_process_holds_its_part_of_the_model(served: RunningCluster, checkpoint: Path) -> None:
     """Once loaded. Would catch a second copy of weights, or what loading them leaves behind."""
-    spec = Checkpoint(checkpoint).spec
-    dense = dense_bytes(spec, torch.float32)
+    dense = dense_bytes(Checkpoint(checkpoint), torch.float32)
     for process in served.status()["processes"]:
         resident = psutil.Process(process["pid"]).memory_info().rss
         if process["role"] == "expert":

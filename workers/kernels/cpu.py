@@ -1,103 +1,145 @@
 """The CPU kernels for few rows: they stream the weights once, at the speed of the memory.
 
+Weights are float32, bfloat16 or float16, rows and sums float32.
+
 Imported only to build them (see `native`): numba is here.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 
 from workers.kernels.jit import as_float32, as_int64, take, wait_for_team
-from workers.kernels.native import DOWN_UNIT, UNIT
+from workers.kernels.native import BFLOAT16, DOWN_UNIT, FLOAT16, FLOAT32, UNIT, widens_float16
 from workers.kernels.tile import COLUMNS, dot_tile, swiglu_tile
 
-_dot_1, _dot_2, _dot_3, _dot_4, _dot_5, _dot_6 = (dot_tile(4, columns) for columns in range(1, 7))
-_dot_single = dot_tile(1, 1)
-_swiglu_1, _swiglu_2, _swiglu_3, _swiglu_4, _swiglu_5, _swiglu_6 = (swiglu_tile(2, columns) for columns in range(1, 7))
-_swiglu_single = swiglu_tile(1, 1)
+
+def _dot_rows(kind: int) -> Any:
+    """The products of many weight rows of a kind with many token rows."""
+    dot_1, dot_2, dot_3, dot_4, dot_5, dot_6 = (dot_tile(kind, 4, columns) for columns in range(1, 7))
+    single = dot_tile(kind, 1, 1)
+
+    @numba.njit(inline="never")
+    def dot_rows(weight, stride, first, last, token_rows, n_rows, k, out, out_stride):  # type: ignore[no-untyped-def]
+        """`out[t, n - first] = dot(weight row n, token row t)` for the weight rows first:last."""
+        n = first
+        while n + 4 <= last:
+            w = weight + n * stride
+            o = out + 4 * (n - first)
+            t = 0
+            while t < n_rows:
+                chunks = (n_rows - t + COLUMNS - 1) // COLUMNS
+                c = (n_rows - t + chunks - 1) // chunks
+                tokens = token_rows + 8 * t
+                y = o + t * out_stride
+                ahead = 4 * stride
+                if c == 1:
+                    dot_1(w, stride, tokens, k, y, out_stride, ahead)
+                elif c == 2:
+                    dot_2(w, stride, tokens, k, y, out_stride, ahead)
+                elif c == 3:
+                    dot_3(w, stride, tokens, k, y, out_stride, ahead)
+                elif c == 4:
+                    dot_4(w, stride, tokens, k, y, out_stride, ahead)
+                elif c == 5:
+                    dot_5(w, stride, tokens, k, y, out_stride, ahead)
+                else:
+                    dot_6(w, stride, tokens, k, y, out_stride, ahead)
+                t += c
+            n += 4
+        while n < last:
+            for t in range(n_rows):
+                y = out + 4 * (n - first) + t * out_stride
+                single(weight + n * stride, stride, token_rows + 8 * t, k, y, out_stride, 0)
+            n += 1
+
+    return dot_rows
 
 
-@numba.njit(inline="never")
-def dot_rows(weight, stride, first, last, token_rows, n_rows, k, out, out_stride):  # type: ignore[no-untyped-def]
-    """`out[t, n - first] = dot(weight row n, token row t)` for the weight rows first:last."""
-    n = first
-    while n + 4 <= last:
-        w = weight + n * stride
-        o = out + 4 * (n - first)
-        t = 0
-        while t < n_rows:
-            chunks = (n_rows - t + COLUMNS - 1) // COLUMNS
-            c = (n_rows - t + chunks - 1) // chunks
-            tokens = token_rows + 8 * t
-            y = o + t * out_stride
-            ahead = 4 * stride
-            if c == 1:
-                _dot_1(w, stride, tokens, k, y, out_stride, ahead)
-            elif c == 2:
-                _dot_2(w, stride, tokens, k, y, out_stride, ahead)
-            elif c == 3:
-                _dot_3(w, stride, tokens, k, y, out_stride, ahead)
-            elif c == 4:
-                _dot_4(w, stride, tokens, k, y, out_stride, ahead)
-            elif c == 5:
-                _dot_5(w, stride, tokens, k, y, out_stride, ahead)
-            else:
-                _dot_6(w, stride, tokens, k, y, out_stride, ahead)
-            t += c
-        n += 4
-    while n < last:
-        for t in range(n_rows):
-            y = out + 4 * (n - first) + t * out_stride
-            _dot_single(weight + n * stride, stride, token_rows + 8 * t, k, y, out_stride, 0)
-        n += 1
+def _swiglu_rows(kind: int) -> Any:
+    """The hidden rows of weights of a kind."""
+    swiglu_1, swiglu_2, swiglu_3, swiglu_4, swiglu_5, swiglu_6 = (swiglu_tile(kind, 2, c) for c in range(1, 7))
+    single = swiglu_tile(kind, 1, 1)
+
+    @numba.njit(inline="never")
+    def swiglu_rows(gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride):  # type: ignore[no-untyped-def]
+        """`out[t, n - first] = silu(gate row n . token row t) * (up row n . token row t)` for the rows first:last."""
+        n = first
+        while n + 2 <= last:
+            g, u = gate + n * stride, up + n * stride
+            o = out + 4 * (n - first)
+            t = 0
+            while t < n_rows:
+                chunks = (n_rows - t + COLUMNS - 1) // COLUMNS
+                c = (n_rows - t + chunks - 1) // chunks
+                tokens = token_rows + 8 * t
+                y = o + t * out_stride
+                ahead = 2 * stride
+                if c == 1:
+                    swiglu_1(g, u, stride, tokens, k, y, out_stride, ahead)
+                elif c == 2:
+                    swiglu_2(g, u, stride, tokens, k, y, out_stride, ahead)
+                elif c == 3:
+                    swiglu_3(g, u, stride, tokens, k, y, out_stride, ahead)
+                elif c == 4:
+                    swiglu_4(g, u, stride, tokens, k, y, out_stride, ahead)
+                elif c == 5:
+                    swiglu_5(g, u, stride, tokens, k, y, out_stride, ahead)
+                else:
+                    swiglu_6(g, u, stride, tokens, k, y, out_stride, ahead)
+                t += c
+            n += 2
+        if n < last:
+            for t in range(n_rows):
+                y = out + 4 * (n - first) + t * out_stride
+                single(gate + n * stride, up + n * stride, stride, token_rows + 8 * t, k, y, out_stride, 0)
+
+    return swiglu_rows
+
+
+dot_rows = _dot_rows(FLOAT32)
+_dot_bfloat16, _swiglu_float32, _swiglu_bfloat16 = _dot_rows(BFLOAT16), _swiglu_rows(FLOAT32), _swiglu_rows(BFLOAT16)
+# Where the processor cannot widen float16 nobody calls for it.
+_dot_float16, _swiglu_float16 = _dot_bfloat16, _swiglu_bfloat16
+if widens_float16():
+    _dot_float16, _swiglu_float16 = _dot_rows(FLOAT16), _swiglu_rows(FLOAT16)
+
+
+@numba.njit
+def _dot(kind, weight, stride, first, last, token_rows, n_rows, k, out, out_stride):  # type: ignore[no-untyped-def]
+    if kind == FLOAT32:
+        dot_rows(weight, stride, first, last, token_rows, n_rows, k, out, out_stride)
+    elif kind == BFLOAT16:
+        _dot_bfloat16(weight, stride, first, last, token_rows, n_rows, k, out, out_stride)
+    else:
+        _dot_float16(weight, stride, first, last, token_rows, n_rows, k, out, out_stride)
+
+
+@numba.njit
+def _swiglu(kind, gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride):  # type: ignore[no-untyped-def]
+    if kind == FLOAT32:
+        _swiglu_float32(gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride)
+    elif kind == BFLOAT16:
+        _swiglu_bfloat16(gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride)
+    else:
+        _swiglu_float16(gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride)
 
 
 def linear(args: int) -> None:
     """y[T, N] = x[T, K] @ weight[N, K].T; every thread keeps the rows' addresses in its own part of the scratch."""
     a = as_int64(args)
-    x, x_stride, weight, y, n_rows, k, n, scratch = a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]
+    x, x_stride, weight, y, n_rows, k, n, scratch, kind = a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12]
+    stride = (4 if kind == FLOAT32 else 2) * k
     token_rows = scratch + 8 * n_rows * take(args + 16)
     rows = as_int64(token_rows)
     for t in range(n_rows):
         rows[t] = x + t * x_stride
     first = UNIT * take(args)
     while first < n:
-        dot_rows(weight, 4 * k, first, min(n, first + UNIT), token_rows, n_rows, k, y + 4 * first, 4 * n)
+        _dot(kind, weight, stride, first, min(n, first + UNIT), token_rows, n_rows, k, y + 4 * first, 4 * n)
         first = UNIT * take(args)
-
-
-@numba.njit(inline="never")
-def swiglu_rows(gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride):  # type: ignore[no-untyped-def]
-    """`out[t, n - first] = silu(gate row n . token row t) * (up row n . token row t)` for the rows first:last."""
-    n = first
-    while n + 2 <= last:
-        g, u = gate + n * stride, up + n * stride
-        o = out + 4 * (n - first)
-        t = 0
-        while t < n_rows:
-            chunks = (n_rows - t + COLUMNS - 1) // COLUMNS
-            c = (n_rows - t + chunks - 1) // chunks
-            tokens = token_rows + 8 * t
-            y = o + t * out_stride
-            ahead = 2 * stride
-            if c == 1:
-                _swiglu_1(g, u, stride, tokens, k, y, out_stride, ahead)
-            elif c == 2:
-                _swiglu_2(g, u, stride, tokens, k, y, out_stride, ahead)
-            elif c == 3:
-                _swiglu_3(g, u, stride, tokens, k, y, out_stride, ahead)
-            elif c == 4:
-                _swiglu_4(g, u, stride, tokens, k, y, out_stride, ahead)
-            elif c == 5:
-                _swiglu_5(g, u, stride, tokens, k, y, out_stride, ahead)
-            else:
-                _swiglu_6(g, u, stride, tokens, k, y, out_stride, ahead)
-            t += c
-        n += 2
-    if n < last:
-        for t in range(n_rows):
-            y = out + 4 * (n - first) + t * out_stride
-            _swiglu_single(gate + n * stride, up + n * stride, stride, token_rows + 8 * t, k, y, out_stride, 0)
 
 
 def plan(args: int) -> None:
@@ -144,7 +186,8 @@ def hidden_phase(args):  # type: ignore[no-untyped-def]
     """hidden[pair, F] = silu(w1 x) * (w3 x) of every expert with at most `limit` pairs, shared out by blocks of F."""
     a = as_int64(args)
     d, f, n_experts, limit = a[4], a[5], a[6], a[7]
-    table, starts, token_rows, hidden = as_int64(a[8]), as_int64(a[9]), a[10], a[12]
+    table, starts, token_rows, hidden, kind = as_int64(a[8]), as_int64(a[9]), a[10], a[12], a[14]
+    stride = (4 if kind == FLOAT32 else 2) * d
     blocks = (f + UNIT - 1) // UNIT
     u = take(args)
     while u < n_experts * blocks:
@@ -153,7 +196,8 @@ def hidden_phase(args):  # type: ignore[no-untyped-def]
         if 0 < count <= limit:
             gate, tokens = table[2 * e], token_rows + 8 * begin
             out = hidden + 4 * (begin * f + first)
-            swiglu_rows(gate, gate + 4 * f * d, 4 * d, first, min(f, first + UNIT), tokens, count, d, out, 4 * f)
+            up, last = gate + f * stride, min(f, first + UNIT)
+            _swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, 4 * f)
         u = take(args)
 
 
@@ -161,7 +205,8 @@ def experts_pairs(args: int) -> None:
     """y[pair, D] of every expert with at most `limit` pairs, unweighted, pairs sorted by expert."""
     a = as_int64(args)
     d, f, n_experts, limit = a[4], a[5], a[6], a[7]
-    table, starts, hidden_rows, y = as_int64(a[8]), as_int64(a[9]), a[11], a[13]
+    table, starts, hidden_rows, y, kind = as_int64(a[8]), as_int64(a[9]), a[11], a[13], a[14]
+    stride = (4 if kind == FLOAT32 else 2) * f
     hidden_phase(args)
     wait_for_team(a[3])
     blocks = (d + UNIT - 1) // UNIT
@@ -171,7 +216,7 @@ def experts_pairs(args: int) -> None:
         begin, count = starts[e], starts[e + 1] - starts[e]
         if 0 < count <= limit:
             rows, out = hidden_rows + 8 * begin, y + 4 * (begin * d + first)
-            dot_rows(table[2 * e + 1], 4 * f, first, min(d, first + UNIT), rows, count, f, out, 4 * d)
+            _dot(kind, table[2 * e + 1], stride, first, min(d, first + UNIT), rows, count, f, out, 4 * d)
         u = take(args + 8)
 
 
@@ -191,8 +236,9 @@ def experts_combined(args: int) -> None:
     """out[T, D] = the weighted sum over each token's experts, added in expert order."""
     a = as_int64(args)
     d, f, n_experts = a[4], a[5], a[6]
-    table, starts, hidden_rows, order = as_int64(a[8]), as_int64(a[9]), a[11], a[14]
-    out, weights, choices, n_pairs, buffers, buffer_stride = a[13], a[15], a[16], a[17], a[18], a[19]
+    table, starts, hidden_rows, out, kind, order = as_int64(a[8]), as_int64(a[9]), a[11], a[13], a[14], a[15]
+    weights, choices, n_pairs, buffers, buffer_stride = a[16], a[17], a[18], a[19], a[20]
+    stride = (4 if kind == FLOAT32 else 2) * f
     hidden_phase(args)
     wait_for_team(a[3])
     blocks = (d + DOWN_UNIT - 1) // DOWN_UNIT
@@ -208,7 +254,7 @@ def experts_combined(args: int) -> None:
             begin, end = starts[e], starts[e + 1]
             if begin < end:
                 rows = hidden_rows + 8 * begin
-                dot_rows(table[2 * e + 1], 4 * f, first, last, rows, end - begin, f, buffer, 4 * DOWN_UNIT)
+                _dot(kind, table[2 * e + 1], stride, first, last, rows, end - begin, f, buffer, 4 * DOWN_UNIT)
                 add_weighted(buffer, 4 * DOWN_UNIT, begin, end, order, choices, weights, out, d, first, last)
         u = take(args + 8)
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels import native, reference
-from workers.kernels.linear import is_fast, with_unit_stride
+from workers.kernels.linear import is_fast, many_rows, with_unit_stride
 from workers.kernels.native import DOWN_UNIT, FEW_ROWS
 
 
@@ -24,19 +23,27 @@ class LayerExperts:
     """
 
     def __init__(
-        self, n_experts: int, hidden_size: int, ffn_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        n_experts: int,
+        hidden_size: int,
+        ffn_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype | None = None,
     ) -> None:
+        """`dtype` of the rows; `weight_dtype`: the same, which None means, or one that `linear.kept` names."""
         self.n_experts = n_experts
         self.hidden_size = hidden_size
         self.ffn_size = ffn_size
         self.device = device
         self.dtype = dtype
+        self.weight_dtype = weight_dtype or dtype
         #: int64 [E]: the rows each expert computed since its weights came.
         self.rows_E = torch.zeros(n_experts, dtype=torch.int64)
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._table_E2 = torch.zeros(n_experts, 2, dtype=torch.int64)  # addresses of w13 and w2; 0: not held
-        self._fast = device.type == "cpu" and dtype == torch.float32 and native.usable()
-        self._expert_bytes = 3 * hidden_size * ffn_size * dtype.itemsize
+        self._fast = device.type == "cpu" and dtype == torch.float32 and native.takes(self.weight_dtype)
+        self._expert_bytes = 3 * hidden_size * ffn_size * self.weight_dtype.itemsize
 
     @property
     def held(self) -> frozenset[int]:
@@ -121,6 +128,7 @@ class LayerExperts:
         return (
             *(self.hidden_size, self.ffn_size, self.n_experts, limit, self._table_E2.data_ptr()),
             *(at.starts, at.token_rows, at.hidden_rows, plan.hidden_PF.data_ptr(), out.data_ptr()),
+            native.KINDS[self.weight_dtype],
         )
 
     def _combined(self, plan: _Plan, weights_TK: Tensor) -> Tensor:
@@ -146,13 +154,13 @@ class LayerExperts:
             for expert, (w13_2FD, w2_DF) in self._weights.items():
                 begin, end = starts[expert], starts[expert + 1]
                 if end - begin > FEW_ROWS:
-                    both_P2F = F.linear(plan.x_TD[token_P[begin:end]], w13_2FD)
+                    both_P2F = many_rows(plan.x_TD[token_P[begin:end]], w13_2FD)
                     hidden_PF = plan.hidden_PF[begin:end]
                     native.silu_mul(
                         native.team(both_P2F.nbytes),
                         *(both_P2F.data_ptr(), hidden_PF.data_ptr(), end - begin, self.ffn_size),
                     )
-                    torch.mm(hidden_PF, w2_DF.t(), out=y_PD[begin:end])
+                    many_rows(hidden_PF, w2_DF, y_PD[begin:end])
         return y_PD
 
 

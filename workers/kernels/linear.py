@@ -13,10 +13,22 @@ from workers.kernels import native
 from workers.kernels.memory import use_huge_pages
 from workers.kernels.native import FEW_ROWS
 
+_BLOCK_BYTES = 16 << 20
+
 
 def is_fast(tensor: Tensor) -> bool:
     """Whether the compiled CPU kernels take it: float32 in host memory."""
     return tensor.dtype == torch.float32 and tensor.is_cpu and native.usable()
+
+
+def kept(dtype: torch.dtype) -> frozenset[torch.dtype]:
+    """What weights may be stored as to compute in `dtype` on a CPU, beside `dtype` itself.
+
+    Weights of 16 bits are made float32 while they are read: half the memory, and half of what a decoding step reads.
+    """
+    if dtype is not torch.float32:
+        return frozenset()
+    return frozenset(narrow for narrow in (torch.bfloat16, torch.float16) if native.takes(narrow))
 
 
 def with_unit_stride(x_TD: Tensor) -> Tensor:
@@ -28,33 +40,55 @@ class PackedLinear:
     """`y_TN = x_TD @ weight_ND.T`, for any number of rows, in whatever way is fastest for that number.
 
     Keeps one resident copy of the weight, row-major, which serves both ways. Takes [T, D] (a non-contiguous view is
-    fine) and returns a new contiguous [T, N]; both have the dtype and device of the weight.
+    fine) and returns a new contiguous [T, N]; both have one dtype, that of the weight or one it is `kept` for, and the
+    device of the weight.
     """
 
     def __init__(self, weight_ND: Tensor) -> None:
         self.weight_ND = weight_ND.detach().contiguous()
         self.n_outputs, self.n_inputs = self.weight_ND.shape
-        self._fast = is_fast(self.weight_ND)
+        self._fast = self.weight_ND.is_cpu and native.takes(self.weight_ND.dtype)
         if self._fast:
             use_huge_pages(self.weight_ND)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         rows = x_TD.shape[0]
-        if not self._fast or rows > FEW_ROWS or rows == 0:
-            return F.linear(x_TD, self.weight_ND)
-        return few_rows(with_unit_stride(x_TD), self.weight_ND)
+        if self._fast and 0 < rows <= FEW_ROWS and x_TD.dtype is torch.float32:
+            return few_rows(with_unit_stride(x_TD), self.weight_ND)
+        return many_rows(x_TD, self.weight_ND)
 
 
 def few_rows(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
-    """The product by the streaming kernel; float32, unit stride along D. Returns [T, N]."""
+    """The product by the streaming kernel; x float32, unit stride along D. Returns float32 [T, N]."""
     n_rows, k = x_TD.shape
     n = weight_ND.shape[0]
     y_TN = native.empty(n_rows, n)
-    team = native.team(4 * n * k)
+    team = native.team(weight_ND.nbytes)
     scratch = native.empty(n_rows * team, dtype=torch.int64)
     native.linear(
         team,
         *(x_TD.data_ptr(), 4 * x_TD.stride(0), weight_ND.data_ptr(), y_TN.data_ptr(), n_rows, k, n),
-        scratch.data_ptr(),
+        *(scratch.data_ptr(), native.KINDS[weight_ND.dtype]),
     )
     return y_TN
+
+
+def many_rows(x_TD: Tensor, weight_ND: Tensor, out_TN: Tensor | None = None) -> Tensor:
+    """The product by BLAS, in the dtype of x. Returns [T, N], which is `out_TN` if that is given.
+
+    A weight stored as something else is converted in blocks of rows: T rows are worth reading it once more.
+    """
+    if out_TN is None:
+        if x_TD.dtype == weight_ND.dtype:
+            return F.linear(x_TD, weight_ND)
+        out_TN = x_TD.new_empty(x_TD.shape[0], weight_ND.shape[0])
+    if x_TD.dtype == weight_ND.dtype:
+        return torch.mm(x_TD, weight_ND.t(), out=out_TN)
+    n, k = weight_ND.shape
+    block = max(1, _BLOCK_BYTES // (k * x_TD.itemsize))
+    scratch_ND = x_TD.new_empty(min(block, n), k)
+    for first in range(0, n, block):
+        part_ND = weight_ND[first : first + block]
+        widened_ND = scratch_ND[: len(part_ND)].copy_(part_ND)
+        torch.mm(x_TD, widened_ND.t(), out=out_TN[:, first : first + block])
+    return out_TN

@@ -33,6 +33,9 @@ FEW_ROWS = 32
 UNIT = 64
 #: Columns of a layer's combined output that one thread takes at a time.
 DOWN_UNIT = 32
+#: How weights are stored, as the kernels are told it.
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 #: Work on fewer bytes than this is done before another thread has woken up.
 PARALLEL_BYTES = 1 << 17
 
@@ -49,6 +52,19 @@ def usable() -> bool:
         _log.warning("the CPU kernels are not available, plain torch is used instead: %s", error)
         return False
     return True
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether the kernels compute with weights stored as `dtype` (rows are always float32)."""
+    return dtype in KINDS and usable() and (dtype is not torch.float16 or widens_float16())
+
+
+@functools.cache
+def widens_float16() -> bool:
+    """Whether the processor makes float32 of float16; bfloat16 is a shift anywhere."""
+    import llvmlite.binding as llvm
+
+    return not llvm.get_process_triple().startswith("x86") or bool(llvm.get_host_cpu_features().get("f16c"))
 
 
 def team(work_bytes: int) -> int:

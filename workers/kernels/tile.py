@@ -14,8 +14,9 @@ from numba import types
 from numba.core import cgutils
 
 from workers.kernels.jit import intrinsic
+from workers.kernels.native import BFLOAT16, FLOAT32
 
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 def _vector_registers() -> tuple[int, int]:
@@ -37,14 +38,18 @@ class _Tile:
     """Emits the LLVM code of one tile: `rows` weight rows times `columns` token rows, all dot products of length k.
 
     Every dot product is the same sequence of additions whatever the tile: lane by lane along k, then the lanes
-    pairwise. So a row's result does not depend on the rows computed beside it.
+    pairwise. So a row's result does not depend on the rows computed beside it. Weights of 16 bits are made float32,
+    which is exact, as they are loaded: the result is that of the same weights in float32.
     """
 
-    def __init__(self, builder: Any, columns: int) -> None:
+    def __init__(self, builder: Any, columns: int, kind: int) -> None:
         self.b = builder
         self.columns = columns
+        self.kind = kind  # of the weights
         self.vector = ir.VectorType(_F32, LANES)
         self.zero = ir.Constant(self.vector, [0.0] * LANES)
+        #: What LANES weights are in memory.
+        self.stored = self.vector if kind == FLOAT32 else ir.VectorType(_I16, LANES)
 
     def at(self, address: Any, type_: Any) -> Any:
         return self.b.inttoptr(address, type_.as_pointer())
@@ -77,9 +82,10 @@ class _Tile:
         b.position_at_end(body)
         offset = b.phi(_I64)
         sums = {pair: b.phi(self.vector) for pair in pairs}
-        w = [b.load(self.at(b.add(row, offset), self.vector), align=4) for row in weights]
+        weight_offset = offset if self.kind == FLOAT32 else b.lshr(offset, c64(1))
+        w = [self.widened(b.load(self.at(b.add(row, weight_offset), self.stored), align=2)) for row in weights]
         for row in weights:
-            wanted = b.inttoptr(b.add(b.add(row, offset), ahead), byte)
+            wanted = b.inttoptr(b.add(b.add(row, weight_offset), ahead), byte)
             b.call(prefetch, [wanted, _I32(0), _I32(2), _I32(1)])
         added = {}
         for j, token in enumerate(tokens):
@@ -104,20 +110,30 @@ class _Tile:
         spread = b.insert_element(ir.Constant(lanes.type, ir.Undefined), left, _I32(0))
         spread = b.shuffle_vector(spread, spread, ir.Constant(lanes.type, [0] * LANES))
         mask = b.icmp_signed("<", lanes, spread)
-        masked = self.function(
-            f"llvm.masked.load.v{LANES}f32.p0", self.vector, self.vector.as_pointer(), _I32, mask.type, self.vector
-        )
-
-        def load(row: Any) -> Any:
-            return b.call(masked, [self.at(b.add(row, whole), self.vector), _I32(4), mask, self.zero])
-
-        w, x = [load(row) for row in weights], [load(token) for token in tokens]
+        whole_weights = whole if self.kind == FLOAT32 else b.lshr(whole, c64(1))
+        w = [self.widened(self.masked(b.add(row, whole_weights), self.stored, mask)) for row in weights]
+        x = [self.masked(b.add(token, whole), self.vector, mask) for token in tokens]
         tail = {(r, j): b.call(fma, [w[r], x[j], main[r, j]]) for r, j in pairs}
         b.branch(done)
 
         b.position_at_end(done)
         total = {pair: self._either(tail[pair], rest, main[pair], after) for pair in pairs}
         return [[total[r, j] for j in range(self.columns)] for r in range(len(weights))]
+
+    def masked(self, address: Any, type_: Any, mask: Any) -> Any:
+        """A vector of which only the lanes in `mask` are loaded; the others are zero."""
+        name = f"llvm.masked.load.v{LANES}{'f32' if type_ == self.vector else 'i16'}.p0"
+        load = self.function(name, type_, type_.as_pointer(), _I32, mask.type, type_)
+        return self.b.call(load, [self.at(address, type_), _I32(2), mask, ir.Constant(type_, None)])
+
+    def widened(self, weights: Any) -> Any:
+        """LANES weights as float32."""
+        if self.kind == FLOAT32:
+            return weights
+        if self.kind == BFLOAT16:  # the upper half of a float32
+            words = self.b.zext(weights, ir.VectorType(_I32, LANES))
+            return self.b.bitcast(self.b.shl(words, ir.Constant(words.type, [16] * LANES)), self.vector)
+        return self.b.fpext(self.b.bitcast(weights, ir.VectorType(ir.HalfType(), LANES)), self.vector)
 
     def _either(self, one: Any, one_block: Any, other: Any, other_block: Any) -> Any:
         phi = self.b.phi(self.vector)
@@ -174,8 +190,8 @@ class _Tile:
         return b.fdiv(x, b.fadd(const(1.0), b.fmul(value, scale)))
 
 
-def dot_tile(rows: int, columns: int) -> Any:
-    """The product of `rows` weight rows with `columns` token rows:
+def dot_tile(kind: int, rows: int, columns: int) -> Any:
+    """The product of `rows` weight rows of a `kind` with `columns` token rows:
     `out[j, r] = dot(weight row r, token row j)`, stride in bytes.
 
     Call it as `(weight, weight_stride, token_rows, k, out, out_stride, ahead)`, addresses and bytes.
@@ -185,7 +201,7 @@ def dot_tile(rows: int, columns: int) -> Any:
     def tile(_context: Any, _w: Any, _dw: Any, _tokens: Any, _k: Any, _out: Any, _dout: Any, _ahead: Any) -> Any:
         def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
             weight, stride, tokens, k, out, out_stride, ahead = args
-            emit = _Tile(b, columns)
+            emit = _Tile(b, columns, kind)
             weights = [b.add(weight, b.mul(stride, ir.Constant(_I64, r))) for r in range(rows)]
             acc = emit.dots(weights, ahead, tokens, k)
             sums = emit.sums([acc[r][j] for j in range(columns) for r in range(rows)])
@@ -197,7 +213,7 @@ def dot_tile(rows: int, columns: int) -> Any:
     return tile
 
 
-def swiglu_tile(rows: int, columns: int) -> Any:
+def swiglu_tile(kind: int, rows: int, columns: int) -> Any:
     """`out[j, r] = silu(dot(gate row r, token row j)) * dot(up row r, token row j)`, stride in bytes.
 
     Call it as `(gate, up, weight_stride, token_rows, k, out, out_stride, ahead)`, addresses and bytes.
@@ -209,7 +225,7 @@ def swiglu_tile(rows: int, columns: int) -> Any:
     ) -> Any:
         def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
             gate, up, stride, tokens, k, out, out_stride, ahead = args
-            emit = _Tile(b, columns)
+            emit = _Tile(b, columns, kind)
             weights = [b.add(w, b.mul(stride, ir.Constant(_I64, r))) for w in (gate, up) for r in range(rows)]
             acc = emit.dots(weights, ahead, tokens, k)
             order = [(r, j) for j in range(columns) for r in range(rows)]

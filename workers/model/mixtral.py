@@ -25,7 +25,7 @@ from workers.spec import ModelSpec
 
 
 class Mixtral:
-    """The model of a router. It computes where the cache lives, in the dtype of the dense weights.
+    """The model of a router. It computes where the cache lives, in the dtype of the norms.
 
     Not thread-safe: one step loop owns it.
     """
@@ -61,7 +61,7 @@ class Mixtral:
         device, n_rows = self.cache.device, batch.n_rows
         cos_Td, sin_Td = self._rope.angles(batch.positions_T.to(device))
         return Flow(
-            x_TD=self._embed_VD.index_select(0, batch.token_ids_T.to(device)),
+            x_TD=self._embed_VD.index_select(0, batch.token_ids_T.to(device)).to(self._norm_D.dtype),
             plan=make_plan(batch, self.cache, self.spec.sliding_window),
             slots_T=batch.slots_T.to(device),
             rows_T=torch.arange(n_rows, device=device),

@@ -47,10 +47,10 @@ def test_experts_may_be_here_or_given(directory: Path) -> None:
 def test_the_bytes_asked_for_are_the_bytes_read(directory: Path) -> None:
     checkpoint = Checkpoint(directory)
     checkpoint.dense(torch.float32)
-    assert checkpoint.bytes_read == dense_bytes(checkpoint.spec, torch.float32)
+    assert checkpoint.bytes_read == dense_bytes(checkpoint, torch.float32)
     checkpoint.expert(1, 3, torch.float32)
-    expert = expert_bytes(checkpoint.spec, torch.float32)
-    assert checkpoint.bytes_read == dense_bytes(checkpoint.spec, torch.float32) + expert
+    expert = expert_bytes(checkpoint, torch.float32)
+    assert checkpoint.bytes_read == dense_bytes(checkpoint, torch.float32) + expert
 
 
 def test_a_defect_is_told_before_memory_is_asked_for(directory: Path, tmp_path: Path) -> None:
