@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ class Gateway:
         from cluster.gateway.session import Session
         from cluster.gateway.tokenizer import Tokenizer
 
+        self._metrics_url = f"{url}/metrics"
         _listen_on_node_address()
+        _tell_when_listening(self._on_listening)
         self._id = f"gateway-{serve.get_replica_context().rank.rank}"
         self._url = url
         self._node = ray.get_runtime_context().get_node_id()
@@ -41,6 +44,10 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._drain
+
+    def _on_listening(self, host: str, port: int) -> None:
+        """This gateway's own server, past the proxy: what it counts is not what the others count."""
+        self._metrics_url = f"http://{host}:{port}/metrics"
 
     def _on_view(self, view: View) -> None:
         self._session.update(view.addresses("router"))
@@ -56,7 +63,7 @@ class Gateway:
             node=self._node,
             state="draining" if self._drain.draining else "ready" if ready else "starting",
             address=self._url,
-            metrics_url=f"{self._url}/metrics",
+            metrics_url=self._metrics_url,
             detail={"open": self._drain.open, "requests": stats.requests, "tokens": stats.tokens},
         )
 
@@ -93,3 +100,19 @@ def _listen_on_node_address() -> None:
     replica.__dict__["add_port_to_grpc_server"] = lambda server, address: original(
         server, address.replace("[::]", host)
     )
+
+
+def _tell_when_listening(told: Callable[[str, int], None]) -> None:
+    """Call `told` with host and port once Serve has opened this replica's own HTTP server, as it does for HAProxy.
+
+    The port is drawn after the constructor, and a replica is not told it.
+    """
+    replica = import_module("ray.serve._private.replica")
+    original = replica.start_asgi_http_server
+
+    async def start(app: ASGIApp, options: Any, *args: Any, **kwargs: Any) -> Any:
+        server = await original(app, options, *args, **kwargs)
+        told(options.host, options.port)
+        return server
+
+    replica.__dict__["start_asgi_http_server"] = start

@@ -24,6 +24,8 @@ _KILL_AFTER_S = 5.0
 
 APPLICATION = "expertmesh"  # its name in Serve
 
+_AUTH_HINT = "; does it ask for a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) that this environment lacks?"
+
 _COMMON = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end must not start another Ray
@@ -35,8 +37,9 @@ inherited: dict[str, str] = {}
 
 def environment(config: Config, run_dir: Path) -> dict[str, str]:
     """Ray's and Serve's settings, to be in force before Ray is imported. Writes the HAProxy script into `run_dir`."""
-    if config.ray_address is not None:
-        return _COMMON  # the rest is up to whoever runs that Ray
+    if config.ray_address is not None:  # the rest is up to whoever runs that Ray
+        # `ray start` asks for a token if there is one, and whoever joins says nothing unless told to.
+        return {**_COMMON, "RAY_AUTH_MODE": "token"} if _has_token() and "RAY_AUTH_MODE" not in os.environ else _COMMON
     haproxy = run_dir / "haproxy"
     haproxy_exec.install(haproxy, config.host, config.port)
     drain_s = int(config.drain_timeout_s) + 1
@@ -64,10 +67,9 @@ def environment(config: Config, run_dir: Path) -> dict[str, str]:
 
 def ensure_token(environ: Mapping[str, str]) -> None:
     """Put a token where Ray looks for one, unless it has one or authentication is off. Readable by the user alone."""
-    given = environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path.home() / ".ray" / "auth_token"
-    if environ.get("RAY_AUTH_MODE") != "token" or given or path.exists():
+    if environ.get("RAY_AUTH_MODE") != "token" or _has_token():
         return
+    path = _token_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
@@ -76,6 +78,14 @@ def ensure_token(environ: Mapping[str, str]) -> None:
         pass  # another process was faster
     except OSError as error:
         raise StartError(f"cannot write Ray's token to {path}: {error.strerror}; set RAY_AUTH_TOKEN_PATH") from error
+
+
+def _has_token() -> bool:
+    return bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")) or _token_path().exists()
+
+
+def _token_path() -> Path:
+    return Path.home() / ".ray" / "auth_token"
 
 
 def start(config: Config, run_dir: Path, variables: Mapping[str, str]) -> str:
@@ -89,6 +99,7 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str]) -> str:
     try:
         if config.ray_address is not None:
             ray.init(config.ray_address, **common)
+            _claim_serve(config.ray_address)
         else:
             os.environ.update(variables)
             inherited.update(variables)
@@ -102,10 +113,44 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str]) -> str:
             )
     except (OSError, RuntimeError, ValueError, ConnectionError) as error:
         where = f"join Ray at {config.ray_address}" if config.ray_address else "start Ray"
-        raise StartError(f"cannot {where}: {' '.join(str(error).split())}") from error
+        hint = _AUTH_HINT if config.ray_address else ""
+        raise StartError(f"cannot {where}: {' '.join(str(error).split())}{hint}") from error
+    except StartError:
+        ray.shutdown()  # so that `stop` finds nothing of ours in it
+        raise
     # Ray prints a paragraph for every process that dies, whatever `log_to_driver` says; Watch prints a line.
     import_module("ray._private.worker").__dict__["_worker_logs_enabled"] = False
     return str(ray.get_runtime_context().gcs_address)
+
+
+def _claim_serve(address: str) -> None:
+    """Make sure that the Ray we joined runs no Serve; what an ExpertMesh that was killed left of its own is ended.
+
+    Where Serve listens is settled when it starts, and it outlives whoever started it. Raises StartError.
+    """
+    from ray import serve
+
+    from cluster.fleet.controller import NAME, NAMESPACE
+
+    if _exists(NAME, NAMESPACE):
+        raise StartError(f"Ray at {address} runs an ExpertMesh already")
+    if not _exists("SERVE_CONTROLLER_ACTOR", "serve"):
+        return
+    if others := serve.status().applications.keys() - {APPLICATION}:
+        raise StartError(
+            f"Ray at {address} already serves {', '.join(sorted(others))}; ExpertMesh needs Ray Serve alone"
+        )
+    serve.shutdown()
+
+
+def _exists(actor: str, namespace: str) -> bool:
+    import ray
+
+    try:
+        ray.get_actor(actor, namespace)
+    except ValueError:
+        return False
+    return True
 
 
 def stop(config: Config) -> None:
@@ -114,7 +159,7 @@ def stop(config: Config) -> None:
     from ray import serve
 
     if config.ray_address is not None and ray.is_initialized():
-        serve.delete(APPLICATION)  # our actors end with us, but what Serve runs does not
+        serve.shutdown()  # our actors end with us, but what Serve runs does not
     family = psutil.Process().children(recursive=True)
     ray.shutdown()
     _, alive = psutil.wait_procs(family, timeout=_KILL_AFTER_S)

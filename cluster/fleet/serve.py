@@ -34,7 +34,8 @@ def serve(config: Config, console: Console) -> None:
     signals = Signals()
     run_dir: Path | None = None
     try:
-        preflight.check_port(config.host, config.port)
+        if config.ray_address is None:
+            preflight.check_port(config.host, config.port)
         checkpoint = resolve(config.model)
         with console.status(f"checking {checkpoint}"):
             plan = preflight.plan(config, checkpoint)
@@ -63,7 +64,8 @@ def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, 
 
     began = time.monotonic()
     os.environ.update(local_ray.environment(config, run_dir))
-    local_ray.ensure_token(os.environ)
+    if config.ray_address is None:
+        local_ray.ensure_token(os.environ)
     myself = psutil.Process()
     state = RunState(
         pid=myself.pid,
@@ -83,6 +85,10 @@ def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, 
                 address = local_ray.start(config, run_dir, process_environment(plan.worker_threads))
             signals.install()  # Ray takes them when it starts
             signals.check()
+            if (
+                config.ray_address is not None
+            ):  # not before: the port may have been held by a Serve that was left behind
+                preflight.check_port(config.host, config.port)
             console.print(f"Ray at {address}", style="dim", highlight=False)
             state = replace(state, ray_address=address)
             state.write()
@@ -100,11 +106,12 @@ def _serve(
 
     cluster = start_actors(config, plan, state.url)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
+    gateways = [f"gateway-{rank}" for rank in range(config.gateways)]
     with console.status("starting") as status:
 
         def show(view: View) -> None:
             snapshot.write(state, view)
-            states = dict.fromkeys((*plan.workers, *plan.routers, "gateway-0"), "loading")
+            states = dict.fromkeys((*plan.workers, *plan.routers, *gateways), "loading")
             states.update({member.id: member.state for member in view.members})
             status.update(", ".join(f"{name} {state}" for name, state in states.items()))
 
