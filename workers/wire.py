@@ -119,7 +119,7 @@ def parse(first: bytes) -> Header:
     if len(first) < HEADER_BYTES:
         raise WireError(f"a first frame of {len(first)} bytes; the header alone has {HEADER_BYTES}")
     header = parse_head(first)
-    _check_frame(first, HEADER_BYTES + header.payload_bytes)
+    check_frame(first, HEADER_BYTES + header.payload_bytes)
     return header
 
 
@@ -154,7 +154,7 @@ def fill(target: memoryview, first: bytes, following: Callable[[], bytes]) -> No
     target[:done] = memoryview(first)[HEADER_BYTES:]
     while done < len(target):
         frame = following()
-        _check_frame(frame, len(target) - done)
+        check_frame(frame, len(target) - done)
         target[done : done + len(frame)] = frame
         done += len(frame)
 
@@ -164,7 +164,7 @@ def skip(header: Header, first: bytes, following: Callable[[], bytes]) -> None:
     left = header.payload_bytes + HEADER_BYTES - len(first)
     while left:
         frame = following()
-        _check_frame(frame, left)
+        check_frame(frame, left)
         left -= len(frame)
 
 
@@ -243,6 +243,7 @@ def _pairs_fit(pairs: NDArray[np.uint32], n_tokens: int) -> bool:
     return bool(token_P.max() < n_tokens and expert_P[-1] < MAX_EXPERTS and (expert_P[1:] >= expert_P[:-1]).all())
 
 
-def _check_frame(frame: bytes, left: int) -> None:
+def check_frame(frame: bytes, left: int) -> None:
+    """Raises WireError unless `frame` is as long as the next one of a message of which `left` bytes are missing."""
     if len(frame) != min(left, FRAME_BYTES):
         raise WireError(f"a frame of {len(frame)} bytes where {min(left, FRAME_BYTES)} were expected")

@@ -106,6 +106,41 @@ def test_rows_that_do_not_fit_the_shard_are_refused_and_the_stream_goes_on(
     transport.receive("a", TAG, 20, torch.empty(1, 32))
 
 
+def test_what_several_routers_wait_for_is_one_batch_by_layer_and_answered_in_order(workers: GrpcWorkers) -> None:
+    """Catches replies that overtake each other on one stream, and layers or routers that are mixed up."""
+    shard = workers.shards["a"]
+    calls: list[tuple[int, int]] = []
+    forward = shard.forward
+
+    def counting(layer: int, x_TD: torch.Tensor, token_P: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
+        calls.append((layer, len(token_P)))
+        return forward(layer, x_TD, token_P, expert_P)
+
+    shard.forward = counting  # type: ignore[method-assign]
+    one, two = workers.transport(), workers.transport()
+    shard.open.clear()
+    asked = [(one, 0, 0), (one, 1, 1), (two, 0, 7), (two, 0, 2), (two, 1, 3), (one, 0, 4)]
+    for router in (one, two):
+        router.connect("a", workers.addresses["a"])
+    for part, (router, layer, expert) in enumerate(asked):
+        router.send("a", Rows(TAG._replace(layer=layer, part=part), torch.ones(1, 32), ONE_P, ONE_P + expert))
+        while part == 0 and not calls:  # the first one is being computed while the others arrive
+            time.sleep(0.01)
+        time.sleep(0.2)  # two streams have no order of their own
+    shard.open.set()
+    out_PD = torch.empty(1, 32)
+    for part, (router, layer, expert) in enumerate(asked):
+        tag = TAG._replace(layer=layer, part=part)
+        if expert == 7:
+            with pytest.raises(WorkerLost, match="expert 7"):
+                router.receive("a", tag, 20, out_PD)
+        else:
+            router.receive("a", tag, 20, out_PD)
+            assert torch.equal(out_PD, forward(layer, torch.ones(1, 32), ONE_P, ONE_P + expert))
+    # Layer 1 of `one` is the oldest that waits; its layer 0 must not go before, and those of `two` come first there.
+    assert calls == [(0, 1), (1, 1), (0, 2), (1, 1)]
+
+
 def test_a_worker_that_answers_nonsense_is_lost() -> None:
     class Liar:
         def exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

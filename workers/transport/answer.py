@@ -21,19 +21,24 @@ def answer(
 ) -> tuple[Tensor, int] | str | None:
     """y_PD in host memory and the nanoseconds it took; or why it was not computed; None: nobody wants it any more."""
     try:
-        _check(shard, header, request)
+        check(shard, header, request)
         return batcher.compute(header.tag.layer, request, is_wanted)
     except CancelledError:
         return None
-    except ExpertMeshError as error:
-        return str(error)
     except Exception as error:
-        # The router repairs this elsewhere; the worker lives on for the others.
-        _log.exception("layer %d, %d pairs", header.tag.layer, header.n_pairs)
-        return f"{type(error).__name__}: {error}"
+        return reason(header, error)
 
 
-def _check(shard: ExpertShard, header: Header, request: Request) -> None:
+def reason(header: Header, error: Exception) -> str:
+    """For the router, which repairs this elsewhere; the worker lives on for the others."""
+    if isinstance(error, ExpertMeshError):
+        return str(error)
+    _log.error("layer %d, %d pairs", header.tag.layer, header.n_pairs, exc_info=error)
+    return f"{type(error).__name__}: {error}"
+
+
+def check(shard: ExpertShard, header: Header, request: Request) -> None:
+    """Raises WireError for rows that the shard cannot compute."""
     layer = header.tag.layer
     if (header.width, header.dtype) != (shard.hidden_size, shard.dtype):
         raise WireError(f"rows of {header.width} {header.dtype}, not {shard.hidden_size} {shard.dtype}")

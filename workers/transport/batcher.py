@@ -1,7 +1,8 @@
 """Rows of several routers that wait for the same layer at the same time are computed as one batch.
 
 Reading the weights of an expert costs more than a few rows, so two routers at the same layer should share one read.
-No thread is handed anything: whoever gets the lock computes for all who wait for its layer.
+With a thread for each router (`compute`) no thread is handed anything: whoever gets the lock computes for all who wait
+for its layer. One thread for all routers knows what waits, and calls `compute_batch`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ class _Job:
     layer: int
     request: Request
     is_wanted: Callable[[], bool]
-    y_PD: Tensor | None = None
-    error: Exception | None = None
+    result: Tensor | Exception | None = None
     compute_ns: int = 0
 
 
@@ -49,12 +49,27 @@ class Batcher:
         job = _Job(layer, request, is_wanted)
         self._waiting.append(job)
         with self._computing:
-            if job.y_PD is None and job.error is None:
+            if job.result is None:
                 self._take(layer)
-        if job.error is not None:
-            raise job.error
-        assert job.y_PD is not None
-        return job.y_PD, job.compute_ns
+        assert job.result is not None
+        if isinstance(job.result, Exception):
+            raise job.result
+        return job.result, job.compute_ns
+
+    def compute_batch(self, layer: int, requests: Sequence[Request]) -> list[tuple[Tensor | Exception, int]]:
+        """For each request y_PD in host memory, or what the shard raised, and the nanoseconds its batch took."""
+        began = time.perf_counter_ns()
+        try:
+            replies = self._forward(layer, requests)
+        except Exception as error:
+            # One router's rows must not fail another's: alone, each gets its own answer.
+            if len(requests) > 1:
+                return [self.compute_batch(layer, [request])[0] for request in requests]
+            return [(error, 0)]
+        spent = time.perf_counter_ns() - began
+        self.compute_seconds += spent / 1e9
+        self.rows += sum(map(len, replies))
+        return [(y_PD, spent) for y_PD in replies]
 
     def _take(self, layer: int) -> None:
         jobs = [job for job in self._waiting if job.layer == layer]
@@ -65,28 +80,11 @@ class Batcher:
             if job.is_wanted():
                 wanted.append(job)
             else:
-                job.error = CancelledError()
+                job.result = CancelledError()
         if wanted:
-            self._compute(wanted)
-
-    def _compute(self, jobs: list[_Job]) -> None:
-        began = time.perf_counter_ns()
-        try:
-            replies = self._forward(jobs[0].layer, [job.request for job in jobs])
-        except Exception as error:
-            # One router's rows must not fail another's: alone, each gets its own answer.
-            if len(jobs) > 1:
-                for job in jobs:
-                    self._compute([job])
-                return
-            jobs[0].error = error
-            return
-        spent = time.perf_counter_ns() - began
-        self.compute_seconds += spent / 1e9
-        for job, y_PD in zip(jobs, replies, strict=True):
-            job.compute_ns = spent
-            job.y_PD = y_PD
-            self.rows += len(y_PD)
+            results = self.compute_batch(layer, [job.request for job in wanted])
+            for job, (result, compute_ns) in zip(wanted, results, strict=True):
+                job.result, job.compute_ns = result, compute_ns
 
     def _forward(self, layer: int, requests: Sequence[Request]) -> list[Tensor]:
         device = self._shard.device

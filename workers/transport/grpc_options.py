@@ -6,6 +6,7 @@ from workers.wire import FRAME_BYTES
 
 EXPERTS_SERVICE = "expertmesh.experts.v1.Experts"
 EXCHANGE_METHOD = f"/{EXPERTS_SERVICE}/Exchange"
+DESCRIBE_METHOD = f"/{EXPERTS_SERVICE}/Describe"
 
 _WINDOW_BYTES = 16 << 20
 _HTTP2_FRAME_BYTES = (1 << 24) - 1  # the most that HTTP/2 allows

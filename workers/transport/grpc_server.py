@@ -1,68 +1,65 @@
-"""The expert worker's side of the gRPC transport: a server around an ExpertShard."""
+"""The expert worker's side of the gRPC transport: a server around an ExpertShard, and the thread that drives both."""
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import time
+from collections import deque
 
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-
-from workers import wire
 from workers.errors import WireError
 from workers.pb import experts_pb2 as pb
 from workers.shard import ExpertShard
-from workers.transport.answer import answer
+from workers.transport.answer import check
 from workers.transport.batcher import Batcher
-from workers.transport.grpc_options import EXPERTS_SERVICE, SERVER_OPTIONS
+from workers.transport.grpc_calls import Call, CallServer, Unary, unimplemented
+from workers.transport.grpc_exchange import ExchangeStream, Job
+from workers.transport.grpc_health import HEALTH_METHOD, Health
+from workers.transport.grpc_options import DESCRIBE_METHOD, EXCHANGE_METHOD, EXPERTS_SERVICE, SERVER_OPTIONS
 
-_log = logging.getLogger(__name__)
-_MAX_STREAMS = 256  # a stream holds a thread; the threads are started as they are needed
+_FLUSH_S = 0.01
 
 
 class ExpertServer:
-    """Serves one shard to any number of routers: Exchange, Describe and gRPC's health service."""
+    """Serves one shard to any number of routers: Exchange, Describe and gRPC's health check.
+
+    One thread receives, computes and answers. What arrives while it computes is its next batch.
+    """
 
     def __init__(self, shard: ExpertShard, worker: str, host: str, port: int = 0) -> None:
         """Listens on `host`:`port` alone (0: any free port). Raises OSError when that cannot be had."""
         self._shard = shard
         self._worker = worker
         self._batcher = Batcher(shard)
-        self._health = health.HealthServicer()
-        self._idle = threading.Condition()
-        self._in_flight = 0
-        self._streams = 0
-        self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "experts"), options=_options())
-        experts = grpc.method_handlers_generic_handler(EXPERTS_SERVICE, self._handlers())
-        self._server.add_generic_rpc_handlers((experts,))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health = Health(EXPERTS_SERVICE)
+        self._streams: set[ExchangeStream] = set()
+        self._waiting: deque[Job] = deque()  # what is being computed included
         bracketed = f"[{host}]" if ":" in host else host
         try:
-            bound = self._server.add_insecure_port(f"{bracketed}:{port}")
-        except RuntimeError as error:
-            raise OSError(f"expert worker {worker} cannot listen on {bracketed}:{port}: {error}") from None
-        self.address = f"{bracketed}:{bound}"
+            self._server = CallServer(f"{bracketed}:{port}", SERVER_OPTIONS, self._accept)
+        except OSError as error:
+            raise OSError(f"expert worker {worker} {error}") from None
+        self.address = f"{bracketed}:{self._server.port}"
+        self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
 
     def start(self) -> None:
         """Take requests from now on; the shard is loaded."""
         self._server.start()
-        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.is_serving = True
+        self._thread.start()
 
     def drain(self) -> None:
         """Say NOT_SERVING; the routers that are connected are still answered."""
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.is_serving = False
 
     def stop(self, grace_s: float) -> None:
         """Drain, answer what has arrived (at most `grace_s` seconds), then close every stream."""
         self.drain()
-        with self._idle:
-            self._idle.wait_for(lambda: self._in_flight == 0, grace_s)
-        self._server.stop(0).wait()
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline and (self._waiting or not all(s.is_flushed for s in tuple(self._streams))):
+            time.sleep(_FLUSH_S)
+        self._server.stop()
+        self._thread.join()
 
     def numbers(self) -> dict[str, object]:
         """For people: experts held, bytes, rows and seconds computed, open streams."""
@@ -71,45 +68,63 @@ class ExpertServer:
             "weight_bytes": self._shard.weight_bytes,
             "rows": self._batcher.rows,
             "compute_seconds": round(self._batcher.compute_seconds, 3),
-            "streams": self._streams,
+            "streams": len(self._streams),
         }
 
-    def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-        return {
-            # No serialisers: frames are the bytes on the wire.
-            "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
-            "Describe": grpc.unary_unary_rpc_method_handler(
-                self._describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
-            ),
-        }
-
-    def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        self._count(streams=1)
+    def _run(self) -> None:
         try:
-            for first in frames:
-                self._count(in_flight=1)
-                try:
-                    yield from self._answer(first, frames, context.is_active)
-                finally:
-                    self._count(in_flight=-1)
-        except WireError as error:
-            _log.warning("stream of %s closed: %s", context.peer(), error)
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        finally:
-            self._count(streams=-1)
+            while True:
+                self._server.take(wait=True)
+                while self._waiting:
+                    # Others may wait for the same layer; a router that is alone does not pay for the question.
+                    while len(self._streams) > 1 and self._server.take(wait=False):
+                        pass
+                    self._compute()
+        except CallServer.Stopped:
+            pass
 
-    def _answer(self, first: bytes, frames: Iterator[bytes], is_wanted: Callable[[], bool]) -> Iterator[bytes]:
-        """The frames of the reply. Raises WireError when the frames of the stream can no longer be told apart."""
-        header = wire.parse(first)
-        request = wire.request(header, wire.payload(header, first, lambda: _following(frames)))
-        result = answer(self._shard, self._batcher, header, request, is_wanted)
-        if result is None:
-            return iter(())
-        if isinstance(result, str):
-            return wire.error_frames(header.tag, result)
-        return wire.reply_frames(header.tag, header.n_tokens, *result)
+    def _compute(self) -> None:
+        """What waits for the layer of the oldest request, as one batch."""
+        jobs = self._next_batch()
+        fitting = []
+        for job in jobs:
+            if not job.stream.is_open:
+                continue
+            try:
+                check(self._shard, job.header, job.request)
+            except WireError as error:
+                job.stream.answer(job.header, error, 0)
+            else:
+                fitting.append(job)
+        requests = [job.request for job in fitting]
+        results = self._batcher.compute_batch(jobs[0].header.tag.layer, requests) if requests else []
+        for job, (result, compute_ns) in zip(fitting, results, strict=True):
+            job.stream.answer(job.header, result, compute_ns)
+        for job in jobs:
+            self._waiting.remove(job)
 
-    def _describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+    def _next_batch(self) -> list[Job]:
+        """A stream's requests are answered in their order: none goes before one of its own for another layer."""
+        layer = self._waiting[0].header.tag.layer
+        jobs, passed = [], set()
+        for job in self._waiting:
+            if job.header.tag.layer == layer and job.stream not in passed:
+                jobs.append(job)
+            else:
+                passed.add(job.stream)
+        return jobs
+
+    def _accept(self, call: Call) -> None:
+        if call.method == EXCHANGE_METHOD:
+            self._streams.add(ExchangeStream(call, self._waiting.append, self._streams.discard))
+        elif call.method == DESCRIBE_METHOD:
+            Unary(call, self._describe)
+        elif call.method == HEALTH_METHOD:
+            Unary(call, self._health.check)
+        else:
+            Unary(call, unimplemented)
+
+    def _describe(self, _request: bytes) -> bytes:
         return pb.DescribeReply(
             worker=self._worker,
             pid=os.getpid(),
@@ -117,26 +132,5 @@ class ExpertServer:
             weight_bytes=self._shard.weight_bytes,
             rows=self._batcher.rows,
             compute_seconds=self._batcher.compute_seconds,
-            streams=self._streams,
-        )
-
-    def _count(self, *, in_flight: int = 0, streams: int = 0) -> None:
-        with self._idle:
-            self._in_flight += in_flight
-            self._streams += streams
-            if self._in_flight == 0:
-                self._idle.notify_all()
-
-    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
-        for service in ("", EXPERTS_SERVICE):
-            self._health.set(service, status)
-
-
-def _following(frames: Iterator[bytes]) -> bytes:
-    for frame in frames:
-        return frame
-    raise WireError("the stream ended within a message")
-
-
-def _options() -> list[tuple[str, int]]:
-    return [(name.decode(), value) for name, value in SERVER_OPTIONS]
+            streams=len(self._streams),
+        ).SerializeToString()
