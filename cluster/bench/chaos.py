@@ -8,185 +8,178 @@ of the undisturbed run are within `NEAR_TIE` of each other may differ: there the
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import httpx
 import typer
 
+from cluster.bench.chaos_stream import Stream, compare, first_difference, follow, pauses, requests
+from cluster.bench.common import console, print_json
+from cluster.bench.gateway import DEFAULT_URL, AsJson, Client, Key, Url, connect
 from cluster.errors import ExpertMeshError
 from cluster.fleet.status import processes
 
-NEAR_TIE = 1e-4  # nats
+Role = Literal["expert", "router", "controller"]
+
 _QUIET_S = (0.5, 8.0)  # between two kills, once the fleet is whole again
-SUBJECTS = ["the sea", "a clock", "bread", "winter", "the number seven", "a garden", "trains", "an old friend"]
+_WHOLE_WITHIN_S = 120.0
+_POLL_S = 0.2
 
 
 @dataclass(slots=True)
-class Stream:
-    """What one client saw."""
+class Report:
+    """What is known so far; an interrupted run keeps it."""
 
-    tokens: list[str] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)  # between the two likeliest tokens, nats
-    arrivals: list[float] = field(default_factory=list)  # monotonic seconds, the start of the request first
-    finish: str | None = None
+    role: Role
+    planned: int  # kills
+    undisturbed: list[Stream] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)  # of all rounds, in the order of `undisturbed`
+    errors: list[str] = field(default_factory=list)  # of streams that did not end
+    kills: list[float] = field(default_factory=list)  # moments, monotonic seconds
+    interrupted: str | None = None  # why
 
-
-async def follow(client: httpx.AsyncClient, request: dict[str, Any]) -> Stream:
-    """Run one streamed completion to its end. Raises ExpertMeshError when the client is given an error."""
-    seen = Stream(arrivals=[time.monotonic()])
-    async with client.stream("POST", "/v1/completions", json=request) as response:
-        if response.status_code != 200:
-            raise ExpertMeshError(f"HTTP {response.status_code}: {(await response.aread()).decode()[:300]}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise ExpertMeshError(f"error in the stream: {event['error']}")
-            for choice in event["choices"]:
-                note(seen, choice)
-    if seen.finish is None:
-        raise ExpertMeshError("a stream ended without a finish_reason")
-    return seen
-
-
-def note(seen: Stream, choice: dict[str, Any]) -> None:
-    """Add what one event says."""
-    logprobs = choice.get("logprobs") or {}
-    if tokens := logprobs.get("tokens"):
-        seen.arrivals.append(time.monotonic())
-        seen.tokens.extend(tokens)
-        for top in logprobs["top_logprobs"]:
-            best = sorted(top.values(), reverse=True)
-            seen.margins.append(best[0] - best[1] if len(best) > 1 else 0.0)
-    seen.finish = choice.get("finish_reason") or seen.finish
-
-
-def same(seen: Stream, undisturbed: Stream) -> bool:
-    """Equal tokens and end, up to a near-tie of the undisturbed run."""
-    if seen.tokens == undisturbed.tokens:
-        return seen.finish == undisturbed.finish
-    pairs = zip(seen.tokens, undisturbed.tokens, strict=False)
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    return first is not None and undisturbed.margins[first] < NEAR_TIE
-
-
-def requests(model: str, n: int, max_tokens: int) -> list[dict[str, Any]]:
-    """`n` different requests, every other one greedy, the rest sampled with a seed."""
-    return [
-        {
-            "model": model,
-            "prompt": f"Story {i}. Once upon a time, {SUBJECTS[i % len(SUBJECTS)]}",
-            "max_tokens": max_tokens,
-            "ignore_eos": True,
-            "temperature": 0.0 if i % 2 == 0 else 0.8,
-            "seed": i,
-            "logprobs": 2,
-            "stream": True,
+    def result(self) -> dict[str, Any]:
+        """The figures. Streams that had not ended when it was interrupted count for the pauses alone."""
+        pairs = [(i, seen, self.undisturbed[i % len(self.undisturbed)]) for i, seen in enumerate(self.streams)]
+        ended = [(i, seen, wanted) for i, seen, wanted in pairs if seen.finish is not None]
+        verdicts = [(compare(seen, wanted), i, seen, wanted) for i, seen, wanted in ended]
+        longest = pauses(self.streams, self.kills)
+        return {
+            "role": self.role,
+            "planned_kills": self.planned,
+            "kills": len(self.kills),
+            "streams": len(ended),
+            "changed": sum(verdict == "changed" for verdict, *_ in verdicts),
+            "near_ties": sum(verdict == "near-tie" for verdict, *_ in verdicts),
+            "errors": self.errors,
+            "pause_s": {"median": statistics.median(longest), "max": max(longest)} if longest else None,
+            "undisturbed_pause_s": max((seen.longest_pause for seen in self.undisturbed), default=None),
+            "interrupted": self.interrupted,
+            "differences": [difference(i, seen, wanted) for verdict, i, seen, wanted in verdicts if verdict != "same"],
         }
-        for i in range(n)
-    ]
 
 
-async def run_all(client: httpx.AsyncClient, todo: list[dict[str, Any]]) -> list[Stream]:
-    """All requests at once."""
-    return await asyncio.gather(*(follow(client, request) for request in todo))
-
-
-async def killer(port: int | None, role: str, kills: int, rng: random.Random, done: asyncio.Event) -> list[float]:
-    """Kill `kills` processes of `role` in the cluster on `port`, each after the fleet is whole again.
-
-    Returns the moments of the kills.
-    """
-    moments: list[float] = []
-    dead: set[int] = set()
-    while len(moments) < kills:
-        await asyncio.sleep(rng.uniform(*_QUIET_S))
-        fleet = await asyncio.to_thread(processes, port)
-        if any(process["state"] != "ready" or process["pid"] in dead for process in fleet):
-            continue
-        candidates = [process["pid"] for process in fleet if process["role"] == role]
-        if not candidates:
-            raise ExpertMeshError(f"this cluster has no process of role {role}")
-        victim = rng.choice(candidates)
-        os.kill(victim, signal.SIGKILL)
-        dead.add(victim)
-        moments.append(time.monotonic())
-    done.set()
-    return moments
-
-
-def pauses(streams: list[Stream], moments: list[float]) -> list[float]:
-    """Per kill, the longest time in seconds that any open stream went without a token around it."""
-    gaps = [pair for stream in streams for pair in zip(stream.arrivals, stream.arrivals[1:], strict=False)]
-    return [
-        max((after - before for before, after in gaps if before <= moment <= after), default=0.0) for moment in moments
-    ]
-
-
-async def campaign(
-    url: str, key: str | None, role: str, kills: int, streams: int, tokens: int, seed: int
-) -> dict[str, Any]:
-    """The whole measurement against the gateway at `url`."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=streams + 4)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits) as client:
-        model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
-        todo = requests(model, streams, tokens)
-        undisturbed = await run_all(client, todo)
-        done = asyncio.Event()
-        killing = asyncio.create_task(killer(urlsplit(url).port, role, kills, random.Random(seed), done))
-        seen: list[Stream] = []
-        changed = 0
-        while not done.is_set():
-            if killing.done():
-                await killing  # only an error ends it before it has set the event
-            round_ = await run_all(client, todo)
-            changed += sum(not same(a, b) for a, b in zip(round_, undisturbed, strict=True))
-            seen += round_
-        longest = pauses(seen, await killing)
-    quiet = [max(b - a for a, b in zip(s.arrivals[1:], s.arrivals[2:], strict=False)) for s in undisturbed]
+def difference(index: int, seen: Stream, wanted: Stream) -> dict[str, Any]:
+    """Where a stream went another way."""
+    position = first_difference(seen, wanted)
+    at = slice(0, 0) if position is None else slice(position, position + 1)
     return {
-        "role": role,
-        "kills": kills,
-        "streams": len(seen),
-        "changed": changed,
-        "pause_s": {"median": statistics.median(longest), "max": max(longest)},
-        "undisturbed_pause_s": max(quiet),
+        "stream": index,
+        "position": position,
+        "wanted": wanted.tokens[at],
+        "seen": seen.tokens[at],
+        "margin": wanted.margins[at],
+        "finish": [wanted.finish, seen.finish],
     }
 
 
+async def run_all(client: Client, todo: list[dict[str, Any]], into: list[Stream]) -> list[str]:
+    """All requests at once; what each saw goes into `into` as it comes. The errors of those that did not end."""
+    streams = [Stream() for _ in todo]
+    into += streams
+    ends = await asyncio.gather(*map(follow, [client] * len(todo), todo, streams), return_exceptions=True)
+    for end in ends:
+        if isinstance(end, BaseException) and not isinstance(end, (ExpertMeshError, OSError, EOFError)):
+            raise end
+    return [str(end) or type(end).__name__ for end in ends if isinstance(end, BaseException)]
+
+
+async def kill_often(port: int | None, report: Report, rng: random.Random) -> None:
+    """Kill as many processes as planned, each a random while after the fleet was whole again."""
+    dead: set[int] = set()
+    while len(report.kills) < report.planned:
+        await asyncio.sleep(rng.uniform(*_QUIET_S))
+        candidates = [process["pid"] for process in await whole(port, dead) if process["role"] == report.role]
+        if not candidates:
+            raise ExpertMeshError(f"this cluster has no process of role {report.role}")
+        victim = rng.choice(candidates)
+        os.kill(victim, signal.SIGKILL)
+        dead.add(victim)
+        report.kills.append(time.monotonic())
+
+
+async def whole(port: int | None, dead: set[int]) -> list[dict[str, Any]]:
+    """The processes of the fleet, once all are ready and none is among the `dead`."""
+    deadline = time.monotonic() + _WHOLE_WITHIN_S
+    while True:
+        fleet = await asyncio.to_thread(processes, port)
+        missing = [process["id"] for process in fleet if process["state"] != "ready" or process["pid"] in dead]
+        if not missing:
+            return fleet
+        if time.monotonic() > deadline:
+            raise ExpertMeshError(f"{', '.join(missing)} not ready within {_WHOLE_WITHIN_S:g} s")
+        await asyncio.sleep(_POLL_S)
+
+
+async def campaign(url: str, key: str | None, n_streams: int, tokens: int, seed: int, report: Report) -> None:
+    """The whole measurement against the gateway at `url`."""
+    myself = asyncio.current_task()
+    assert myself is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, myself.cancel)
+    client = await connect(url, key)
+    todo = requests(n_streams, tokens)
+    with console.status("undisturbed") as status:
+        if errors := await run_all(client, todo, report.undisturbed):
+            raise ExpertMeshError(f"undisturbed, {len(errors)} of {n_streams} streams failed: {errors[0]}")
+        killing = asyncio.create_task(kill_often(urlsplit(url).port, report, random.Random(seed)))
+        while not killing.done():
+            status.update(f"{len(report.kills)} of {report.planned} kills, {len(report.streams)} streams")
+            errors = await run_all(client, todo, report.streams)
+            report.errors += errors
+            if len(errors) == n_streams:
+                raise ExpertMeshError(f"every stream of a round failed: {errors[0]}")
+        await killing
+
+
 def chaos(
-    role: Annotated[str, typer.Option(help="what to kill: expert or router")] = "expert",
-    kills: Annotated[int, typer.Option(help="how many processes to kill")] = 20,
-    streams: Annotated[int, typer.Option(help="concurrent streams")] = 16,
-    tokens: Annotated[int, typer.Option(help="tokens of each stream")] = 64,
-    url: Annotated[str, typer.Option(help="where the gateway listens")] = "http://127.0.0.1:8000",
-    key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", help="API key, if the gateway asks for one")
-    ] = None,
+    role: Annotated[Role, typer.Option(help="what to kill")] = "expert",
+    kills: Annotated[int, typer.Option(min=1, help="how many processes to kill")] = 20,
+    streams: Annotated[int, typer.Option(min=1, help="concurrent streams")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens of each stream")] = 64,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
     seed: Annotated[int, typer.Option(help="of the moments and the victims")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Kill processes of a running cluster under load and compare every stream with its undisturbed run."""
-    result = asyncio.run(campaign(url, key, role, kills, streams, tokens, seed))
+    report = Report(role, kills)
+    try:
+        asyncio.run(campaign(url, key, streams, tokens, seed, report))
+    except (KeyboardInterrupt, asyncio.CancelledError) as signalled:
+        report.interrupted = "Ctrl-C" if isinstance(signalled, KeyboardInterrupt) else "SIGTERM"
+    except ExpertMeshError as error:
+        if not report.streams:
+            raise
+        report.interrupted = str(error)
+    result = report.result()
     if as_json:
-        typer.echo(json.dumps(result))
+        print_json(result)
     else:
-        pause = result["pause_s"]
-        typer.echo(f"{kills} x kill -9 of one {role} under {streams} streams; {result['streams']} streams ended")
-        typer.echo(f"streams whose tokens changed: {result['changed']}")
-        typer.echo(
-            f"longest pause a client saw: median {pause['median']:.2f} s, maximum {pause['max']:.2f} s "
-            f"(undisturbed: {result['undisturbed_pause_s']:.2f} s)"
-        )
-    if result["changed"]:
+        show(result, streams)
+    if result["changed"] or result["errors"] or result["interrupted"]:
         raise typer.Exit(1)
+
+
+def show(result: dict[str, Any], n_streams: int) -> None:
+    """A line for each stream that went wrong, and a last one with all figures."""
+    for each in result["differences"]:
+        where = f"at token {each['position']}: {each['seen']} instead of {each['wanted']}, margin {each['margin']}"
+        typer.echo(f"stream {each['stream']} differs {where}")
+    for error in result["errors"]:
+        typer.echo(f"a stream failed: {error}")
+    pause = result["pause_s"]
+    longest = "none measured" if pause is None else f"median {pause['median']:.2f} s, maximum {pause['max']:.2f} s"
+    quiet = result["undisturbed_pause_s"]
+    begin = f"interrupted ({result['interrupted']}) after " if result["interrupted"] else ""
+    typer.echo(
+        f"{begin}{result['kills']} of {result['planned_kills']} x kill -9 of one {result['role']} under {n_streams} "
+        f"streams: {result['changed']} of {result['streams']} streams changed, {result['near_ties']} differ from a "
+        f"near-tie on, {len(result['errors'])} failed; longest pause {longest}"
+        + ("" if quiet is None else f" (undisturbed {quiet:.2f} s)")
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -11,7 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from cluster.bench.sse_client import HTTPError, post_events
+from cluster.bench.gateway import Client
+from cluster.bench.sse_client import HTTPError, StreamError
 from cluster.errors import ExpertMeshError, RequestError
 from cluster.gateway.session import Session
 from cluster.router.params import SamplingParams
@@ -50,29 +50,27 @@ class Record:
 class Gateway:
     """A gateway's streamed completions or chat completions."""
 
-    def __init__(self, url: str, endpoint: Endpoint, model: str, key: str | None) -> None:
+    def __init__(self, client: Client, endpoint: Endpoint) -> None:
+        self._client = client
         self._endpoint = endpoint
-        self._url = url.rstrip("/") + ("/v1/chat/completions" if endpoint == "chat" else "/v1/completions")
-        self._model = model
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     async def request(self, prompt_ids: Sequence[int], max_tokens: int) -> AsyncGenerator[Arrival, None]:
-        body = {
-            "model": self._model, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
-            "stream": True, "stream_options": {"include_usage": True},
+        body: dict[str, Any] = {
+            "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         if self._endpoint == "chat":
-            body["messages"] = [{"role": "user", "content": " ".join(map(str, prompt_ids))}]
+            path, body["messages"] = (
+                "/v1/chat/completions",
+                [{"role": "user", "content": " ".join(map(str, prompt_ids))}],
+            )
         else:
-            body["prompt"] = list(prompt_ids)
-        async with aclosing(post_events(self._url, self._headers, json.dumps(body).encode())) as events:
+            path, body["prompt"] = "/v1/completions", list(prompt_ids)
+        async with aclosing(self._client.events(path, body)) as events:
             async for event in events:
                 yield _arrival(event)
 
 
 def _arrival(event: dict[str, Any]) -> Arrival:
-    if "error" in event:
-        raise ExpertMeshError(str(event["error"].get("code")))
     if usage := event.get("usage"):
         return Arrival(False, usage["completion_tokens"])
     return Arrival(any(choice.get("text") or choice.get("delta", {}).get("content") for choice in event["choices"]))
@@ -106,7 +104,7 @@ async def follow(target: Target, prompt_ids: Sequence[int], max_tokens: int, due
                 if arrival.has_text:
                     record.arrivals.append(time.monotonic())
                 record.tokens += arrival.tokens
-    except (HTTPError, RequestError) as error:
+    except (HTTPError, StreamError, RequestError) as error:
         record.error = error.code
     except (ExpertMeshError, OSError, asyncio.IncompleteReadError) as error:
         record.error = str(error) or type(error).__name__

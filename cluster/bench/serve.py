@@ -10,11 +10,11 @@ from contextlib import AsyncExitStack
 from itertools import pairwise
 from typing import Annotated, Any
 
-import httpx
 import numpy as np
 import typer
 
 from cluster.bench.common import console, print_json, print_table
+from cluster.bench.gateway import DEFAULT_URL, AsJson, Key, Url, connect
 from cluster.bench.load import Endpoint, Gateway, Record, Routers, Target, closed_loop, make_prompts, open_loop
 from cluster.errors import ExpertMeshError
 from cluster.gateway.session import Session
@@ -23,7 +23,7 @@ _CONNECT_S = 10.0
 
 
 def serve(
-    url: Annotated[str, typer.Option(help="where the gateway listens")] = "http://127.0.0.1:8000",
+    url: Url = DEFAULT_URL,
     router: Annotated[
         list[str] | None, typer.Option(help="host:port of a router to load without the gateway; repeat for several")
     ] = None,
@@ -35,11 +35,9 @@ def serve(
     requests: Annotated[int, typer.Option(min=1, help="requests in all")] = 128,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of each prompt; for chat, words")] = 32,
     tokens: Annotated[int, typer.Option(min=1, help="tokens of each answer")] = 128,
-    key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", help="API key, if the gateway asks for one")
-    ] = None,
+    key: Key = None,
     seed: Annotated[int, typer.Option(help="of prompts and arrivals")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time to first token, time between events, tokens per second, pauses and errors under a load."""
     prompts = make_prompts(requests, prompt_tokens, seed)
@@ -50,7 +48,7 @@ def serve(
 
     async def run() -> list[Record]:
         async with AsyncExitStack() as stack:
-            target = await connect(stack, url, router or [], endpoint, key)
+            target: Target = await routers(stack, router) if router else Gateway(await connect(url, key), endpoint)
             with console.status("") as status:
                 ended = 0
 
@@ -74,25 +72,15 @@ def serve(
         raise typer.Exit(1)
 
 
-async def connect(
-    stack: AsyncExitStack, url: str, routers: Sequence[str], endpoint: Endpoint, key: str | None
-) -> Target:
-    """What to load. Raises ExpertMeshError when nothing answers there."""
-    if routers:
-        session = await stack.enter_async_context(Session({address: address for address in routers}))
-        deadline = time.monotonic() + _CONNECT_S
-        while any(link.state != "ready" for link in session.stats().links):
-            if time.monotonic() > deadline:
-                raise ExpertMeshError(f"no ready router at {', '.join(routers)} within {_CONNECT_S:g} s")
-            await asyncio.sleep(0.05)
-        return Routers(session)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=_CONNECT_S) as client:
-            models = (await client.get("/v1/models")).raise_for_status().json()
-    except httpx.HTTPError as error:
-        raise ExpertMeshError(f"no gateway answers at {url}: {error}") from error
-    return Gateway(url, endpoint, models["data"][0]["id"], key)
+async def routers(stack: AsyncExitStack, addresses: Sequence[str]) -> Routers:
+    """The routers at `addresses`, once all are ready. ExpertMeshError when they do not get so."""
+    session = await stack.enter_async_context(Session({address: address for address in addresses}))
+    deadline = time.monotonic() + _CONNECT_S
+    while any(link.state != "ready" for link in session.stats().links):
+        if time.monotonic() > deadline:
+            raise ExpertMeshError(f"no ready router at {', '.join(addresses)} within {_CONNECT_S:g} s")
+        await asyncio.sleep(0.05)
+    return Routers(session)
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:

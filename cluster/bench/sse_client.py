@@ -28,10 +28,18 @@ class HTTPError(ExpertMeshError):
             self.code = f"HTTP {status}"
 
 
+class StreamError(ExpertMeshError):
+    """An error that the server found after it had begun to stream. `code` is the error envelope's."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        super().__init__(f"error in the stream: {error.get('message')}")
+        self.code = str(error.get("code"))
+
+
 async def post_events(url: str, headers: dict[str, str], body: bytes) -> AsyncGenerator[dict[str, Any], None]:
     """The events of the server's answer up to `[DONE]`, each as soon as it is here.
 
-    Raises HTTPError; OSError and asyncio.IncompleteReadError when the connection breaks.
+    Raises HTTPError, StreamError; OSError and asyncio.IncompleteReadError when the connection breaks.
     """
     parts = urlsplit(url)
     tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -52,8 +60,12 @@ async def post_events(url: str, headers: dict[str, str], body: bytes) -> AsyncGe
                 payload = event.removeprefix(b"data: ")
                 if payload == b"[DONE]":
                     return
-                if payload is not event:
-                    yield json.loads(payload)
+                if payload is event:
+                    continue
+                value = json.loads(payload)
+                if "error" in value:
+                    raise StreamError(value["error"])
+                yield value
         raise asyncio.IncompleteReadError(pending, None)
     finally:
         writer.close()

@@ -15,6 +15,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from cluster.bench.gateway import Client
 from cluster.bench.load import Arrival, Gateway, Record, Routers, closed_loop, follow, make_prompts, open_loop
 from cluster.bench.serve import serve, summary
 from cluster.bench.sse_client import HTTPError, post_events
@@ -78,14 +79,14 @@ async def test_a_refusal_and_a_stream_that_breaks_off_are_errors() -> None:
         with pytest.raises(HTTPError, match="429") as caught:
             await anext(post_events(url, {}, b""))
         assert caught.value.code == "queue_full"
-        assert (await follow(Gateway(url, "chat", "m", None), [1], 2, 0.0)).error == "queue_full"
+        assert (await follow(Gateway(Client(url, None, "m"), "chat"), [1], 2, 0.0)).error == "queue_full"
 
     text = {"choices": [{"text": "a"}]}
     async with answering(OK + chunk(event(text))) as (url, _):
-        record = await follow(Gateway(url, "completions", "m", None), [1], 2, 0.0)
+        record = await follow(Gateway(Client(url, None, "m"), "completions"), [1], 2, 0.0)
         assert len(record.arrivals) == 1 and record.error
     async with answering(OK + chunk(event(text) + event({"error": {"code": "internal_error"}}))) as (url, _):
-        assert (await follow(Gateway(url, "completions", "m", None), [1], 2, 0.0)).error == "internal_error"
+        assert (await follow(Gateway(Client(url, None, "m"), "completions"), [1], 2, 0.0)).error == "internal_error"
 
 
 @in_loop
@@ -99,7 +100,7 @@ async def test_a_gateway_is_asked_for_an_exact_number_of_tokens_and_its_usage_is
     ]
     segments = [OK, *(chunk(event(value)) for value in events), chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"]
     async with answering(*segments) as (url, requests):
-        record = await follow(Gateway(url, "chat", "m", "secret"), [1, 2], 3, 0.0)
+        record = await follow(Gateway(Client(url, "secret", "m"), "chat"), [1, 2], 3, 0.0)
     assert (record.error, record.tokens, len(record.arrivals)) == (None, 3, 2)
     head, _, body = requests[0].partition(b"\r\n\r\n")
     assert b"/v1/chat/completions" in head and b"Bearer secret" in head
