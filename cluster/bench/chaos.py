@@ -58,7 +58,7 @@ class Report:
             "changed": sum(verdict == "changed" for verdict, *_ in verdicts),
             "near_ties": sum(verdict == "near-tie" for verdict, *_ in verdicts),
             "errors": self.errors,
-            "pause_s": {"median": statistics.median(longest), "max": max(longest)} if longest else None,
+            "pause_s": {"median": statistics.median(longest), "max": max(longest), "each": longest} if longest else None,
             "undisturbed_pause_s": max((seen.longest_pause for seen in self.undisturbed), default=None),
             "interrupted": self.interrupted,
             "differences": [difference(i, seen, wanted) for verdict, i, seen, wanted in verdicts if verdict != "same"],
