@@ -49,7 +49,6 @@ class Report:
         pairs = [(i, seen, self.undisturbed[i % len(self.undisturbed)]) for i, seen in enumerate(self.streams)]
         ended = [(i, seen, wanted) for i, seen, wanted in pairs if seen.finish is not None]
         verdicts = [(compare(seen, wanted), i, seen, wanted) for i, seen, wanted in ended]
-        longest = pauses(self.streams, self.kills)
         return {
             "role": self.role,
             "planned_kills": self.planned,
@@ -58,11 +57,15 @@ class Report:
             "changed": sum(verdict == "changed" for verdict, *_ in verdicts),
             "near_ties": sum(verdict == "near-tie" for verdict, *_ in verdicts),
             "errors": self.errors,
-            "pause_s": {"median": statistics.median(longest), "max": max(longest), "each": longest} if longest else None,
+            "pause_s": figures(pauses(self.streams, self.kills)),
             "undisturbed_pause_s": max((seen.longest_pause for seen in self.undisturbed), default=None),
             "interrupted": self.interrupted,
             "differences": [difference(i, seen, wanted) for verdict, i, seen, wanted in verdicts if verdict != "same"],
         }
+
+
+def figures(each: list[float]) -> dict[str, Any] | None:
+    return {"median": statistics.median(each), "max": max(each), "each": each} if each else None
 
 
 def difference(index: int, seen: Stream, wanted: Stream) -> dict[str, Any]:
