@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 START_TIMEOUT_S = 180.0
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 
 
 @dataclass(frozen=True)
@@ -158,3 +159,27 @@ def chat(cluster: RunningCluster, prompt: str, **fields: Any) -> str:
     response = httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=120)
     assert response.status_code == 200, response.text
     return str(response.json()["choices"][0]["message"]["content"])
+
+
+def listeners(family: list[psutil.Process]) -> set[tuple[str, int]]:
+    found = set()
+    for process in family:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.add((connection.laddr.ip, connection.laddr.port))
+    return found
+
+
+def stream(cluster: RunningCluster, tokens: int, texts: list[str]) -> None:
+    """Append the chunks of one greedy completion to `texts`."""
+    body = {"model": cluster.model, "prompt": "once", "max_tokens": tokens, "temperature": 0, "stream": True}
+    body["ignore_eos"] = True
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=120) as response:
+        assert response.status_code == 200
+        texts.extend(line for line in response.iter_lines() if line.startswith("data: "))
+
+
+def text(events: list[str]) -> str:
+    """What a streamed completion says, however it was cut into events."""
+    chunks = (json.loads(event.removeprefix("data: ")) for event in events if event != "data: [DONE]")
+    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])

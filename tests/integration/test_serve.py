@@ -3,7 +3,6 @@ kill -9, leaves processes behind, or fails without saying why."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -16,43 +15,21 @@ import psutil
 import pytest
 
 from tests.cluster_fixture import (
+    LOOPBACK,
     RunningCluster,
     alive,
     chat,
+    listeners,
     private_environ,
     run,
     running_cluster,
     starting_cluster,
+    stream,
+    text,
     wait_until,
 )
 
 pytestmark = pytest.mark.cluster
-
-LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
-
-
-def listeners(family: list[psutil.Process]) -> set[tuple[str, int]]:
-    found = set()
-    for process in family:
-        for connection in process.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                found.add((connection.laddr.ip, connection.laddr.port))
-    return found
-
-
-def stream(cluster: RunningCluster, tokens: int, texts: list[str]) -> None:
-    """Append the chunks of one greedy completion to `texts`."""
-    body = {"model": cluster.model, "prompt": "once", "max_tokens": tokens, "temperature": 0, "stream": True}
-    body["ignore_eos"] = True
-    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=120) as response:
-        assert response.status_code == 200
-        texts.extend(line for line in response.iter_lines() if line.startswith("data: "))
-
-
-def text(events: list[str]) -> str:
-    """What a streamed completion says, however it was cut into events."""
-    chunks = (json.loads(event.removeprefix("data: ")) for event in events if event != "data: [DONE]")
-    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
 
 
 def test_answers_and_says_who_does_what(cluster: RunningCluster) -> None:
