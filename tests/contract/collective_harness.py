@@ -17,6 +17,7 @@ from workers.transport.group import Group, host_store
 
 _HOST = "127.0.0.1"
 _READY_S = 20
+_DEADLINE_S = 1.0
 
 
 class CollectiveWorkers:
@@ -36,12 +37,12 @@ class CollectiveWorkers:
 
     def start(self, worker: str, experts: Iterable[tuple[int, int]]) -> None:
         self.shards[worker] = gated(self.model, experts)
-        self._servers[worker] = CollectiveServer(self.shards[worker], worker, _HOST, on_change=self._look)
+        server = CollectiveServer(self.shards[worker], worker, _HOST, deadline_s=_DEADLINE_S, on_change=self._look)
+        self._servers[worker] = server
         self._servers[worker].start()
         self._started += 1
         self.addresses[worker] = f"{self._servers[worker].address}/{self._started}"
-        self._regroup()
-        self._await_group()
+        self.regroup()
 
     def kill(self, worker: str) -> None:
         self.shards.pop(worker).open.set()
@@ -49,20 +50,31 @@ class CollectiveWorkers:
         with self._lock:
             server = self._servers.pop(worker)
         server.stop(0)
-        self._regroup()
-        self._await_group()
+        self.regroup()
 
     def shard(self, worker: str) -> ExpertShard:
         return self.shards[worker]
 
     def transport(self) -> Transport:
         name = f"router-{len(self._transports)}"
-        transport = CollectiveTransport(name, _HOST, on_change=self._look)
+        transport = CollectiveTransport(name, _HOST, deadline_s=_DEADLINE_S, on_change=self._look)
         with self._lock:
             self._transports[name] = transport
+        self.regroup()
+        return transport
+
+    @property
+    def routers(self) -> list[CollectiveTransport]:
+        return list(self._transports.values())
+
+    @property
+    def servers(self) -> list[CollectiveServer]:
+        return list(self._servers.values())
+
+    def regroup(self) -> None:
+        """The next group, ready."""
         self._regroup()
         self._await_group()
-        return transport
 
     def close(self) -> None:
         self._closed = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ class CollectiveTransport:
         self._lock = threading.Lock()
         self._mesh: Mesh | None = None
         self._left_at: dict[Mesh, float] = {}  # groups that were followed by another
-        self._in_flight: Counter[Mesh] = Counter()
+        self._in_flight: dict[Mesh, int] = {}
         self._connected: set[str] = set()
         self._owed: defaultdict[str, deque[_Owed]] = defaultdict(deque)
         self._buffers = Buffers()
@@ -124,7 +124,12 @@ class CollectiveTransport:
         raise WorkerLost(worker, f"nothing was sent with {tag}" if worker in self._connected else "not connected")
 
     def close(self) -> None:
-        """Leave every group."""
+        """Leave every group, so that its workers do not count this router as lost."""
+        mesh = self._mesh
+        if mesh is not None and mesh.broken is None:
+            with self._lock:
+                self._left_at[mesh] = 0  # long ago: nothing that is in flight is awaited any more
+            mesh.ended.wait(self._deadline_s)
         self._joiner.close()
 
     def _way(self, worker: str) -> tuple[Mesh, int]:
@@ -200,6 +205,8 @@ class CollectiveTransport:
     def _live(self, mesh: Mesh) -> None:
         """The life of a group, in a thread of its own: it is taken up once all workers beat, and left for the next."""
         taken_up = False
+        with self._lock:
+            self._in_flight[mesh] = 0
         try:
             for _ in listen(mesh, BUILD_S, self._deadline_s):
                 if not taken_up:
@@ -222,7 +229,7 @@ class CollectiveTransport:
             if is_newer:
                 self._mesh = mesh
             followed = old if is_newer else mesh
-            if followed is not None:
+            if followed in self._in_flight:
                 self._left_at[followed] = time.monotonic()
         self._joiner.changed()
 

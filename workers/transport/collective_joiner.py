@@ -6,8 +6,9 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
-from workers.transport.collective_mesh import Mesh, gloo_device
+from workers.transport.collective_mesh import Mesh, connect_store, gloo_device
 from workers.transport.group import Group
 
 _log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Joiner:
         self._lock = threading.Lock()
         self._newest = 0
         self._closed = False
+        self._clients: list[tuple[str, Any]] = []  # idle ones, by the store's address
         self._meshes: dict[Mesh, threading.Thread] = {}
         self.broken = 0  # number of the newest group that broke, or could not be built
 
@@ -59,7 +61,7 @@ class Joiner:
 
     def _run(self, group: Group, rank: int) -> None:
         try:
-            mesh = Mesh(group, rank, self._device, BUILD_S, self._broke)
+            mesh = self._build(group, rank)
         except Exception as error:
             _log.warning("%s: group %d could not be built: %s", self._name, group.number, error)
             self._note_broken(group.number)
@@ -77,6 +79,16 @@ class Joiner:
             mesh.close()
             with self._lock:
                 del self._meshes[mesh]
+
+    def _build(self, group: Group, rank: int) -> Mesh:
+        """A client of the store is used again: to connect looks up the host's name, which may take seconds."""
+        with self._lock:
+            idle, self._clients = [client for address, client in self._clients if address == group.store], []
+        store = idle.pop() if idle else connect_store(group.store, BUILD_S)
+        mesh = Mesh(group, rank, store, self._device, BUILD_S, self._broke)
+        with self._lock:
+            self._clients = [(group.store, client) for client in (*idle, store)]
+        return mesh
 
     def _broke(self, mesh: Mesh) -> None:
         _log.warning("%s: group %d broke: %s", self._name, mesh.group.number, mesh.broken)

@@ -45,11 +45,12 @@ class Mesh:
     """A process group that has been built. Any thread may send, receive and wait."""
 
     def __init__(
-        self, group: Group, rank: int, device: Any, timeout_s: float, on_break: Callable[[Mesh], None]
+        self, group: Group, rank: int, store: Any, device: Any, timeout_s: float, on_break: Callable[[Mesh], None]
     ) -> None:
         """Blocks until every rank is there. Raises RuntimeError when one is not within `timeout_s`.
 
-        device: what `gloo_device` gave. on_break: called once, by a thread of the mesh, unless it is closed first.
+        store, device: what `connect_store` and `gloo_device` gave; the store is not needed any more afterwards.
+        on_break: called once, by a thread of the mesh, unless it is closed first.
         """
         self.group = group
         self.rank = rank
@@ -57,11 +58,8 @@ class Mesh:
         self.ended = threading.Event()
         self._on_break = on_break
         self._lock = threading.Lock()
-        host, port = group.store.rsplit(":", 1)
-        timeout = timedelta(seconds=timeout_s)
-        store = c10d.TCPStore(host.strip("[]"), int(port), is_master=False, wait_for_workers=False, timeout=timeout)
         options = c10d.ProcessGroupGloo._Options()
-        options._devices, options._threads, options._timeout = [device], 1, timeout
+        options._devices, options._threads, options._timeout = [device], 1, timedelta(seconds=timeout_s)
         prefix = c10d.PrefixStore(str(group.number), store)
         self._gloo: Any = c10d.ProcessGroupGloo(prefix, rank, len(group.members), options)
 
@@ -134,6 +132,16 @@ class Mesh:
         gloo, self._gloo = self._gloo, None
         with contextlib.suppress(RuntimeError):
             gloo.recv([torch.empty(1, dtype=torch.uint8)], nobody, Lane.NOTHING).wait(timedelta(seconds=_AT_ONCE_S))
+
+
+def connect_store(address: str, timeout_s: float) -> Any:
+    """A client of the store at `address`, for one user at a time: while it waits for a key nothing else gets through.
+
+    Raises RuntimeError when the store cannot be reached within `timeout_s`.
+    """
+    host, port = address.rsplit(":", 1)
+    timeout = timedelta(seconds=timeout_s)
+    return c10d.TCPStore(host.strip("[]"), int(port), is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def gloo_device(host: str) -> Any:
