@@ -48,7 +48,7 @@ class Config:
         "auto", "compute dtype of routers and expert workers; auto: float32"
     )
     router_threads: int = option(0, "CPU threads of a router; 0: an even share of the cores", at_least=0)
-    worker_threads: int = option(0, "CPU threads of an expert worker; 0: an even share of the cores", at_least=0)
+    worker_threads: int = option(0, "CPU threads of an expert worker; 0: a share of the cores", at_least=0)
     kv_cache_mb: int = option(512, "KV cache of each router, MiB", at_least=1)
     block_size: int = option(16, "tokens per KV block", at_least=1, at_most=4096)
     max_context: int = option(0, "longest prompt + answer in tokens; 0: what the model allows", at_least=0)

@@ -17,6 +17,7 @@ import torch
 
 from cluster.bench.child import serve
 from cluster.bench.workload import Runner
+from workers.kernels.threads import worker_threads
 
 N_WORKERS = 2
 
@@ -44,7 +45,7 @@ def make_runner(stack: ExitStack, kind: str, directory: Path, threads: int) -> R
     from cluster.bench.local_cluster import local_cluster
 
     if kind == "cluster":
-        experts = stack.enter_context(local_cluster(directory, N_WORKERS, max(1, threads // N_WORKERS)))
+        experts = stack.enter_context(local_cluster(directory, N_WORKERS, worker_threads(threads, N_WORKERS)))
         return EngineRunner(kind, directory, experts)
     return EngineRunner(kind, directory)
 

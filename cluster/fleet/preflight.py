@@ -18,6 +18,7 @@ from cluster.router import memory
 from cluster.router.build import dense_bytes, expert_bytes
 from cluster.router.sizing import context_limit, pool_blocks
 from workers.checkpoint import Checkpoint
+from workers.kernels.threads import worker_threads
 from workers.model.kv_cache import bytes_per_block
 from workers.spec import compute_dtype
 
@@ -71,7 +72,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         workers=tuple(f"expert-{i}" for i in range(n_workers)),
         routers=tuple(f"router-{i}" for i in range(config.routers)),
         # Routers and workers take turns within a step, so each pool gets all cores.
-        worker_threads=config.worker_threads or max(1, cores // max(1, n_workers)),
+        worker_threads=config.worker_threads or (worker_threads(cores, n_workers) if n_workers else 1),
         router_threads=config.router_threads or max(1, cores // config.routers),
         memory=wanted,
     )

@@ -13,6 +13,15 @@ _GLIBC_TUNABLES = ":".join(
 )
 
 
+def worker_threads(cores: int, workers: int) -> int:
+    """CPU threads of each of `workers` expert workers on one machine: an even share, but two if every one has a core.
+
+    A decoding token often finds all its experts on one worker, which then has the memory bandwidth of one core while
+    the others sleep; a second thread costs little as long as idle threads sleep (`process_environment`).
+    """
+    return max(cores // workers, min(2, cores) if workers <= cores else 1)
+
+
 def process_environment(threads: int) -> dict[str, str]:
     """What has to be in the environment of a process before it starts, so that it computes on `threads` threads.
 
