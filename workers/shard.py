@@ -6,7 +6,7 @@ Legend: T token rows, P (token, expert) pairs, K choices a token, D hidden, F ff
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,6 +97,10 @@ class ExpertShard:
             if expert not in self._layers[layer].held:
                 raise ExpertNotHeld(layer, (expert,))
             self._layers[layer].drop(expert)
+
+    def weights(self, layer: int) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """`(w13_2FD, w2_DF)` of every expert of `layer` that is held, by expert; in the dtype they are stored in."""
+        return self._layers[layer].weights
 
     def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
         """`y[p] = expert(expert_P[p])(x[token_P[p]])`, unweighted, in the shard's dtype. Returns [P, D].

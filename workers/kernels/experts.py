@@ -5,6 +5,7 @@ Legend: T token rows, P pairs, K choices a token, E experts, D hidden, F ffn.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,11 @@ class LayerExperts:
     def held(self) -> frozenset[int]:
         """The experts that have weights here."""
         return frozenset(self._weights)
+
+    @property
+    def weights(self) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """w13 and w2 of the experts that have weights here."""
+        return self._weights
 
     def put(self, expert: int, w13_2FD: Tensor, w2_DF: Tensor) -> None:
         """Give `expert` its weights: w1 (gate) over w3 (up), and w2 (down); contiguous. Kept, not copied."""
