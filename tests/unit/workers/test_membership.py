@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +61,23 @@ async def test_a_mistake_in_one_round_does_not_end_the_rounds() -> None:
     ("state", "becomes"), [("starting", "starting"), ("ready", "ready"), ("draining", "ready"), ("lost", "starting")]
 )
 def test_a_router_is_ready_once_its_workers_answer(state: State, becomes: str) -> None:
-    expert = Member("expert", "expert-0", 12, "n", state, "127.0.0.1:3")
+    router = starting_router(state)
+    asyncio.run(router._follow_state())
+    assert router._service.state == becomes
+
+
+def test_a_router_is_not_ready_before_its_group_is() -> None:
+    router = starting_router("ready")
+    router._collective = SimpleNamespace(ready=0)
+    asyncio.run(router._follow_state())
+    assert router._service.state == "starting"
+    router._collective.ready = 7
+    asyncio.run(router._follow_state())
+    assert router._service.state == "ready"
+
+
+def starting_router(expert: State) -> Any:
+    """A router that has loaded; its one expert worker is in state `expert`."""
     service = SimpleNamespace(state="starting")
 
     async def set_state(state: str) -> None:
@@ -69,7 +86,27 @@ def test_a_router_is_ready_once_its_workers_answer(state: State, becomes: str) -
     service.set_state = set_state
     router: Any = object.__new__(Router)
     router._service, router._exchange, router._collective = service, object(), None
-    router._view = View(1, (expert,), striped(1, 1, ("expert-0",)))
+    member = Member("expert", "expert-0", 12, "n", expert, "127.0.0.1:3")
+    router._view = View(1, (member,), striped(1, 1, ("expert-0",)))
     router._membership = SimpleNamespace(tell=lambda: None)
-    asyncio.run(router._follow_state())
-    assert service.state == becomes
+    return router
+
+
+@in_loop
+async def test_a_thread_of_another_kind_can_tell() -> None:
+    """A group breaks in a thread of its own; the controller has to hear of it before the next round."""
+    controller = Controller()
+    broken = 0
+
+    async def never(member: Member, known: int) -> View:
+        controller.calls = member.broken
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    controller.sync.remote = never
+    loop: MembershipLoop[View] = MembershipLoop(controller, lambda: replace(ROUTER, broken=broken), lambda view: None)
+    await asyncio.sleep(0.01)
+    broken = 7
+    await asyncio.to_thread(loop.tell)
+    await until(lambda: controller.calls == 7)
+    loop.close()
