@@ -21,7 +21,7 @@ from workers.kernels.linear import kept
 from workers.model.batch import Batch
 from workers.model.kv_cache import KVCache
 from workers.model.mixtral import Mixtral
-from workers.shard import load_shard
+from workers.shard import ExpertShard, load_shard
 
 TOLERANCE = 1e-4
 
@@ -44,8 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def save_random(directory: Path, seed: int = 0, **sizes: Any) -> MixtralForCausalLM:
-    """Write a random float32 Mixtral to `directory` and return transformers' model of it, in eval mode."""
+def save_random(directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> MixtralForCausalLM:
+    """Write a random Mixtral to `directory` as `dtype` and return transformers' float32 model of it, in eval mode."""
     base = {
         "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -63,7 +63,10 @@ def save_random(directory: Path, seed: int = 0, **sizes: Any) -> MixtralForCausa
                 weight.copy_(noise)
             else:  # what logits come from among them: they are of order one in every shape, so one tolerance fits all
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
-    model.save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)
+    if dtype != torch.float32:  # `to` has rounded the frequencies of the rotary embedding too
+        model = MixtralForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        model.set_experts_implementation("eager")
     return model
 
 
@@ -73,14 +76,19 @@ class Paged:
     Blocks are handed out in random order, so that nothing works by accident of neighbouring blocks.
     """
 
-    def __init__(self, directory: Path, n_blocks: int = 128, block_size: int = 4) -> None:
+    def __init__(self, directory: Path, n_blocks: int = 128, block_size: int = 4, widened: bool = False) -> None:
+        """`widened`: with float32 copies of whatever the checkpoint holds."""
         checkpoint = Checkpoint(directory)
         self.spec = spec = checkpoint.spec
-        shard = load_shard(checkpoint, product(range(spec.n_layers), range(spec.n_experts)), torch.float32)
+        every = list(product(range(spec.n_layers), range(spec.n_experts)))
+        shard = ExpertShard(spec, dtype=torch.float32) if widened else load_shard(checkpoint, every, torch.float32)
+        for layer, expert in every if widened else ():
+            shard.load(layer, expert, checkpoint.expert(layer, expert, torch.float32))
+        keep = () if widened else kept(torch.float32)
         self.cache = KVCache(spec, n_blocks, block_size, torch.float32)
         for pool in (*self.cache.k, *self.cache.v):
             pool.fill_(float("nan"))  # what was never written must never count
-        self.model = Mixtral(spec, checkpoint.dense(torch.float32, kept(torch.float32)), shard, self.cache)
+        self.model = Mixtral(spec, checkpoint.dense(torch.float32, keep), shard, self.cache)
         self.free = list(range(n_blocks))
         random.Random(0).shuffle(self.free)
         self.blocks: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""The CPU kernels for few rows: they stream the weights once, at the speed of the memory.
+"""The CPU kernels of products: for few rows they stream the weights once, at the speed of the memory.
 
 Weights are float32, bfloat16 or float16, rows and sums float32.
 
@@ -11,8 +11,9 @@ from typing import Any
 
 import numba
 
+from workers.kernels.cpu_many import many_dots, many_swiglu
 from workers.kernels.jit import as_float32, as_int64, take, wait_for_team
-from workers.kernels.native import BFLOAT16, DOWN_UNIT, FLOAT16, FLOAT32, UNIT, widens_float16
+from workers.kernels.native import BFLOAT16, DOWN_UNIT, FEW_ROWS, FLOAT16, FLOAT32, UNIT, widens_float16
 from workers.kernels.tile import COLUMNS, dot_tile, swiglu_tile
 
 
@@ -128,17 +129,22 @@ def _swiglu(kind, gate, up, stride, first, last, token_rows, n_rows, k, out, out
 
 
 def linear(args: int) -> None:
-    """y[T, N] = x[T, K] @ weight[N, K].T; every thread keeps the rows' addresses in its own part of the scratch."""
+    """y[T, N] = x[T, K] @ weight[N, K].T; every thread has the rows' addresses and a panel in scratch of its own."""
     a = as_int64(args)
     x, x_stride, weight, y, n_rows, k, n, scratch, kind = a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12]
     stride = (4 if kind == FLOAT32 else 2) * k
-    token_rows = scratch + 8 * n_rows * take(args + 16)
+    me = take(args + 16)
+    token_rows, panel = scratch + 8 * n_rows * me, a[13] + a[14] * me
     rows = as_int64(token_rows)
     for t in range(n_rows):
         rows[t] = x + t * x_stride
     first = UNIT * take(args)
     while first < n:
-        _dot(kind, weight, stride, first, min(n, first + UNIT), token_rows, n_rows, k, y + 4 * first, 4 * n)
+        last = min(n, first + UNIT)
+        if n_rows <= FEW_ROWS:
+            _dot(kind, weight, stride, first, last, token_rows, n_rows, k, y + 4 * first, 4 * n)
+        else:
+            many_dots(kind, weight, stride, first, last, token_rows, n_rows, k, y + 4 * first, 4 * n, panel)
         first = UNIT * take(args)
 
 
@@ -182,7 +188,7 @@ def plan(args: int) -> None:
 
 
 @numba.njit(inline="never")
-def hidden_phase(args):  # type: ignore[no-untyped-def]
+def hidden_phase(args, panel):  # type: ignore[no-untyped-def]
     """hidden[pair, F] = silu(w1 x) * (w3 x) of every expert with at most `limit` pairs, shared out by blocks of F."""
     a = as_int64(args)
     d, f, n_experts, limit = a[4], a[5], a[6], a[7]
@@ -197,17 +203,24 @@ def hidden_phase(args):  # type: ignore[no-untyped-def]
             gate, tokens = table[2 * e], token_rows + 8 * begin
             out = hidden + 4 * (begin * f + first)
             up, last = gate + f * stride, min(f, first + UNIT)
-            _swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, 4 * f)
+            if count <= FEW_ROWS:
+                _swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, 4 * f)
+            else:
+                many_swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, 4 * f, panel)
         u = take(args)
 
 
 def experts_pairs(args: int) -> None:
-    """y[pair, D] of every expert with at most `limit` pairs, unweighted, pairs sorted by expert."""
+    """y[pair, D] of every expert with at most `limit` pairs, unweighted, pairs sorted by expert.
+
+    Every thread has a panel of its own, which an expert with more than FEW_ROWS pairs needs.
+    """
     a = as_int64(args)
     d, f, n_experts, limit = a[4], a[5], a[6], a[7]
     table, starts, hidden_rows, y, kind = as_int64(a[8]), as_int64(a[9]), a[11], a[13], a[14]
     stride = (4 if kind == FLOAT32 else 2) * f
-    hidden_phase(args)
+    panel = a[15] + a[16] * take(args + 16)
+    hidden_phase(args, panel)
     wait_for_team(a[3])
     blocks = (d + UNIT - 1) // UNIT
     u = take(args + 8)
@@ -215,8 +228,11 @@ def experts_pairs(args: int) -> None:
         e, first = u // blocks, UNIT * (u % blocks)
         begin, count = starts[e], starts[e + 1] - starts[e]
         if 0 < count <= limit:
-            rows, out = hidden_rows + 8 * begin, y + 4 * (begin * d + first)
-            _dot(kind, table[2 * e + 1], stride, first, min(d, first + UNIT), rows, count, f, out, 4 * d)
+            rows, out, last = hidden_rows + 8 * begin, y + 4 * (begin * d + first), min(d, first + UNIT)
+            if count <= FEW_ROWS:
+                _dot(kind, table[2 * e + 1], stride, first, last, rows, count, f, out, 4 * d)
+            else:
+                many_dots(kind, table[2 * e + 1], stride, first, last, rows, count, f, out, 4 * d, panel)
         u = take(args + 8)
 
 
@@ -233,13 +249,13 @@ def add_weighted(y, y_stride, begin, end, order, choices, weights, out, d, first
 
 
 def experts_combined(args: int) -> None:
-    """out[T, D] = the weighted sum over each token's experts, added in expert order."""
+    """out[T, D] = the weighted sum over each token's experts, added in expert order; at most FEW_ROWS pairs each."""
     a = as_int64(args)
     d, f, n_experts = a[4], a[5], a[6]
     table, starts, hidden_rows, out, kind, order = as_int64(a[8]), as_int64(a[9]), a[11], a[13], a[14], a[15]
     weights, choices, n_pairs, buffers, buffer_stride = a[16], a[17], a[18], a[19], a[20]
     stride = (4 if kind == FLOAT32 else 2) * f
-    hidden_phase(args)
+    hidden_phase(args, 0)
     wait_for_team(a[3])
     blocks = (d + DOWN_UNIT - 1) // DOWN_UNIT
     buffer = buffers + buffer_stride * take(args + 16)  # one of its own for each thread

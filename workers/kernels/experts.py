@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels import native, reference
-from workers.kernels.linear import is_fast, many_rows, with_unit_stride
+from workers.kernels.linear import is_fast, with_unit_stride
 from workers.kernels.native import DOWN_UNIT, FEW_ROWS
 
 
 class LayerExperts:
     """The expert weights of one layer that live on one device, and the products with them.
 
-    On the CPU in float32 an expert with few rows goes through the streaming kernel, all of them in one call; one with
-    many goes through BLAS. Everything else is plain torch. Not thread-safe: `ExpertShard` locks around every call.
+    On the CPU in float32 all experts go through the compiled kernels in one call, but for those with many rows and
+    weights of float32, which go through BLAS. Everything else is plain torch. Not thread-safe: `ExpertShard` locks
+    around every call.
     """
 
     def __init__(
@@ -44,6 +46,9 @@ class LayerExperts:
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._table_E2 = torch.zeros(n_experts, 2, dtype=torch.int64)  # addresses of w13 and w2; 0: not held
         self._fast = device.type == "cpu" and dtype == torch.float32 and native.takes(self.weight_dtype)
+        # Panels are as fast as a BLAS, and need no float32 weights; where these are there, the BLAS has been tuned for
+        # more processors.
+        self._most_rows = FEW_ROWS if self.weight_dtype == torch.float32 else native.MANY_ROWS
         self._expert_bytes = 3 * hidden_size * ffn_size * self.weight_dtype.itemsize
 
     @property
@@ -128,11 +133,11 @@ class LayerExperts:
             raise KeyError(*self.missing(experts))
         return plan
 
-    def _arguments(self, plan: _Plan, limit: int, out: Tensor) -> tuple[int, ...]:
+    def _arguments(self, plan: _Plan, out: Tensor) -> tuple[int, ...]:
         """What `experts_pairs` and `experts_combined` both begin with."""
         at = plan.scratch
         return (
-            *(self.hidden_size, self.ffn_size, self.n_experts, limit, self._table_E2.data_ptr()),
+            *(self.hidden_size, self.ffn_size, self.n_experts, self._most_rows, self._table_E2.data_ptr()),
             *(at.starts, at.token_rows, at.hidden_rows, plan.hidden_PF.data_ptr(), out.data_ptr()),
             native.KINDS[self.weight_dtype],
         )
@@ -145,28 +150,30 @@ class LayerExperts:
         buffers = torch.empty(team, FEW_ROWS * DOWN_UNIT)
         native.experts_combined(
             team,
-            *self._arguments(plan, FEW_ROWS, out_TD),
+            *self._arguments(plan, out_TD),
             *(plan.scratch.order, weights_TK.data_ptr(), choices, n_tokens * choices),
             *(buffers.data_ptr(), 4 * buffers.stride(0)),
         )
         return out_TD
 
     def _pairs(self, plan: _Plan, token_P: Tensor) -> Tensor:
-        """The rows of all pairs, sorted: few rows of an expert by the kernel, many by BLAS."""
+        """The rows of all pairs, sorted: by the kernel, but many float32 rows of an expert by BLAS."""
         y_PD = torch.empty(plan.n_pairs, self.hidden_size)
-        native.experts_pairs(native.team(self._expert_bytes), *self._arguments(plan, FEW_ROWS, y_PD))
-        if plan.most_rows > FEW_ROWS:
+        team = native.team(self._expert_bytes)
+        panels = native.panels(team, max(self.hidden_size, self.ffn_size)) if plan.most_rows > FEW_ROWS else None
+        native.experts_pairs(team, *self._arguments(plan, y_PD), *native.where(panels))
+        if plan.most_rows > self._most_rows:
             starts = plan.starts_E.tolist()
             for expert, (w13_2FD, w2_DF) in self._weights.items():
                 begin, end = starts[expert], starts[expert + 1]
-                if end - begin > FEW_ROWS:
-                    both_P2F = many_rows(plan.x_TD[token_P[begin:end]], w13_2FD)
+                if end - begin > self._most_rows:
+                    both_P2F = F.linear(plan.x_TD[token_P[begin:end]], w13_2FD)
                     hidden_PF = plan.hidden_PF[begin:end]
                     native.silu_mul(
                         native.team(both_P2F.nbytes),
                         *(both_P2F.data_ptr(), hidden_PF.data_ptr(), end - begin, self.ffn_size),
                     )
-                    many_rows(hidden_PF, w2_DF, y_PD[begin:end])
+                    torch.mm(hidden_PF, w2_DF.t(), out=y_PD[begin:end])
         return y_PD
 
 

@@ -13,8 +13,6 @@ from workers.kernels import native
 from workers.kernels.memory import use_huge_pages
 from workers.kernels.native import FEW_ROWS
 
-_BLOCK_BYTES = 16 << 20
-
 
 def is_fast(tensor: Tensor) -> bool:
     """Whether the compiled CPU kernels take it: float32 in host memory."""
@@ -53,42 +51,24 @@ class PackedLinear:
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         rows = x_TD.shape[0]
-        if self._fast and 0 < rows <= FEW_ROWS and x_TD.dtype is torch.float32:
-            return few_rows(with_unit_stride(x_TD), self.weight_ND)
-        return many_rows(x_TD, self.weight_ND)
+        if not self._fast or rows == 0 or x_TD.dtype is not torch.float32:
+            return F.linear(x_TD, self.weight_ND.to(x_TD.dtype))
+        if rows > FEW_ROWS and self.weight_ND.dtype is torch.float32:
+            return F.linear(x_TD, self.weight_ND)
+        return product(with_unit_stride(x_TD), self.weight_ND)
 
 
-def few_rows(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
-    """The product by the streaming kernel; x float32, unit stride along D. Returns float32 [T, N]."""
+def product(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+    """The product by the compiled kernels; x float32, unit stride along D. Returns float32 [T, N]."""
     n_rows, k = x_TD.shape
     n = weight_ND.shape[0]
     y_TN = native.empty(n_rows, n)
     team = native.team(weight_ND.nbytes)
     scratch = native.empty(n_rows * team, dtype=torch.int64)
+    panels = native.panels(team, k) if n_rows > FEW_ROWS else None
     native.linear(
         team,
         *(x_TD.data_ptr(), 4 * x_TD.stride(0), weight_ND.data_ptr(), y_TN.data_ptr(), n_rows, k, n),
-        *(scratch.data_ptr(), native.KINDS[weight_ND.dtype]),
+        *(scratch.data_ptr(), native.KINDS[weight_ND.dtype], *native.where(panels)),
     )
     return y_TN
-
-
-def many_rows(x_TD: Tensor, weight_ND: Tensor, out_TN: Tensor | None = None) -> Tensor:
-    """The product by BLAS, in the dtype of x. Returns [T, N], which is `out_TN` if that is given.
-
-    A weight stored as something else is converted in blocks of rows: T rows are worth reading it once more.
-    """
-    if out_TN is None:
-        if x_TD.dtype == weight_ND.dtype:
-            return F.linear(x_TD, weight_ND)
-        out_TN = x_TD.new_empty(x_TD.shape[0], weight_ND.shape[0])
-    if x_TD.dtype == weight_ND.dtype:
-        return torch.mm(x_TD, weight_ND.t(), out=out_TN)
-    n, k = weight_ND.shape
-    block = max(1, _BLOCK_BYTES // (k * x_TD.itemsize))
-    scratch_ND = x_TD.new_empty(min(block, n), k)
-    for first in range(0, n, block):
-        part_ND = weight_ND[first : first + block]
-        widened_ND = scratch_ND[: len(part_ND)].copy_(part_ND)
-        torch.mm(x_TD, widened_ND.t(), out=out_TN[:, first : first + block])
-    return out_TN

@@ -29,6 +29,8 @@ import torch
 
 #: Up to this many rows a product is bound by reading the weights, and the streaming kernels beat a BLAS.
 FEW_ROWS = 32
+#: More rows than there are: for what has no limit.
+MANY_ROWS = 1 << 62
 #: Weight rows that one thread takes at a time.
 UNIT = 64
 #: Columns of a layer's combined output that one thread takes at a time.
@@ -39,6 +41,8 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 #: Work on fewer bytes than this is done before another thread has woken up.
 PARALLEL_BYTES = 1 << 17
 
+# Of the widest registers that the kernels are made for.
+_LANES, _PANEL = 16, 32
 _BUILD_SECONDS = 600
 _log = logging.getLogger(__name__)
 
@@ -166,6 +170,16 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     if recording is not None:
         recording.hold(tensor)
     return tensor
+
+
+def panels(team: int, k: int) -> torch.Tensor:
+    """Room for a panel of weight rows of length k for each thread; see `panel`. Float32 [team, ...]."""
+    return empty(team, _PANEL * (-(-k // _LANES) * _LANES))
+
+
+def where(scratch: torch.Tensor | None) -> tuple[int, int]:
+    """Where scratch with a row for each thread begins, and the bytes from one to the next; zeros for none."""
+    return (0, 0) if scratch is None else (scratch.data_ptr(), 4 * scratch.stride(0))
 
 
 _thread = threading.local()

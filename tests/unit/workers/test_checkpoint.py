@@ -71,6 +71,33 @@ def assert_same(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
             assert expert.w1_FD.is_contiguous() and expert.w2_DF.is_contiguous() and expert.w3_FD.is_contiguous()
 
 
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+def test_matrices_may_stay_as_stored_and_vectors_do_not(tmp_path: Path, layout: str) -> None:
+    """Also where a tensor differs from the others: a gate in float32, one expert in another dtype."""
+    half, keep = torch.bfloat16, {torch.bfloat16, torch.float16}
+    model = save(tmp_path / "all", layout, half)
+    checkpoint = Checkpoint(tmp_path / "all")
+    dense = checkpoint.dense(torch.float32, keep)
+    assert (
+        checkpoint.expert_dtype == dense.embed_VD.dtype == dense.head_VD.dtype == dense.layers[1].gate_ED.dtype == half
+    )
+    assert torch.equal(dense.layers[0].q, model.model.layers[0].self_attn.q_proj.weight)
+    assert dense.norm_D.dtype == dense.layers[0].input_norm_D.dtype == torch.float32
+    assert checkpoint.dense(torch.float32, {torch.float16}).embed_VD.dtype == torch.float32
+    assert checkpoint.dense_bytes(torch.float32, keep) < checkpoint.dense_bytes(torch.float32)
+
+    model.model.layers[1].mlp.gate.float()
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj.data = experts.down_proj.data.half()
+    model.save_pretrained(tmp_path / "mixed", **LAYOUTS[layout])
+    mixed = Checkpoint(tmp_path / "mixed")
+    assert mixed.expert_dtype == torch.float32
+    dense = mixed.dense(torch.float32, keep)
+    assert (dense.layers[0].gate_ED.dtype, dense.layers[1].gate_ED.dtype) == (half, torch.float32)
+    wider = 2 * dense.layers[1].gate_ED.numel()
+    assert mixed.dense_bytes(torch.float32, keep) == checkpoint.dense_bytes(torch.float32, keep) + wider
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_layout_and_dtype(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:

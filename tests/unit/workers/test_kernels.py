@@ -10,7 +10,7 @@ from workers.kernels import reference
 from workers.kernels.attention import paged_attention, rotary_write
 from workers.kernels.experts import combine
 from workers.kernels.gate import gate_top_k
-from workers.kernels.linear import FEW_ROWS, PackedLinear
+from workers.kernels.linear import FEW_ROWS, PackedLinear, kept, product
 from workers.kernels.native import Tape
 from workers.kernels.norm import add_rms_norm, rms_norm
 
@@ -55,6 +55,39 @@ def test_a_row_does_not_depend_on_its_neighbours(n_inputs: int) -> None:
     linear, x_TD = PackedLinear(torch.randn(70, n_inputs)), torch.randn(FEW_ROWS, n_inputs)
     together_TN = linear(x_TD)
     for rows in (1, 2, 3, 4, 5, 6, 7, 11):
+        assert torch.equal(torch.cat([linear(part) for part in x_TD.split(rows)]), together_TN)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n_inputs", "n_outputs"), [*SIZES, (31, 33), (300, 97)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 6, 13, FEW_ROWS, FEW_ROWS + 1, 43, 70, 131])
+def test_stored_in_16_bits_equals_the_same_weights_in_float32(
+    rows: int, n_inputs: int, n_outputs: int, dtype: torch.dtype
+) -> None:
+    """To the last bit, for few rows and for many: panels that are turned wrongly, edges, tiles of every size."""
+    weight_ND, x_TD = (torch.randn(n_outputs, n_inputs) / n_inputs**0.5).to(dtype), torch.randn(rows, n_inputs + 3)
+    x_TD = x_TD[:, :n_inputs]
+    y_TN = PackedLinear(weight_ND)(x_TD)
+    close(y_TN, x_TD.double() @ weight_ND.double().T)
+    if rows:
+        assert torch.equal(y_TN, product(x_TD, weight_ND.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_read_exactly(dtype: torch.dtype) -> None:
+    """Subnormal numbers, zeros of both signs, the largest ones."""
+    assert kept(torch.float32) == {torch.bfloat16, torch.float16} and not kept(torch.bfloat16)
+    every_N = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    finite_N1 = every_N[every_N.isfinite()][:, None]
+    for rows in (1, FEW_ROWS + 1):
+        y_TN = PackedLinear(finite_N1)(torch.ones(rows, 1))
+        assert torch.equal(y_TN, finite_N1.float().T.expand(rows, -1))
+
+
+def test_many_rows_do_not_depend_on_their_neighbours() -> None:
+    linear, x_TD = PackedLinear(torch.randn(70, 130).bfloat16()), torch.randn(210, 130)
+    together_TN = linear(x_TD)
+    for rows in (35, 70, 105):
         assert torch.equal(torch.cat([linear(part) for part in x_TD.split(rows)]), together_TN)
 
 

@@ -89,6 +89,25 @@ def test_a_chunk_of_which_no_logits_are_wanted(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_NV, reference_logits(reference, token_ids)[9:], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_of_16_bits_stays_so_and_computes_in_float32(
+    tmp_path: Path, dtype: torch.dtype, tied: bool
+) -> None:
+    """Prefill and decode against transformers in float32; the steps of few rows against float32 weights, bit by bit."""
+    reference, token_ids = save_random(tmp_path, dtype=dtype, tie_word_embeddings=tied), random_tokens(97, 150, seed=1)
+    expected_NV = reference_logits(reference, token_ids)
+    stored, widened = Paged(tmp_path), Paged(tmp_path, widened=True)
+    for begin, end, same in ((0, 20, True), (20, 140, False)):
+        logits_NV, widened_NV = (model.step({"a": token_ids[begin:end]})[0] for model in (stored, widened))
+        torch.testing.assert_close(logits_NV, expected_NV[begin:end], rtol=0, atol=TOLERANCE)
+        assert torch.equal(logits_NV, widened_NV) or not same
+    for begin, end in ((0, 9), (9, 10), (10, 11), (11, 12)):
+        logits_NV, widened_NV = (model.step({"b": token_ids[begin:end]})[0] for model in (stored, widened))
+        assert torch.equal(logits_NV, widened_NV)
+        torch.testing.assert_close(logits_NV, expected_NV[begin:end], rtol=0, atol=TOLERANCE)
+
+
 def test_bytes_per_block_is_what_the_pool_takes(tmp_path: Path) -> None:
     save_random(tmp_path)
     cache = Paged(tmp_path, n_blocks=3).cache

@@ -11,7 +11,8 @@ import torch
 
 from workers.checkpoint import ExpertWeights
 from workers.errors import ExpertNotHeld
-from workers.kernels import reference
+from workers.kernels import native, reference
+from workers.kernels.native import FEW_ROWS
 from workers.shard import ExpertShard
 from workers.spec import ModelSpec
 
@@ -84,6 +85,44 @@ def test_equals_the_reference(hidden: int, ffn: int, experts: int, tokens: int, 
         assert torch.equal(reference.combine(y_PD, token_P, weights_TK.flatten()[order_P], tokens), y_TD)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("hidden", "ffn", "tokens"), [(37, 53, 1), (37, 53, 7), (64, 130, 20), (37, 53, 90), (130, 67, 200)]
+)
+def test_experts_stored_in_16_bits_give_what_they_give_in_float32(
+    hidden: int, ffn: int, tokens: int, dtype: torch.dtype
+) -> None:
+    model = spec(hidden, ffn)
+    torch.manual_seed(0)
+    stored = ExpertShard(model, dtype=torch.float32, stored=dtype)
+    widened = ExpertShard(model, dtype=torch.float32)
+    held = [weights(model) for _ in range(model.n_experts)]
+    held = [ExpertWeights(w.w1_FD.to(dtype), w.w2_DF.to(dtype), w.w3_FD.to(dtype)) for w in held]
+    for expert, w in enumerate(held):
+        stored.load(1, expert, w)
+        widened.load(1, expert, w)
+    assert stored.weight_bytes == widened.weight_bytes // 2
+
+    x_TD, ids_TK, weights_TK = torch.randn(tokens, hidden), choices(tokens, model.n_experts, 2), torch.rand(tokens, 2)
+    y_TD = stored.combine(stored.dispatch(1, x_TD, ids_TK, weights_TK))
+    exact_TD = (weights_TK[..., None] * exact(held, x_TD, ids_TK)).sum(1)
+    torch.testing.assert_close(y_TD.double(), exact_TD, rtol=1e-5, atol=1e-5)
+    if ids_TK.flatten().bincount().max() <= FEW_ROWS:  # one order of summation whatever the weights are stored as
+        assert torch.equal(y_TD, widened.combine(widened.dispatch(1, x_TD, ids_TK, weights_TK)))
+
+    order_P = ids_TK.flatten().argsort(stable=True)
+    y_PD = stored.forward(1, x_TD, (order_P // 2).int(), ids_TK.flatten()[order_P].int())
+    assert torch.equal(reference.combine(y_PD, order_P // 2, weights_TK.flatten()[order_P], tokens), y_TD)
+
+
+def test_where_the_kernels_are_not_to_be_had_weights_are_widened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "usable", lambda: False)
+    shard = ExpertShard(spec(), dtype=torch.float32, stored=torch.bfloat16)
+    assert shard.weight_dtype == torch.float32
+    shard.load(0, 1, weights(spec()))
+    assert shard.dispatch(0, torch.randn(3, 37), torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1)).shape == (3, 37)
 
 
 def test_all_rows_to_one_expert_and_no_rows() -> None:

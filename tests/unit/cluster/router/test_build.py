@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,14 @@ import torch
 
 from cluster.config import Config
 from cluster.errors import CheckpointError, StartError
-from cluster.models.random import write_random
+from cluster.models.random import SMALL, write_random
 from cluster.router import memory
 from cluster.router.build import build_engine, dense_bytes, expert_bytes
 from cluster.router.params import SamplingParams
 from cluster.router.sizing import context_limit, pool_blocks
 from workers.checkpoint import Checkpoint
+from workers.kernels import native
+from workers.kernels.linear import kept
 from workers.shard import ExpertShard, load_shard
 
 CONFIG = Config(kv_cache_mb=1)
@@ -51,6 +54,25 @@ def test_the_bytes_asked_for_are_the_bytes_read(directory: Path) -> None:
     checkpoint.expert(1, 3, torch.float32)
     expert = expert_bytes(checkpoint, torch.float32)
     assert checkpoint.bytes_read == dense_bytes(checkpoint, torch.float32) + expert
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_of_16_bits_asks_for_half_the_memory(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less would be a kill while loading, more a refusal without need."""
+    write_random(tmp_path / "model", replace(SMALL, dtype=dtype))
+    checkpoint = Checkpoint(tmp_path / "model")
+    spec, norms = checkpoint.spec, (2 * checkpoint.spec.n_layers + 1) * checkpoint.spec.hidden_size
+    expert = 3 * spec.hidden_size * spec.ffn_size
+    assert expert_bytes(checkpoint, torch.float32) == 2 * expert
+    dense = checkpoint.dense(torch.float32, kept(torch.float32))
+    held = {id(tensor): tensor.nbytes for tensor in (dense.embed_VD, dense.norm_D, dense.head_VD)}
+    held |= {id(t): t.nbytes for layer in dense.layers for t in (getattr(layer, f.name) for f in fields(layer))}
+    assert dense_bytes(checkpoint, torch.float32) == sum(held.values()) == checkpoint.bytes_read + 2 * norms
+    monkeypatch.setattr(native, "usable", lambda: False)
+    assert expert_bytes(checkpoint, torch.float32) == 4 * expert
+    assert dense_bytes(checkpoint, torch.float32) == 2 * checkpoint.bytes_read
 
 
 def test_a_defect_is_told_before_memory_is_asked_for(directory: Path, tmp_path: Path) -> None:
