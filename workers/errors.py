@@ -4,6 +4,7 @@ ExpertMeshError
 ├── CheckpointError   a checkpoint that cannot be served: names the file and the tensor
 ├── WireError         bytes of another process that do not follow the wire format
 ├── WorkerLost        an expert worker's stream broke, or its reply is late
+│   └── GroupLost     it was lost with its group: another one may be to blame
 └── ExpertNotHeld     rows for an expert that has no slot in this shard
 """
 
@@ -31,6 +32,10 @@ class WorkerLost(ExpertMeshError):
         super().__init__(f"expert worker {worker}: {reason}")
         self.worker = worker
         self.reason = reason
+
+
+class GroupLost(WorkerLost):
+    """The group that joined the router and the worker broke: the next one may have the worker back at once."""
 
 
 class ExpertNotHeld(ExpertMeshError):

@@ -172,16 +172,19 @@ def request(header: Header, content: memoryview) -> Request:
     """The tensors of a request. Raises WireError when the pairs name a row that is not there or do not ascend."""
     if header.kind != REQUEST:
         raise WireError(f"a message of kind {header.kind} where only requests come")
-    n_tokens, n_pairs, width = header.n_tokens, header.n_pairs, header.width
-    at = header.payload_bytes - n_pairs * _PAIR_BYTES
-    pairs = np.frombuffer(content, np.int32, 2 * n_pairs, at)
-    if not _pairs_fit(pairs.view(np.uint32), n_tokens):
+    n_tokens, width = header.n_tokens, header.width
+    at = header.payload_bytes - header.n_pairs * _PAIR_BYTES
+    x_TD = torch.frombuffer(content, dtype=header.dtype, count=n_tokens * width).view(n_tokens, width)
+    return with_rows(header, x_TD, content[at:])
+
+
+def with_rows(header: Header, x_TD: Tensor, content: memoryview) -> Request:
+    """A request whose rows came apart from its pairs, which are `content`. Raises WireError as `request` does."""
+    n_pairs = header.n_pairs
+    pairs = np.frombuffer(content, np.int32, 2 * n_pairs)
+    if not _pairs_fit(pairs.view(np.uint32), header.n_tokens):
         raise WireError("pairs must name a row of the message and ascend by expert")
-    return Request(
-        torch.frombuffer(content, dtype=header.dtype, count=n_tokens * width).view(n_tokens, width),
-        torch.from_numpy(pairs[:n_pairs]),
-        torch.from_numpy(pairs[n_pairs:]),
-    )
+    return Request(x_TD, torch.from_numpy(pairs[:n_pairs]), torch.from_numpy(pairs[n_pairs:]))
 
 
 def raw(tensor: Tensor) -> memoryview:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from workers.errors import WorkerLost
+from workers.errors import GroupLost, WorkerLost
 from workers.transport.base import Rows, Tag, Transport
 
 _FIRST_ABSENCE_S, _LAST_ABSENCE_S = 5.0, 60.0
@@ -111,6 +111,8 @@ class Links:
     def _failed(self, reply: Reply, loss: WorkerLost) -> None:
         _lose(reply, loss)
         worker = reply.worker
+        if isinstance(loss, GroupLost):
+            return  # or all would be absent, and the one to blame asked as often as the others
         if worker in self._absent_until:
             return  # what else it owed, or a try for want of another replica: the same failure
         # Longer after every failure: a worker that hangs should cost a deadline ever more rarely.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
 
 from tests.contract.harness import GatedShard, gated
 from tests.contract.model import Model
 from workers.shard import ExpertShard
+from workers.transport import collective_mesh
 from workers.transport.base import Transport
 from workers.transport.collective_client import CollectiveTransport
 from workers.transport.collective_server import CollectiveServer
@@ -107,3 +113,31 @@ class CollectiveWorkers:
         while self._servers and any(transport.ready < self.number for transport in self._transports.values()):
             assert time.monotonic() < deadline, f"group {self.number} does not become ready"
             time.sleep(0.002)
+
+
+class RowsApartWorkers(CollectiveWorkers):
+    """As on GPUs: rows travel apart from their headers, in a group for each direction; gloo plays NCCL."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self._row_groups = collective_mesh.row_groups
+        collective_mesh.row_groups = _gloo_row_groups
+
+    def close(self) -> None:
+        super().close()
+        collective_mesh.row_groups = self._row_groups
+
+
+class _GlooRows(collective_mesh.c10d.ProcessGroupGloo):  # type: ignore[misc, name-defined]
+    def abort(self) -> None:
+        """End every wait, as NCCL's does."""
+        with contextlib.suppress(RuntimeError):
+            nobody = (self.rank() + 1) % self.size()
+            self.recv([torch.empty(1, dtype=torch.uint8)], nobody, 9).wait(timedelta(milliseconds=1))
+
+
+def _gloo_row_groups(device: torch.device, group: Group, rank: int, store: Any) -> dict[collective_mesh.Lane, Any]:
+    lanes = (collective_mesh.Lane.REQUEST, collective_mesh.Lane.REPLY)
+    size, timeout = len(group.members), timedelta(seconds=20)
+    prefixes = {lane: collective_mesh.c10d.PrefixStore(f"{group.number}-{lane.name}", store) for lane in lanes}
+    return {lane: _GlooRows(prefix, rank, size, timeout) for lane, prefix in prefixes.items()}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.contract.collective_harness import CollectiveWorkers
+from tests.contract.collective_harness import CollectiveWorkers, RowsApartWorkers
 from tests.contract.harness import GrpcWorkers, LocalWorkers, Workers
 from tests.contract.model import Model
 
@@ -12,6 +12,7 @@ KINDS: dict[str, Callable[[Model], Workers]] = {
     "local": LocalWorkers,
     "grpc": GrpcWorkers,
     "collective": CollectiveWorkers,
+    "collective, rows apart": RowsApartWorkers,
 }
 
 

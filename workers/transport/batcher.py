@@ -33,15 +33,17 @@ class _Job:
 class Batcher:
     """Computes requests of many threads on one shard. Legend: T token rows, P pairs, D hidden size."""
 
-    def __init__(self, shard: ExpertShard) -> None:
+    def __init__(self, shard: ExpertShard, home: torch.device | str = "cpu") -> None:
+        """home: the device that results are wanted on."""
         self._shard = shard
+        self._home = torch.device(home)
         self._computing = threading.Lock()
         self._waiting: list[_Job] = []
         self.rows = 0  # pairs computed since start
         self.compute_seconds = 0.0
 
     def compute(self, layer: int, request: Request, is_wanted: Callable[[], bool]) -> tuple[Tensor, int]:
-        """y_PD in host memory, and the nanoseconds its batch took. Raises what the shard raises.
+        """y_PD, and the nanoseconds its batch took. Raises what the shard raises.
 
         Whoever waited long may be gone: where `is_wanted` has become false nothing is computed, and CancelledError
         raised.
@@ -57,7 +59,7 @@ class Batcher:
         return job.result, job.compute_ns
 
     def compute_batch(self, layer: int, requests: Sequence[Request]) -> list[tuple[Tensor | Exception, int]]:
-        """For each request y_PD in host memory, or what the shard raised, and the nanoseconds its batch took."""
+        """For each request y_PD, or what the shard raised, and the nanoseconds its batch took."""
         began = time.perf_counter_ns()
         try:
             replies = self._forward(layer, requests)
@@ -92,12 +94,13 @@ class Batcher:
             x_TD, token_P, expert_P = requests[0]
             if device.type != "cpu":
                 x_TD, token_P, expert_P = x_TD.to(device), token_P.to(device), expert_P.to(device)
-            return [self._shard.forward(layer, x_TD, token_P, expert_P).cpu()]
+            return [self._shard.forward(layer, x_TD, token_P, expert_P).to(self._home)]
         firsts = [0, *itertools.accumulate(len(request.x_TD) for request in requests)]
         x_TD = torch.cat([request.x_TD for request in requests])
         token_P = torch.cat([request.token_P + first for first, request in zip(firsts, requests, strict=False)])
         expert_P, order_P = torch.cat([request.expert_P for request in requests]).sort(stable=True)
-        sorted_PD = self._shard.forward(layer, x_TD.to(device), token_P[order_P].to(device), expert_P.to(device)).cpu()
+        sorted_PD = self._shard.forward(layer, x_TD.to(device), token_P[order_P].to(device), expert_P.to(device))
+        sorted_PD = sorted_PD.to(self._home)
         y_PD = torch.empty_like(sorted_PD)
-        y_PD[order_P] = sorted_PD
+        y_PD[order_P.to(self._home)] = sorted_PD
         return list(torch.split(y_PD, [len(request.token_P) for request in requests]))

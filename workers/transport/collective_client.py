@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workers import wire
-from workers.errors import WireError, WorkerLost
+from workers.errors import GroupLost, WireError, WorkerLost
 from workers.transport.base import Rows, Tag
 from workers.transport.collective_beat import listen
 from workers.transport.collective_blocks import ERROR_BYTES, LEAVE, as_bytes, fill, fits, view
@@ -46,9 +46,17 @@ class CollectiveTransport:
     """
 
     def __init__(
-        self, router: str, host: str, *, deadline_s: float = 2.0, on_change: Callable[[], None] | None = None
+        self,
+        router: str,
+        host: str,
+        *,
+        deadline_s: float = 2.0,
+        device: torch.device | str = "cpu",
+        on_change: Callable[[], None] | None = None,
     ) -> None:
         """Connections are bound to the interface of `host`. A worker without a sign of life for `deadline_s` is lost.
+
+        device: where the rows are, here and at the workers: on CUDA devices they travel over NCCL.
 
         on_change: called by some thread when a group became ready or broke. Raises RuntimeError when `host` is not an
         address of this machine.
@@ -62,7 +70,7 @@ class CollectiveTransport:
         self._connected: set[str] = set()
         self._owed: defaultdict[str, deque[_Owed]] = defaultdict(deque)
         self._buffers = Buffers()
-        self._joiner = Joiner(router, host, self._live, on_change)
+        self._joiner = Joiner(router, host, torch.device(device), self._live, on_change)
 
     @property
     def ready(self) -> int:
@@ -96,8 +104,7 @@ class CollectiveTransport:
             owed = self._post(mesh, rank, rows)
         except Broken as broken:
             self._count(mesh, -1)
-            mesh.fail(f"{worker}: {broken}")
-            raise WorkerLost(worker, str(broken)) from None
+            raise _loss(mesh, worker, broken) from None
         self._owed[worker].append(owed)
 
     def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
@@ -109,9 +116,9 @@ class CollectiveTransport:
             try:
                 result = self._finish(owed, deadline, out_PD if owed.tag == tag else None)
             except (Broken, WireError) as error:
-                owed.mesh.fail(f"{worker}: {error}")
+                loss = _loss(owed.mesh, worker, error)
                 if owed.tag == tag:
-                    raise WorkerLost(worker, str(error)) from None
+                    raise loss from None
                 continue
             finally:
                 self._count(owed.mesh, -1)
@@ -136,28 +143,32 @@ class CollectiveTransport:
         with self._lock:
             mesh = self._mesh
             if mesh is None or mesh.broken is not None:
-                raise WorkerLost(worker, "there is no group yet" if mesh is None else f"its group broke: {mesh.broken}")
+                raise GroupLost(worker, "there is no group yet" if mesh is None else f"its group broke: {mesh.broken}")
             if worker not in mesh.group.workers or worker not in self._connected:
                 raise WorkerLost(worker, f"not in group {mesh.group.number}, or not connected")
             self._in_flight[mesh] += 1
         return mesh, mesh.workers[mesh.group.workers.index(worker)]
 
     def _post(self, mesh: Mesh, rank: int, rows: Rows) -> _Owed:
-        x_TD = rows.x_TD.cpu()
+        x_TD = rows.x_TD if mesh.rows_apart else rows.x_TD.cpu()
         head, payload_bytes = wire.request_head(rows.tag, x_TD, len(rows.token_P))
         reply_bytes = len(rows.token_P) * x_TD.shape[1] * x_TD.itemsize
         # The reply finds its place before it comes: so it need not wait for it.
-        room = max(wire.HEADER_BYTES + reply_bytes, ERROR_BYTES) if fits(reply_bytes) else ERROR_BYTES
+        in_one = fits(reply_bytes) and not mesh.rows_apart
+        room = max(wire.HEADER_BYTES + reply_bytes, ERROR_BYTES) if in_one else ERROR_BYTES
         reply_block = self._buffers.take(room)
         reply = mesh.receive(rank, Lane.REPLY, reply_block)
-        if fits(payload_bytes):
-            block = self._buffers.take(len(head) + payload_bytes)
-            parts = [fill(block, head, x_TD, rows.token_P, rows.expert_P)]
+        block = self._buffers.take(len(head) + payload_bytes if fits(payload_bytes) else len(head))
+        if fits(payload_bytes) and not mesh.rows_apart:
+            message = fill(block, head, x_TD, rows.token_P, rows.expert_P)
+            sent: tuple[Any, ...] = (mesh.send(rank, Lane.REQUEST, message),)
         else:
-            block = self._buffers.take(len(head))
             pairs = torch.cat((rows.token_P, rows.expert_P))
-            parts = [fill(block, head), as_bytes(x_TD), as_bytes(pairs)]
-        sent = tuple(mesh.send(rank, Lane.REQUEST, part) for part in parts)
+            sent = (
+                mesh.send(rank, Lane.REQUEST, fill(block, head)),
+                mesh.send_rows(rank, Lane.REQUEST, as_bytes(x_TD)),
+                mesh.send(rank, Lane.REQUEST, as_bytes(pairs)),
+            )
         return _Owed(mesh, rank, rows.tag, reply, reply_block, reply_bytes, sent, block)
 
     def _finish(self, owed: _Owed, deadline: float, out_PD: Tensor | None) -> int | str:
@@ -186,13 +197,19 @@ class CollectiveTransport:
             raise WireError(f"a reply of {header.payload_bytes} bytes, awaited: {owed.reply_bytes}")
         if out_PD is not None and (header.n_pairs, header.width, header.dtype) != (*out_PD.shape, out_PD.dtype):
             raise WireError(f"{header.n_pairs} rows of {header.width} {header.dtype}, awaited: {tuple(out_PD.shape)}")
-        if fits(owed.reply_bytes):
+        if fits(owed.reply_bytes) and not owed.mesh.rows_apart:
             rows = owed.reply_block[wire.HEADER_BYTES :][: owed.reply_bytes]
         else:
-            in_place = out_PD is not None and out_PD.is_cpu
-            rows = as_bytes(out_PD) if out_PD is not None and in_place else _block(owed.reply_bytes)
-            owed.mesh.wait(owed.mesh.receive(owed.rank, Lane.REPLY, rows), deadline - time.monotonic())
-            if in_place:
+            here = owed.mesh.device if owed.mesh.rows_apart else torch.device("cpu")
+            is_place = out_PD is not None and out_PD.device.type == here.type
+            if out_PD is not None and is_place:
+                rows = as_bytes(out_PD)
+            else:
+                rows = torch.empty(owed.reply_bytes, dtype=torch.uint8, device=here)
+            # The host waits: whether the rows came must be known before the next layer is sent, as its counts must.
+            coming = owed.mesh.receive_rows(owed.rank, Lane.REPLY, rows)
+            owed.mesh.wait(coming, deadline - time.monotonic())
+            if is_place:
                 return
         if out_PD is not None:
             out_PD.copy_(rows.view(out_PD.dtype).view(out_PD.shape))
@@ -239,8 +256,12 @@ class CollectiveTransport:
             return left_at is not None and (not self._in_flight[mesh] or time.monotonic() > left_at + _LAST_REPLIES_S)
 
 
-def _block(n_bytes: int) -> Tensor:
-    return torch.empty(n_bytes, dtype=torch.uint8)
+def _loss(mesh: Mesh, worker: str, error: Exception) -> WorkerLost:
+    """End the group because of `worker`, unless another one was the first to go."""
+    if mesh.broken is not None:
+        return GroupLost(worker, str(error))
+    mesh.fail(f"{worker}: {error}")
+    return WorkerLost(worker, str(error))
 
 
 def _leave(mesh: Mesh, timeout_s: float) -> None:

@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from workers.transport.collective_mesh import Mesh, connect_store, gloo_device
+import torch
+
+from workers.transport.collective_mesh import Mesh, connect_store, gloo_interface
 from workers.transport.group import Group
 
 _log = logging.getLogger(__name__)
@@ -19,13 +21,19 @@ class Joiner:
     """Every group it builds lives in a thread of its own, which runs `live` until the group has ended."""
 
     def __init__(
-        self, name: str, host: str, live: Callable[[Mesh], None], on_change: Callable[[], None] | None
+        self,
+        name: str,
+        host: str,
+        device: torch.device,
+        live: Callable[[Mesh], None],
+        on_change: Callable[[], None] | None,
     ) -> None:
         """on_change: called by any thread when a group broke. Raises RuntimeError when `host` is not local."""
         self._name = name
+        self._device = device
         self._live = live
         self._on_change = on_change
-        self._device = gloo_device(host)
+        self._interface = gloo_interface(host)
         self._lock = threading.Lock()
         self._newest = 0
         self._closed = False
@@ -85,7 +93,7 @@ class Joiner:
         with self._lock:
             idle, self._clients = [client for address, client in self._clients if address == group.store], []
         store = idle.pop() if idle else connect_store(group.store, BUILD_S)
-        mesh = Mesh(group, rank, store, self._device, BUILD_S, self._broke)
+        mesh = Mesh(group, rank, store, self._interface, self._device, BUILD_S, self._broke)
         with self._lock:
             self._clients = [(group.store, client) for client in (*idle, store)]
         return mesh

@@ -75,29 +75,32 @@ class RouterLane:
             if bytes(view(this)[: len(LEAVE)]) == LEAVE:
                 break
             header = wire.parse_head(view(this))
-            content, rest = self._content(header, this)
+            asked, rest = self._request(header, this)
             # The next request finds its place while this one is computed.
             request = self._receive(other)
             with self._work.one():
-                self._answer(header, content)
+                self._answer(header, asked)
             if rest is not None:
                 self._buffers.give(rest)
             this, other = other, this
         self.left = True
         self._send(this[: len(LEAVE)])
 
-    def _content(self, header: wire.Header, block: Tensor) -> tuple[memoryview, Tensor | None]:
-        """The payload of a request, and the buffer that it took unless it came with its header."""
-        if fits(header.payload_bytes):
-            return view(block)[wire.HEADER_BYTES :][: header.payload_bytes], None
-        rest = self._buffers.take(header.payload_bytes)
+    def _request(self, header: wire.Header, block: Tensor) -> tuple[wire.Request, Tensor | None]:
+        """A request, and the buffer that it took unless it came with its header."""
+        if fits(header.payload_bytes) and not self._mesh.rows_apart:
+            return wire.request(header, view(block)[wire.HEADER_BYTES :][: header.payload_bytes]), None
         rows_bytes = header.n_tokens * header.width * header.dtype.itemsize
-        for work in [self._receive(part) for part in (rest[:rows_bytes], rest[rows_bytes : header.payload_bytes])]:
+        rest = self._buffers.take(header.payload_bytes)
+        rows, pairs = rest[:rows_bytes], rest[rows_bytes : header.payload_bytes]
+        if self._mesh.rows_apart:
+            rows = torch.empty(rows_bytes, dtype=torch.uint8, device=self._mesh.device)
+        for work in (self._mesh.receive_rows(self._router, Lane.REQUEST, rows), self._receive(pairs)):
             self._mesh.wait(work)
-        return view(rest)[: header.payload_bytes], rest
+        x_TD = rows.view(header.dtype).view(header.n_tokens, header.width)
+        return wire.with_rows(header, x_TD, view(pairs)), rest
 
-    def _answer(self, header: wire.Header, content: memoryview) -> None:
-        request = wire.request(header, content)
+    def _answer(self, header: wire.Header, request: wire.Request) -> None:
         result = answer(self._work.shard, self._work.batcher, header, request, lambda: self._mesh.broken is None)
         if isinstance(result, str):
             self._reply(wire.error_message(header.tag, result, ERROR_BYTES))
@@ -106,14 +109,13 @@ class RouterLane:
             self._reply(wire.reply_head(header.tag, header.n_tokens, y_PD, compute_ns), y_PD)
 
     def _reply(self, head: bytes, *rows: Tensor) -> None:
-        n_bytes = sum(tensor.nbytes for tensor in rows)
-        if fits(n_bytes):
-            block = self._buffers.take(len(head) + n_bytes)
-            parts = [fill(block, head, *rows)]
-        else:
-            block = self._buffers.take(len(head))
-            parts = [fill(block, head), *map(as_bytes, rows)]
-        for work in [self._mesh.send(self._router, Lane.REPLY, part) for part in parts]:
+        """Send a message: its head, and at most one tensor of rows."""
+        in_one = fits(sum(tensor.nbytes for tensor in rows)) and not self._mesh.rows_apart
+        block = self._buffers.take(len(head) + sum(tensor.nbytes for tensor in rows) if in_one else len(head))
+        works = [self._mesh.send(self._router, Lane.REPLY, fill(block, head, *(rows if in_one else ())))]
+        if not in_one:
+            works += [self._mesh.send_rows(self._router, Lane.REPLY, as_bytes(tensor)) for tensor in rows]
+        for work in works:
             self._mesh.wait(work)
         self._buffers.give(block)
 

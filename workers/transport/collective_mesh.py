@@ -10,6 +10,7 @@ Whatever goes wrong with one rank ends the group for all: nobody goes on without
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -45,23 +46,33 @@ class Mesh:
     """A process group that has been built. Any thread may send, receive and wait."""
 
     def __init__(
-        self, group: Group, rank: int, store: Any, device: Any, timeout_s: float, on_break: Callable[[Mesh], None]
+        self,
+        group: Group,
+        rank: int,
+        store: Any,
+        interface: Any,
+        device: torch.device,
+        timeout_s: float,
+        on_break: Callable[[Mesh], None],
     ) -> None:
         """Blocks until every rank is there. Raises RuntimeError when one is not within `timeout_s`.
 
-        store, device: what `connect_store` and `gloo_device` gave; the store is not needed any more afterwards.
-        on_break: called once, by a thread of the mesh, unless it is closed first.
+        store, interface: what `connect_store` and `gloo_interface` gave; the store is free again afterwards.
+        device: where the rows of all ranks are. on_break: called once, by a thread of the mesh, unless it is closed
+        first.
         """
         self.group = group
         self.rank = rank
+        self.device = device
         self.broken: str | None = None
         self.ended = threading.Event()
         self._on_break = on_break
         self._lock = threading.Lock()
         options = c10d.ProcessGroupGloo._Options()
-        options._devices, options._threads, options._timeout = [device], 1, timedelta(seconds=timeout_s)
+        options._devices, options._threads, options._timeout = [interface], 1, timedelta(seconds=timeout_s)
         prefix = c10d.PrefixStore(str(group.number), store)
         self._gloo: Any = c10d.ProcessGroupGloo(prefix, rank, len(group.members), options)
+        self._rows: dict[Lane, Any] = row_groups(device, group, rank, store)
 
     @property
     def routers(self) -> range:
@@ -87,6 +98,19 @@ class Mesh:
     def receive(self, rank: int, lane: Lane, block: Tensor) -> Any:
         """Start receiving into uint8 `block`: the next message of `lane`, which may be shorter but not longer."""
         return self._start(lambda gloo: gloo.recv([block], rank, lane))
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether rows travel apart from their header, from device memory to device memory."""
+        return bool(self._rows)
+
+    def send_rows(self, rank: int, lane: Lane, rows: Tensor) -> Any:
+        """As `send`, for the uint8 rows of a message, in device memory."""
+        return self._start(lambda gloo: self._rows.get(lane, gloo).send([rows], rank, lane))
+
+    def receive_rows(self, rank: int, lane: Lane, rows: Tensor) -> Any:
+        """As `receive`, for the uint8 rows of a message, of exactly this size, in device memory."""
+        return self._start(lambda gloo: self._rows.get(lane, gloo).recv([rows], rank, lane))
 
     def wait(self, work: Any, timeout_s: float = _FOREVER_S) -> None:
         """Return when `work` is done. Raises Broken when it never will be; lateness ends every work of the mesh."""
@@ -132,6 +156,8 @@ class Mesh:
         gloo, self._gloo = self._gloo, None
         with contextlib.suppress(RuntimeError):
             gloo.recv([torch.empty(1, dtype=torch.uint8)], nobody, Lane.NOTHING).wait(timedelta(seconds=_AT_ONCE_S))
+        for rows in self._rows.values():
+            rows.abort()
 
 
 def connect_store(address: str, timeout_s: float) -> Any:
@@ -144,7 +170,25 @@ def connect_store(address: str, timeout_s: float) -> Any:
     return c10d.TCPStore(host.strip("[]"), int(port), is_master=False, wait_for_workers=False, timeout=timeout)
 
 
-def gloo_device(host: str) -> Any:
+def row_groups(device: torch.device, group: Group, rank: int, store: Any) -> dict[Lane, Any]:
+    """Process groups for rows in device memory: over NCCL, one for each direction; none on a CPU, where gloo has them.
+
+    NCCL runs what two ranks send each other in order, so that in one group a reply would wait for a request behind it.
+    """
+    if device.type != "cuda":
+        return {}
+    # Who is lost is for the mesh to find out; NCCL's watchdog would end this process as well.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    torch.cuda.set_device(device)
+    groups = {}
+    for lane in (Lane.REQUEST, Lane.REPLY):
+        # Two ranks connect when they first meet, long after the store's client has another user: so one of its own.
+        prefix = c10d.PrefixStore(f"{group.number}-{lane.name}", store.clone())
+        groups[lane] = c10d.ProcessGroupNCCL(prefix, rank, len(group.members), timedelta(seconds=_FOREVER_S))
+    return groups
+
+
+def gloo_interface(host: str) -> Any:
     """What the connections of any number of meshes run over, bound to the interface of `host`.
 
     Raises RuntimeError when `host` is not an address of this machine.

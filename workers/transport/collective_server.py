@@ -37,9 +37,9 @@ class CollectiveServer:
         self.address = f"{host}/{os.getpid()}"
         self._deadline_s = deadline_s
         self._shard = shard
-        self._work = Work(shard, Batcher(shard))
+        self._work = Work(shard, Batcher(shard, shard.device))
         self._lanes: list[RouterLane] = []
-        self._joiner = Joiner(worker, host, self._live, on_change)
+        self._joiner = Joiner(worker, host, shard.device, self._live, on_change)
 
     @property
     def broken(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.transport.collective_mesh import c10d, connect_store, gloo_device
+from workers.transport.collective_mesh import c10d, connect_store, gloo_interface
 from workers.transport.group import Group
 
 _BUILD_S = 60.0
@@ -46,7 +46,7 @@ class FixedGroup:
             self._ranks = c10d.ProcessGroupNCCL(store, rank, len(group.members), timedelta(seconds=_BUILD_S))
         else:
             options = c10d.ProcessGroupGloo._Options()
-            options._devices, options._threads = [gloo_device(host)], 1
+            options._devices, options._threads = [gloo_interface(host)], 1
             options._timeout = timedelta(seconds=_BUILD_S)
             self._ranks = c10d.ProcessGroupGloo(store, rank, len(group.members), options)
 
