@@ -27,6 +27,8 @@ c10d: Any = import_module("torch._C._distributed_c10d")  # its stubs lack what i
 
 _FOREVER_S = 10 * 365 * 86400.0
 _AT_ONCE_S = 0.001
+# What gloo tells the other threads when the time of one's wait is over; that one knows for whom it waited.
+_SECOND_HAND, _HEARSAY_S = "Application timeout", 0.2
 
 
 class Lane(IntEnum):
@@ -117,6 +119,8 @@ class Mesh:
         try:
             work.wait(timedelta(seconds=max(timeout_s, _AT_ONCE_S)))
         except RuntimeError as error:
+            if _SECOND_HAND in str(error):
+                self.ended.wait(_HEARSAY_S)
             raise Broken(self.broken or _plain(error)) from None
 
     def fail(self, reason: str) -> None:
