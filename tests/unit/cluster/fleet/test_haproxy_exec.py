@@ -1,8 +1,12 @@
-"""Catches an HAProxy that would listen beyond what the user named, also when Serve's template changes; and one that
-says of every path that it does not exist."""
+"""Catches an HAProxy that would listen beyond what the user named, also when Serve's template changes; one that says of
+every path that it does not exist; and one that keeps from the gateway that its client left."""
 
+import socket
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -19,6 +23,12 @@ CONFIG = """global
 defaults
     mode http
     log global
+    option abortonclose
+    option splice-request
+    option splice-response
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
 frontend prometheus
     bind :9101
     mode http
@@ -52,27 +62,58 @@ def test_listens_where_the_user_said_and_nowhere_else(host: str, expected: str) 
     assert "127.0.0.1:514" not in restricted
 
 
-def test_a_client_that_comes_before_the_gateway_is_told_to_come_again(tmp_path: Path) -> None:
-    binary, file = get_haproxy_binary(), tmp_path / "haproxy.cfg"
+@contextmanager
+def haproxy(directory: Path, config: str) -> Iterator[str]:
+    """HAProxy as `config`, which says port 8000, once it listens on another; its address."""
     port = free_port()
-    lines = restrict(CONFIG.replace("8000", str(port)), "127.0.0.1", port).splitlines()
+    lines = restrict(config.replace("8000", str(port)), "127.0.0.1", port).splitlines()
+    file = directory / "haproxy.cfg"
     file.write_text("\n".join(line for line in lines if "stats socket" not in line) + "\n")
-    with subprocess.Popen([binary, "-db", "-f", str(file)], stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(file)], stderr=subprocess.DEVNULL) as process:
         try:
-            response = answer(f"http://127.0.0.1:{port}/v1/models", process)
+            while not listens(port):
+                assert process.poll() is None
+                time.sleep(0.02)
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.kill()
+
+
+def listens(port: int) -> bool:
+    with closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_client_that_comes_before_the_gateway_is_told_to_come_again(tmp_path: Path) -> None:
+    with haproxy(tmp_path, CONFIG) as url:
+        response = httpx.get(f"{url}/v1/models")
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
     assert response.json()["error"]["code"] == "service_unavailable"
 
 
-def answer(url: str, process: subprocess.Popen[bytes]) -> httpx.Response:
-    while True:
-        assert process.poll() is None
-        try:
-            return httpx.get(url)
-        except httpx.ConnectError:
-            time.sleep(0.02)
+def test_a_client_that_leaves_before_its_answer_comes_leaves_the_gateway_too(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gateway:
+        gateway.settimeout(20)
+        port = gateway.getsockname()[1]
+        config = CONFIG.replace("default_backend default_backend", "default_backend app")
+        with haproxy(tmp_path, config.replace("127.0.0.1:30000 check", f"127.0.0.1:{port}")) as url:
+            client = threading.Thread(target=leave_early, args=(url,))
+            client.start()
+            connection, _ = gateway.accept()
+            with connection:
+                connection.settimeout(20)
+                received = b""
+                while not received.endswith(b"}"):
+                    received += connection.recv(65536)
+                with suppress(ConnectionResetError):
+                    assert connection.recv(1) == b""
+            client.join()
+
+
+def leave_early(url: str) -> None:
+    """Head and body are sent apart, as many clients do."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json={"prompt": "x" * 300}, timeout=httpx.Timeout(20, read=0.5))
 
 
 def test_it_can_be_done_twice() -> None:
@@ -99,3 +140,4 @@ def test_the_template_of_this_ray_is_understood() -> None:
     restricted = restrict(filled, "127.0.0.1", 8000)
     assert binds(restricted) == ["bind 127.0.0.1:8000"]
     assert "status 404" in filled and "status 404" not in restricted
+    assert "option splice-request" in filled and "option splice-request" not in restricted
