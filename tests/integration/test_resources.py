@@ -74,6 +74,23 @@ def test_requests_leave_nothing_behind(cluster: RunningCluster) -> None:
     wait_until(settled, 20)
 
 
+def test_a_client_that_leaves_while_a_worker_hangs_gives_its_blocks_back(cluster: RunningCluster) -> None:
+    """Not when the worker is given up, which takes longer than this test waits."""
+    run_requests(cluster, 1, keep=1.0)
+    worker = members(cluster, "expert")["expert-0"]
+    worker.suspend()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            body = {"model": cluster.model, "prompt": "word " * 60, "stream": True}
+            answer = pool.submit(httpx.post, f"{cluster.url}/v1/completions", json=body, timeout=4)
+            wait_until(lambda: not idle(cluster), 4)
+            assert isinstance(answer.exception(), httpx.ReadTimeout)  # which closes the connection
+        wait_until(lambda: idle(cluster), 4)
+    finally:
+        worker.resume()
+    run_requests(cluster, 1, keep=1.0)
+
+
 def test_memory_does_not_grow(cluster: RunningCluster) -> None:
     run_requests(cluster, 500, keep=0.9)
     processes = members(cluster, "gateway", "router", "expert")
