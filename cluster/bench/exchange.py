@@ -12,10 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from cluster.bench import transports
 from cluster.bench.child import Child
 from cluster.bench.common import console, machine, print_json, print_table
 from cluster.errors import StartError
@@ -30,9 +31,21 @@ _COMMAND = (sys.executable, "-m", "cluster.bench.exchange_process")
 
 def exchange(
     repeats: Annotated[int, typer.Option(min=1, help="runs of each way, in turn; the median counts")] = 5,
+    transport: Annotated[
+        Literal["grpc", "collective", "all"],
+        typer.Option(help="grpc: beside gRPC echoes; collective, all: 1+2 and 2+4 processes beside bare all-to-alls"),
+    ] = "grpc",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Round trips of 2 KiB to 16 MiB of float32 rows to one expert worker whose expert costs nothing."""
+    """Round trips of 2 KiB to 16 MiB of float32 rows to expert workers whose experts cost nothing."""
+    if transport != "grpc":
+        ways = ("grpc", "collective") if transport == "all" else (transport,)
+        layouts = transports.compare(ways, _SIZES, repeats)
+        if as_json:
+            print_json({"machine": machine(), "repeats": repeats, "layouts": layouts})
+        else:
+            transports.show(layouts, ways)
+        return
     with _server("worker") as worker, _server("echo") as echo:
         client = Child("client", (*_COMMAND, "client", worker, echo), process_environment(1))
         try:

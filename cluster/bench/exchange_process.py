@@ -17,13 +17,11 @@ from typing import Any
 
 import grpc
 import torch
-from torch import Tensor
 
 from cluster.bench.child import serve
+from cluster.bench.free_shard import FreeShard
 from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
-from workers.shard import ExpertShard
-from workers.spec import ModelSpec
 from workers.transport.grpc_client import GrpcTransport
 from workers.transport.grpc_server import ExpertServer
 from workers.wire import FRAME_BYTES
@@ -34,26 +32,9 @@ _TIMEOUT_S = 60.0
 _END = b"\1"  # ends the last frame of an echoed message; the others end in zeros
 
 
-class FreeShard(ExpertShard):
-    """One expert that gives back what it gets."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            ModelSpec(
-                hidden_size=HIDDEN_SIZE, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=HIDDEN_SIZE, ffn_size=1,
-                n_experts=1, top_k=1, vocab_size=1, rope_theta=1.0, norm_eps=1.0, sliding_window=None,
-                tie_embeddings=False, max_context=1, bos_id=None, eos_ids=(), dtype=torch.float32,
-            )
-        )  # fmt: skip
-
-    def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
-        """The pairs are the rows, in order."""
-        return x_TD
-
-
 def worker() -> None:
     """Serve the free expert."""
-    server = ExpertServer(FreeShard(), "worker", "127.0.0.1")
+    server = ExpertServer(FreeShard(HIDDEN_SIZE), "worker", "127.0.0.1")
     server.start()
     print(server.address, flush=True)
     sys.stdin.read()
