@@ -140,7 +140,7 @@ def _claim_serve(address: str) -> None:
         raise StartError(
             f"Ray at {address} already serves {', '.join(sorted(others))}; ExpertMesh needs Ray Serve alone"
         )
-    serve.shutdown()
+    serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _exists(actor: str, namespace: str) -> bool:
@@ -159,7 +159,7 @@ def stop(config: Config) -> None:
     from ray import serve
 
     if config.ray_address is not None and ray.is_initialized():
-        serve.shutdown()  # our actors end with us, but what Serve runs does not
+        serve.shutdown()  # type: ignore[no-untyped-call]  # our actors end with us; what Serve runs does not
     family = psutil.Process().children(recursive=True)
     ray.shutdown()
     _, alive = psutil.wait_procs(family, timeout=_KILL_AFTER_S)
