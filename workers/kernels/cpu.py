@@ -193,6 +193,7 @@ def hidden_phase(args, panel):  # type: ignore[no-untyped-def]
     a = as_int64(args)
     d, f, n_experts, limit = a[4], a[5], a[6], a[7]
     table, starts, token_rows, hidden, kind = as_int64(a[8]), as_int64(a[9]), a[10], a[12], a[14]
+    hidden_stride = a[15]
     stride = (4 if kind == FLOAT32 else 2) * d
     blocks = (f + UNIT - 1) // UNIT
     u = take(args)
@@ -201,12 +202,12 @@ def hidden_phase(args, panel):  # type: ignore[no-untyped-def]
         begin, count = starts[e], starts[e + 1] - starts[e]
         if 0 < count <= limit:
             gate, tokens = table[2 * e], token_rows + 8 * begin
-            out = hidden + 4 * (begin * f + first)
+            out = hidden + begin * hidden_stride + 4 * first
             up, last = gate + f * stride, min(f, first + UNIT)
             if count <= FEW_ROWS:
-                _swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, 4 * f)
+                _swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, hidden_stride)
             else:
-                many_swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, 4 * f, panel)
+                many_swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, hidden_stride, panel)
         u = take(args)
 
 
@@ -219,7 +220,7 @@ def experts_pairs(args: int) -> None:
     d, f, n_experts, limit = a[4], a[5], a[6], a[7]
     table, starts, hidden_rows, y, kind = as_int64(a[8]), as_int64(a[9]), a[11], a[13], a[14]
     stride = (4 if kind == FLOAT32 else 2) * f
-    panel = a[15] + a[16] * take(args + 16)
+    panel = a[16] + a[17] * take(args + 16)
     hidden_phase(args, panel)
     wait_for_team(a[3])
     blocks = (d + UNIT - 1) // UNIT
@@ -252,8 +253,8 @@ def experts_combined(args: int) -> None:
     """out[T, D] = the weighted sum over each token's experts, added in expert order; at most FEW_ROWS pairs each."""
     a = as_int64(args)
     d, f, n_experts = a[4], a[5], a[6]
-    table, starts, hidden_rows, out, kind, order = as_int64(a[8]), as_int64(a[9]), a[11], a[13], a[14], a[15]
-    weights, choices, n_pairs, buffers, buffer_stride = a[16], a[17], a[18], a[19], a[20]
+    table, starts, hidden_rows, out, kind, order = as_int64(a[8]), as_int64(a[9]), a[11], a[13], a[14], a[16]
+    weights, choices, n_pairs, buffers, buffer_stride = a[17], a[18], a[19], a[20], a[21]
     stride = (4 if kind == FLOAT32 else 2) * f
     hidden_phase(args, 0)
     wait_for_team(a[3])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels import native, reference
-from workers.kernels.linear import is_fast, with_unit_stride
+from workers.kernels.linear import apart, is_fast, with_unit_stride
 from workers.kernels.native import DOWN_UNIT, FEW_ROWS
 
 
@@ -119,13 +119,17 @@ class LayerExperts:
         experts = experts.to(torch.int64).contiguous()
         token_P = token_P.contiguous() if token_P is not None else None
         n_pairs = experts.numel()
-        plan = _Plan(x_TD, n_pairs, torch.empty(n_pairs, self.ffn_size), _Scratch(n_pairs, self.n_experts))
+        in_panels = n_pairs > FEW_ROWS and self._most_rows > FEW_ROWS
+        if in_panels:
+            x_TD = apart(x_TD)
+        hidden_PF = native.rows_apart(n_pairs, self.ffn_size) if in_panels else torch.empty(n_pairs, self.ffn_size)
+        plan = _Plan(x_TD, n_pairs, hidden_PF, _Scratch(n_pairs, self.n_experts))
         at = plan.scratch
         native.plan(
             1,
             *(experts.data_ptr(), n_pairs, self.n_experts, self._table_E2.data_ptr(), self.rows_E.data_ptr()),
             *(0 if token_P is None else token_P.data_ptr(), choices, x_TD.data_ptr(), 4 * x_TD.stride(0)),
-            *(plan.hidden_PF.data_ptr(), 4 * self.ffn_size),
+            *(plan.hidden_PF.data_ptr(), 4 * plan.hidden_PF.stride(0)),
             *(at.result, at.starts, at.order, at.token_rows, at.hidden_rows),
         )
         plan.most_rows, missing = at.values[:2].tolist()
@@ -139,7 +143,7 @@ class LayerExperts:
         return (
             *(self.hidden_size, self.ffn_size, self.n_experts, self._most_rows, self._table_E2.data_ptr()),
             *(at.starts, at.token_rows, at.hidden_rows, plan.hidden_PF.data_ptr(), out.data_ptr()),
-            native.KINDS[self.weight_dtype],
+            *(native.KINDS[self.weight_dtype], 4 * plan.hidden_PF.stride(0)),
         )
 
     def _combined(self, plan: _Plan, weights_TK: Tensor) -> Tensor:

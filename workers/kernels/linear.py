@@ -34,6 +34,11 @@ def with_unit_stride(x_TD: Tensor) -> Tensor:
     return x_TD if x_TD.stride(-1) == 1 or x_TD.shape[-1] == 1 else x_TD.contiguous()
 
 
+def apart(x_TD: Tensor) -> Tensor:
+    """`x`, copied if its rows lie where a cache has room for few of them at a time."""
+    return x_TD if 4 * x_TD.stride(0) % 4096 else native.rows_apart(*x_TD.shape).copy_(x_TD)
+
+
 class PackedLinear:
     """`y_TN = x_TD @ weight_ND.T`, for any number of rows, in whatever way is fastest for that number.
 
@@ -61,6 +66,8 @@ class PackedLinear:
 def product(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
     """The product by the compiled kernels; x float32, unit stride along D. Returns float32 [T, N]."""
     n_rows, k = x_TD.shape
+    if n_rows > FEW_ROWS:
+        x_TD = apart(x_TD)
     n = weight_ND.shape[0]
     y_TN = native.empty(n_rows, n)
     team = native.team(weight_ND.nbytes)

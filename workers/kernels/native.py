@@ -172,6 +172,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return tensor
 
 
+def rows_apart(n_rows: int, n: int) -> torch.Tensor:
+    """Room for [n_rows, n] float32, for the tiles of a panel: rows that begin a multiple of 4096 bytes apart would all
+    lie in the few places that a cache has for such addresses."""
+    return empty(n_rows, n + (_LANES if 4 * n % 4096 == 0 else 0))[:, :n]
+
+
 def panels(team: int, k: int) -> torch.Tensor:
     """Room for a panel of weight rows of length k for each thread; see `panel`. Float32 [team, ...]."""
     return empty(team, _PANEL * (-(-k // _LANES) * _LANES))

@@ -59,7 +59,7 @@ def test_a_row_does_not_depend_on_its_neighbours(n_inputs: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n_inputs", "n_outputs"), [*SIZES, (31, 33), (300, 97)])
+@pytest.mark.parametrize(("n_inputs", "n_outputs"), [*SIZES, (31, 33), (300, 97), (1024, 40)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 6, 13, FEW_ROWS, FEW_ROWS + 1, 43, 70, 131])
 def test_stored_in_16_bits_equals_the_same_weights_in_float32(
     rows: int, n_inputs: int, n_outputs: int, dtype: torch.dtype

@@ -89,7 +89,8 @@ def test_equals_the_reference(hidden: int, ffn: int, experts: int, tokens: int, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("hidden", "ffn", "tokens"), [(37, 53, 1), (37, 53, 7), (64, 130, 20), (37, 53, 90), (130, 67, 200)]
+    ("hidden", "ffn", "tokens"),
+    [(37, 53, 1), (37, 53, 7), (64, 130, 20), (37, 53, 90), (130, 67, 200), (1024, 1024, 90)],
 )
 def test_experts_stored_in_16_bits_give_what_they_give_in_float32(
     hidden: int, ffn: int, tokens: int, dtype: torch.dtype
