@@ -45,7 +45,7 @@ class Config:
     routers: int = option(1, "number of router processes", at_least=1)
     gateways: int = option(1, "number of gateway processes", at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "compute dtype of routers and expert workers; auto: float32"
+        "auto", "compute dtype of routers and expert workers; auto: float32, from weights as stored"
     )
     router_threads: int = option(0, "CPU threads of a router; 0: an even share of the cores", at_least=0)
     worker_threads: int = option(0, "CPU threads of an expert worker; 0: a share of the cores", at_least=0)
