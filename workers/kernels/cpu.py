@@ -1,131 +1,17 @@
-"""The CPU kernels of products: for few rows they stream the weights once, at the speed of the memory.
+"""The CPU kernels of products: of the dense half, and of all experts of a layer at once.
 
-Weights are float32, bfloat16 or float16, rows and sums float32.
-
-Imported only to build them (see `native`): numba is here.
+Weights are float32, bfloat16 or float16, rows and sums float32. Imported only to build them (see `native`): numba is
+here.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 
+from workers.kernels.cpu_few import few_dots, few_swiglu
 from workers.kernels.cpu_many import many_dots, many_swiglu
 from workers.kernels.jit import as_float32, as_int64, take, wait_for_team
-from workers.kernels.native import BFLOAT16, DOWN_UNIT, FEW_ROWS, FLOAT16, FLOAT32, UNIT, widens_float16
-from workers.kernels.tile import COLUMNS, dot_tile, swiglu_tile
-
-
-def _dot_rows(kind: int) -> Any:
-    """The products of many weight rows of a kind with many token rows."""
-    dot_1, dot_2, dot_3, dot_4, dot_5, dot_6 = (dot_tile(kind, 4, columns) for columns in range(1, 7))
-    single = dot_tile(kind, 1, 1)
-
-    @numba.njit(inline="never")
-    def dot_rows(weight, stride, first, last, token_rows, n_rows, k, out, out_stride):  # type: ignore[no-untyped-def]
-        """`out[t, n - first] = dot(weight row n, token row t)` for the weight rows first:last."""
-        n = first
-        while n + 4 <= last:
-            w = weight + n * stride
-            o = out + 4 * (n - first)
-            t = 0
-            while t < n_rows:
-                chunks = (n_rows - t + COLUMNS - 1) // COLUMNS
-                c = (n_rows - t + chunks - 1) // chunks
-                tokens = token_rows + 8 * t
-                y = o + t * out_stride
-                ahead = 4 * stride
-                if c == 1:
-                    dot_1(w, stride, tokens, k, y, out_stride, ahead)
-                elif c == 2:
-                    dot_2(w, stride, tokens, k, y, out_stride, ahead)
-                elif c == 3:
-                    dot_3(w, stride, tokens, k, y, out_stride, ahead)
-                elif c == 4:
-                    dot_4(w, stride, tokens, k, y, out_stride, ahead)
-                elif c == 5:
-                    dot_5(w, stride, tokens, k, y, out_stride, ahead)
-                else:
-                    dot_6(w, stride, tokens, k, y, out_stride, ahead)
-                t += c
-            n += 4
-        while n < last:
-            for t in range(n_rows):
-                y = out + 4 * (n - first) + t * out_stride
-                single(weight + n * stride, stride, token_rows + 8 * t, k, y, out_stride, 0)
-            n += 1
-
-    return dot_rows
-
-
-def _swiglu_rows(kind: int) -> Any:
-    """The hidden rows of weights of a kind."""
-    swiglu_1, swiglu_2, swiglu_3, swiglu_4, swiglu_5, swiglu_6 = (swiglu_tile(kind, 2, c) for c in range(1, 7))
-    single = swiglu_tile(kind, 1, 1)
-
-    @numba.njit(inline="never")
-    def swiglu_rows(gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride):  # type: ignore[no-untyped-def]
-        """`out[t, n - first] = silu(gate row n . token row t) * (up row n . token row t)` for the rows first:last."""
-        n = first
-        while n + 2 <= last:
-            g, u = gate + n * stride, up + n * stride
-            o = out + 4 * (n - first)
-            t = 0
-            while t < n_rows:
-                chunks = (n_rows - t + COLUMNS - 1) // COLUMNS
-                c = (n_rows - t + chunks - 1) // chunks
-                tokens = token_rows + 8 * t
-                y = o + t * out_stride
-                ahead = 2 * stride
-                if c == 1:
-                    swiglu_1(g, u, stride, tokens, k, y, out_stride, ahead)
-                elif c == 2:
-                    swiglu_2(g, u, stride, tokens, k, y, out_stride, ahead)
-                elif c == 3:
-                    swiglu_3(g, u, stride, tokens, k, y, out_stride, ahead)
-                elif c == 4:
-                    swiglu_4(g, u, stride, tokens, k, y, out_stride, ahead)
-                elif c == 5:
-                    swiglu_5(g, u, stride, tokens, k, y, out_stride, ahead)
-                else:
-                    swiglu_6(g, u, stride, tokens, k, y, out_stride, ahead)
-                t += c
-            n += 2
-        if n < last:
-            for t in range(n_rows):
-                y = out + 4 * (n - first) + t * out_stride
-                single(gate + n * stride, up + n * stride, stride, token_rows + 8 * t, k, y, out_stride, 0)
-
-    return swiglu_rows
-
-
-dot_rows = _dot_rows(FLOAT32)
-_dot_bfloat16, _swiglu_float32, _swiglu_bfloat16 = _dot_rows(BFLOAT16), _swiglu_rows(FLOAT32), _swiglu_rows(BFLOAT16)
-# Where the processor cannot widen float16 nobody calls for it.
-_dot_float16, _swiglu_float16 = _dot_bfloat16, _swiglu_bfloat16
-if widens_float16():
-    _dot_float16, _swiglu_float16 = _dot_rows(FLOAT16), _swiglu_rows(FLOAT16)
-
-
-@numba.njit
-def _dot(kind, weight, stride, first, last, token_rows, n_rows, k, out, out_stride):  # type: ignore[no-untyped-def]
-    if kind == FLOAT32:
-        dot_rows(weight, stride, first, last, token_rows, n_rows, k, out, out_stride)
-    elif kind == BFLOAT16:
-        _dot_bfloat16(weight, stride, first, last, token_rows, n_rows, k, out, out_stride)
-    else:
-        _dot_float16(weight, stride, first, last, token_rows, n_rows, k, out, out_stride)
-
-
-@numba.njit
-def _swiglu(kind, gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride):  # type: ignore[no-untyped-def]
-    if kind == FLOAT32:
-        _swiglu_float32(gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride)
-    elif kind == BFLOAT16:
-        _swiglu_bfloat16(gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride)
-    else:
-        _swiglu_float16(gate, up, stride, first, last, token_rows, n_rows, k, out, out_stride)
+from workers.kernels.native import DOWN_UNIT, FEW_ROWS, FLOAT32, UNIT
 
 
 def linear(args: int) -> None:
@@ -142,7 +28,7 @@ def linear(args: int) -> None:
     while first < n:
         last = min(n, first + UNIT)
         if n_rows <= FEW_ROWS:
-            _dot(kind, weight, stride, first, last, token_rows, n_rows, k, y + 4 * first, 4 * n)
+            few_dots(kind, weight, stride, first, last, token_rows, n_rows, k, y + 4 * first, 4 * n)
         else:
             many_dots(kind, weight, stride, first, last, token_rows, n_rows, k, y + 4 * first, 4 * n, panel)
         first = UNIT * take(args)
@@ -205,7 +91,7 @@ def hidden_phase(args, panel):  # type: ignore[no-untyped-def]
             out = hidden + begin * hidden_stride + 4 * first
             up, last = gate + f * stride, min(f, first + UNIT)
             if count <= FEW_ROWS:
-                _swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, hidden_stride)
+                few_swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, hidden_stride)
             else:
                 many_swiglu(kind, gate, up, stride, first, last, tokens, count, d, out, hidden_stride, panel)
         u = take(args)
@@ -231,7 +117,7 @@ def experts_pairs(args: int) -> None:
         if 0 < count <= limit:
             rows, out, last = hidden_rows + 8 * begin, y + 4 * (begin * d + first), min(d, first + UNIT)
             if count <= FEW_ROWS:
-                _dot(kind, table[2 * e + 1], stride, first, last, rows, count, f, out, 4 * d)
+                few_dots(kind, table[2 * e + 1], stride, first, last, rows, count, f, out, 4 * d)
             else:
                 many_dots(kind, table[2 * e + 1], stride, first, last, rows, count, f, out, 4 * d, panel)
         u = take(args + 8)
@@ -271,7 +157,7 @@ def experts_combined(args: int) -> None:
             begin, end = starts[e], starts[e + 1]
             if begin < end:
                 rows = hidden_rows + 8 * begin
-                _dot(kind, table[2 * e + 1], stride, first, last, rows, end - begin, f, buffer, 4 * DOWN_UNIT)
+                few_dots(kind, table[2 * e + 1], stride, first, last, rows, end - begin, f, buffer, 4 * DOWN_UNIT)
                 add_weighted(buffer, 4 * DOWN_UNIT, begin, end, order, choices, weights, out, d, first, last)
         u = take(args + 8)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numba
 from numba import float32, int32
 
-from workers.kernels.cpu import dot_rows
+from workers.kernels.cpu_few import dot_rows
 from workers.kernels.jit import as_float32, as_int32, as_int64, bits_as_float32, call, floor, sqrt, take, wait_for_team
 
 #: Rows of a norm that one thread takes at a time.

@@ -1,31 +1,24 @@
-"""The compiled CPU kernels: built once per machine, loaded without the compiler, run on torch's own threads.
+"""The compiled CPU kernels: loaded without the compiler, run on torch's own threads, recorded to be run again.
 
-numba and its compiler take 100 MB and seconds, so they run in a process of their own (`workers.kernels.build`), whose
-object file lies in the user's cache directory under a name made of the sources, the compiler and the processor. A
-serving process maps that file. Kernels run on the OpenMP threads that torch itself uses: a second pool beside it would
-spin on the same cores.
+Kernels run on the OpenMP threads that torch itself uses: a second pool beside it would spin on the same cores.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
-import hashlib
 import logging
 import os
 import struct
 import subprocess
-import sys
-import tempfile
 import threading
 from array import array
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from workers.kernels.library import library
 
 #: Up to this many rows a product is bound by reading the weights, and the streaming kernels beat a BLAS.
 FEW_ROWS = 32
@@ -43,7 +36,6 @@ PARALLEL_BYTES = 1 << 17
 
 # Of the widest registers that the kernels are made for.
 _LANES, _PANEL = 16, 32
-_BUILD_SECONDS = 600
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +43,7 @@ _log = logging.getLogger(__name__)
 def usable() -> bool:
     """Whether the kernels could be built and loaded here. If not, said once in the log, everything is plain torch."""
     try:
-        _library()
+        library()
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         _log.warning("the CPU kernels are not available, plain torch is used instead: %s", error)
         return False
@@ -93,7 +85,7 @@ class Kernel:
 
     @functools.cached_property
     def address(self) -> int:
-        return int(_library().get_function_address(f"expertmesh_{self.name}"))
+        return int(library().get_function_address(f"expertmesh_{self.name}"))
 
     @functools.cached_property
     def _call(self) -> Callable[[int], None]:
@@ -219,76 +211,3 @@ def _openmp() -> tuple[Callable[[int, int, int, int], None] | None, int]:
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     parallel.restype = None
     return parallel, ctypes.cast(barrier, ctypes.c_void_p).value or 0
-
-
-_lock = threading.Lock()
-_loaded: list[Any] = []
-
-
-def _library() -> Any:
-    """The execution engine that holds the machine code."""
-    with _lock:
-        if not _loaded:
-            _loaded.append(_load())
-        return _loaded[0]
-
-
-def _load() -> Any:
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    engine.add_object_file(llvm.ObjectFileRef.from_path(os.fspath(object_file())))
-    engine.finalize_object()
-    return engine
-
-
-def object_file() -> Path:
-    """The object file of exactly these sources for this machine; built first if there is none."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh" / "kernels"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not os.access(root, os.W_OK):
-            raise PermissionError(root)
-    except OSError:
-        root = Path(tempfile.gettempdir()) / f"expertmesh-kernels-{os.getuid()}"
-        root.mkdir(mode=0o700, exist_ok=True)
-        if root.stat().st_uid != os.getuid():
-            raise RuntimeError(f"{root} belongs to somebody else") from None
-    path = root / f"{_digest()}.o"
-    if not path.is_file():
-        with (root / "build.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together build it once
-            if not path.is_file():
-                _log.info("building the CPU kernels, once: %s", path)
-                _build(path)
-    return path
-
-
-def _build(path: Path) -> None:
-    command = [sys.executable, "-m", "workers.kernels.build", os.fspath(path)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        command, env=environment, timeout=_BUILD_SECONDS, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"building them failed: {done.stderr.strip()[-2000:]}")
-
-
-def _digest() -> str:
-    """What the machine code depends on."""
-    import llvmlite.binding as llvm
-
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    for fact in (
-        version("numba"),
-        version("llvmlite"),
-        llvm.get_host_cpu_name(),
-        llvm.get_host_cpu_features().flatten(),
-    ):
-        digest.update(fact.encode() + b"\0")
-    return digest.hexdigest()[:20]
