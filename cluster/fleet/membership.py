@@ -122,12 +122,18 @@ class Membership:
     def _regroup(self, now: float) -> None:
         if not self.settled(now) or (self._group is None and now < self._regroup_at):
             return
+        if self._group is not None and not self._heard_of(self._group, now):
+            return
         # Versions rise across restarts of the controller, and so do groups that are numbered after them.
         group = regroup(self._placement, self._sorted(), self._group, self._version + 1)
         if group != self._group:
             self._put(group)
             if group is not None:
                 self._regroup_at = now + REGROUP_S
+
+    def _heard_of(self, group: Group, now: float) -> bool:
+        """Whether each of `group` has spoken or had the time to: to a controller that just started silence says nothing."""
+        return now - self._started >= LOST_AFTER_S or set(group.members) <= self._members.keys()
 
     def _put(self, group: Group | None) -> None:
         self._group = group

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.fleet.groups import regroup
-from cluster.fleet.membership import REGROUP_S, Membership
+from cluster.fleet.membership import LOST_AFTER_S, REBUILD_S, REGROUP_S, Membership
 from cluster.placement.placement import Placement, striped
 from workers.member import Member
 from workers.transport.group import Group
@@ -78,6 +78,15 @@ def test_a_restarted_controller_leaves_the_group_alone() -> None:
     version = m.view.version
     m.report(EXPERT, 0.1)
     assert m.view.version == version, "who is in which group wakes nobody"
+
+
+def test_a_member_that_a_restarted_controller_has_not_heard_yet_does_not_end_the_group() -> None:
+    m = membership()
+    m.report(replace(EXPERT, group=GROUP), REBUILD_S + 0.1)
+    m.report(replace(ROUTER, group=GROUP), REBUILD_S + 0.2)
+    assert m.view.group == GROUP
+    m.sweep(LOST_AFTER_S + 0.1, lambda member: False)
+    assert m.view.group is None, "silent for as long as a member that is lost"
 
 
 def test_a_group_that_cannot_be_built_is_not_tried_without_pause() -> None:
