@@ -240,7 +240,7 @@ def _check_sizes(kind: int, n_tokens: int, n_pairs: int, width: int, payload_byt
 def _pairs_fit(pairs: NDArray[np.uint32], n_tokens: int) -> bool:
     """Whether the first half, token_P, names rows that are there and the second, expert_P, ascends.
 
-    Seen as unsigned, one comparison catches negative numbers too. Not compiled: numba would cost a worker 66 MB.
+    Seen as unsigned, one comparison catches negative numbers too.
     """
     token_P, expert_P = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
     return bool(token_P.max() < n_tokens and expert_P[-1] < MAX_EXPERTS and (expert_P[1:] >= expert_P[:-1]).all())

@@ -132,7 +132,7 @@ class Membership:
                 self._regroup_at = now + REGROUP_S
 
     def _heard_of(self, group: Group, now: float) -> bool:
-        """Whether each of `group` has spoken or had the time to: to a controller that just started silence says nothing."""
+        """Whether each of `group` has spoken or had the time to: just after a start, silence says nothing."""
         return now - self._started >= LOST_AFTER_S or set(group.members) <= self._members.keys()
 
     def _put(self, group: Group | None) -> None:
