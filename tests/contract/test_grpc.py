@@ -141,6 +141,24 @@ def test_what_several_routers_wait_for_is_one_batch_by_layer_and_answered_in_ord
     assert calls == [(0, 1), (1, 1), (0, 2), (1, 1)]
 
 
+def test_a_refusal_does_not_overtake_the_rows_before_it(workers: GrpcWorkers) -> None:
+    transport, other = workers.transport(), workers.transport()
+    for router in (transport, other):  # with one router alone each request is a batch
+        router.connect("a", workers.addresses["a"])
+    time.sleep(0.2)
+    workers.shards["a"].open.clear()
+    experts = (0, 1, 7)  # the first holds the worker up, so that the other two are one batch
+    for part, expert in enumerate(experts):
+        transport.send("a", Rows(TAG._replace(part=part), torch.ones(1, 32), ONE_P, ONE_P + expert))
+        time.sleep(0.2)
+    workers.shards["a"].open.set()
+    for part in (0, 1):
+        transport.receive("a", TAG._replace(part=part), 5, torch.empty(1, 32))
+    with pytest.raises(WorkerLost, match="expert 7"):
+        transport.receive("a", TAG._replace(part=2), 5, torch.empty(1, 32))
+    assert transport.dropped_replies == 0
+
+
 def test_a_worker_that_answers_nonsense_is_lost() -> None:
     class Liar:
         def exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -86,22 +86,22 @@ class ExpertServer:
     def _compute(self) -> None:
         """What waits for the layer of the oldest request, as one batch."""
         jobs = self._next_batch()
-        fitting = []
-        for job in jobs:
-            if not job.stream.is_open:
-                continue
-            try:
-                check(self._shard, job.header, job.request)
-            except WireError as error:
-                job.stream.answer(job.header, error, 0)
-            else:
-                fitting.append(job)
-        requests = [job.request for job in fitting]
-        results = self._batcher.compute_batch(jobs[0].header.tag.layer, requests) if requests else []
-        for job, (result, compute_ns) in zip(fitting, results, strict=True):
-            job.stream.answer(job.header, result, compute_ns)
+        wanted = [job for job in jobs if job.stream.is_open]
+        refusals = [self._refusal(job) for job in wanted]
+        requests = [job.request for job, refusal in zip(wanted, refusals, strict=True) if refusal is None]
+        results = iter(self._batcher.compute_batch(jobs[0].header.tag.layer, requests) if requests else ())
+        for job, refusal in zip(wanted, refusals, strict=True):
+            job.stream.answer(job.header, *(next(results) if refusal is None else (refusal, 0)))
         for job in jobs:
             self._waiting.remove(job)
+
+    def _refusal(self, job: Job) -> WireError | None:
+        """Why the shard cannot compute the rows of `job`."""
+        try:
+            check(self._shard, job.header, job.request)
+        except WireError as error:
+            return error
+        return None
 
     def _next_batch(self) -> list[Job]:
         """A stream's requests are answered in their order: none goes before one of its own for another layer."""
