@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.errors import ExpertNotHeld
+from workers.kernels.answer import Answers
 from workers.kernels.experts import LayerExperts
 from workers.kernels.linear import kept
 from workers.kernels.memory import empty_weights, give_back
@@ -60,7 +61,8 @@ class ExpertShard:
             LayerExperts(spec.n_experts, spec.hidden_size, spec.ffn_size, self.device, self.dtype, self.weight_dtype)
             for _ in range(spec.n_layers)
         ]
-        self._locks = [threading.Lock() for _ in range(spec.n_layers)]
+        self._answers = Answers(self._layers) if self._layers[0].has_kernels else None
+        self._lock = threading.Lock()  # held while a layer computes, or changes what it holds
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -88,12 +90,12 @@ class ExpertShard:
         w13_2FD, w2_DF = memory[: 2 * f * d].view(2 * f, d), memory[2 * f * d :].view(d, f)
         w13_2FD[:f], w13_2FD[f:] = weights.w1_FD, weights.w3_FD
         w2_DF.copy_(weights.w2_DF)
-        with self._locks[layer]:
+        with self._lock:
             self._layers[layer].put(expert, w13_2FD, w2_DF)
 
     def unload(self, layer: int, expert: int) -> None:
         """Free the replica of `(layer, expert)`. Raises ExpertNotHeld when there is none."""
-        with self._locks[layer]:
+        with self._lock:
             if expert not in self._layers[layer].held:
                 raise ExpertNotHeld(layer, (expert,))
             self._layers[layer].drop(expert)
@@ -108,18 +110,25 @@ class ExpertShard:
         x_TD is in the shard's dtype on its device; token_P and expert_P are int32 or int64, and expert_P ascends.
         Raises ExpertNotHeld when an expert has no slot here.
         """
-        with self._locks[layer]:
+        with self._lock:
             try:
                 return self._layers[layer].forward(x_TD, token_P, expert_P)
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
+
+    def answer(self, message: memoryview) -> memoryview | None:
+        """The reply to a whole REQUEST of `wire` with few rows; None: it has to be parsed and given to `forward`."""
+        if self._answers is None:
+            return None
+        with self._lock:
+            return self._answers.answer(message)
 
     def begin_step(self, step: int) -> None:
         """Nothing to do: nothing outlives a dispatch in one process."""
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Compute the experts of `layer` at once; the handle is the result. See `workers.model.experts.Experts`."""
-        with self._locks[layer]:
+        with self._lock:
             try:
                 return self._layers[layer].forward_combined(x_TD, expert_ids_TK, weights_TK)
             except KeyError as error:

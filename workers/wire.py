@@ -32,6 +32,7 @@ _MAGIC = b"XMSH"
 _VERSION = 1
 _HEADER = struct.Struct("<4sBBBx QQQIII III Q Q")
 HEADER_BYTES = _HEADER.size
+_N_PAIRS, _COMPUTE_NS = struct.Struct("<48xI"), struct.Struct("<Q")  # the latter ends the header
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ITEM_BYTES = (4, 2, 2)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
@@ -106,6 +107,13 @@ def reply_head(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> bytes:
     n_pairs, width = y_PD.shape
     code = _CODES[y_PD.dtype]
     return _HEADER.pack(_MAGIC, _VERSION, REPLY, code, *tag, n_tokens, n_pairs, width, y_PD.nbytes, compute_ns)
+
+
+def stamp(reply: memoryview, compute_ns: int) -> int:
+    """Write how long a whole REPLY took into its header; returns its number of pairs."""
+    _COMPUTE_NS.pack_into(reply, HEADER_BYTES - _COMPUTE_NS.size, compute_ns)
+    n_pairs: int = _N_PAIRS.unpack_from(reply)[0]
+    return n_pairs
 
 
 def error_message(tag: Tag, text: str, limit: int) -> bytes:

@@ -97,18 +97,13 @@ def hidden_phase(args, panel):  # type: ignore[no-untyped-def]
         u = take(args)
 
 
-def experts_pairs(args: int) -> None:
-    """y[pair, D] of every expert with at most `limit` pairs, unweighted, pairs sorted by expert.
-
-    Every thread has a panel of its own, which an expert with more than FEW_ROWS pairs needs.
-    """
+@numba.njit(inline="never")
+def down_phase(args, panel):  # type: ignore[no-untyped-def]
+    """y[pair, D] = w2 hidden[pair] of every expert with at most `limit` pairs, shared out by blocks of D."""
     a = as_int64(args)
     d, f, n_experts, limit = a[4], a[5], a[6], a[7]
     table, starts, hidden_rows, y, kind = as_int64(a[8]), as_int64(a[9]), a[11], a[13], a[14]
     stride = (4 if kind == FLOAT32 else 2) * f
-    panel = a[16] + a[17] * take(args + 16)
-    hidden_phase(args, panel)
-    wait_for_team(a[3])
     blocks = (d + UNIT - 1) // UNIT
     u = take(args + 8)
     while u < n_experts * blocks:
@@ -121,6 +116,18 @@ def experts_pairs(args: int) -> None:
             else:
                 many_dots(kind, table[2 * e + 1], stride, first, last, rows, count, f, out, 4 * d, panel)
         u = take(args + 8)
+
+
+def experts_pairs(args: int) -> None:
+    """y[pair, D] of every expert with at most `limit` pairs, unweighted, pairs sorted by expert.
+
+    Every thread has a panel of its own, which an expert with more than FEW_ROWS pairs needs.
+    """
+    a = as_int64(args)
+    panel = a[16] + a[17] * take(args + 16)
+    hidden_phase(args, panel)
+    wait_for_team(a[3])
+    down_phase(args, panel)
 
 
 @numba.njit(inline="never")

@@ -45,16 +45,21 @@ class LayerExperts:
         self.rows_E = torch.zeros(n_experts, dtype=torch.int64)
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._table_E2 = torch.zeros(n_experts, 2, dtype=torch.int64)  # addresses of w13 and w2; 0: not held
-        self._fast = device.type == "cpu" and dtype == torch.float32 and native.takes(self.weight_dtype)
+        self.has_kernels = device.type == "cpu" and dtype == torch.float32 and native.takes(self.weight_dtype)
         # Panels are as fast as a BLAS, and need no float32 weights; where these are there, the BLAS has been tuned for
         # more processors.
         self._most_rows = FEW_ROWS if self.weight_dtype == torch.float32 else native.MANY_ROWS
-        self._expert_bytes = 3 * hidden_size * ffn_size * self.weight_dtype.itemsize
+        self.expert_bytes = 3 * hidden_size * ffn_size * self.weight_dtype.itemsize
 
     @property
     def held(self) -> frozenset[int]:
         """The experts that have weights here."""
         return frozenset(self._weights)
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Where a kernel finds the addresses of each expert's weights, and `rows_E`."""
+        return self._table_E2.data_ptr(), self.rows_E.data_ptr()
 
     @property
     def weights(self) -> Mapping[int, tuple[Tensor, Tensor]]:
@@ -81,7 +86,7 @@ class LayerExperts:
 
         Raises KeyError when an expert is not held.
         """
-        if not self._fast or not is_fast(x_TD) or len(token_P) == 0:
+        if not self.has_kernels or not is_fast(x_TD) or len(token_P) == 0:
             self._count(expert_P)
             return reference.grouped_swiglu(x_TD, token_P, expert_P, self._weights)
         token_P = token_P.to(torch.int64)
@@ -94,7 +99,7 @@ class LayerExperts:
         Raises KeyError when an expert is not held.
         """
         n_tokens, choices = expert_ids_TK.shape
-        if not self._fast or not is_fast(x_TD) or n_tokens == 0:
+        if not self.has_kernels or not is_fast(x_TD) or n_tokens == 0:
             order_P = torch.argsort(expert_ids_TK.flatten(), stable=True)
             token_P = order_P // choices
             y_PD = self.forward(x_TD, token_P, expert_ids_TK.flatten()[order_P])
@@ -150,7 +155,7 @@ class LayerExperts:
         """The weighted sums, in one kernel."""
         n_tokens, choices = weights_TK.shape
         out_TD = torch.empty(n_tokens, self.hidden_size)
-        team = native.team(self._expert_bytes)
+        team = native.team(self.expert_bytes)
         buffers = torch.empty(team, FEW_ROWS * DOWN_UNIT)
         native.experts_combined(
             team,
@@ -163,7 +168,7 @@ class LayerExperts:
     def _pairs(self, plan: _Plan, token_P: Tensor) -> Tensor:
         """The rows of all pairs, sorted: by the kernel, but many float32 rows of an expert by BLAS."""
         y_PD = torch.empty(plan.n_pairs, self.hidden_size)
-        team = native.team(self._expert_bytes)
+        team = native.team(self.expert_bytes)
         panels = native.panels(team, max(self.hidden_size, self.ffn_size)) if plan.most_rows > FEW_ROWS else None
         native.experts_pairs(team, *self._arguments(plan, y_PD), *native.where(panels))
         if plan.most_rows > self._most_rows:

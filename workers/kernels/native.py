@@ -68,6 +68,11 @@ def team(work_bytes: int) -> int:
     return torch.get_num_threads() if work_bytes >= PARALLEL_BYTES and _openmp()[0] is not None else 1
 
 
+def barrier(threads: int) -> int:
+    """What a team of so many threads finds in args[3]."""
+    return _openmp()[1] if threads > 1 else 0
+
+
 def float_bits(value: float) -> int:
     """A float32 as the integer a kernel takes it for."""
     return int.from_bytes(struct.pack("<f", value), "little")
@@ -96,13 +101,16 @@ class Kernel:
         recording: Tape | None = getattr(_thread, "tape", None)
         if recording is not None:
             recording.add(self, threads, values)
-        elif threads > 1:
-            parallel, barrier = _openmp()
+        else:
+            self.run(threads, array("q", (0, 0, 0, barrier(threads), *values)))
+
+    def run(self, threads: int, args: array[int]) -> None:
+        """Run on `threads` threads with all of `args`, which may be looked at and used again. Never records."""
+        if threads > 1:
+            parallel, _ = _openmp()
             assert parallel is not None
-            args = array("q", (0, 0, 0, barrier, *values))
             parallel(self.address, args.buffer_info()[0], threads, 0)
         else:
-            args = array("q", (0, 0, 0, 0, *values))
             self._call(args.buffer_info()[0])
 
     @functools.cached_property
@@ -141,7 +149,7 @@ class Tape:
 
     def add(self, kernel: Kernel, threads: int, values: tuple[int, ...]) -> None:
         """Note one call."""
-        args = array("q", (0, 0, 0, _openmp()[1] if threads > 1 else 0, *values))
+        args = array("q", (0, 0, 0, barrier(threads), *values))
         self._args.append(args)
         self._calls.extend((kernel.address, args.buffer_info()[0], threads))
         self._team = max(self._team, threads)
@@ -196,6 +204,7 @@ paged_attention = Kernel("paged_attention")
 dispatch_plan = Kernel("dispatch_plan")
 weighted_sum = Kernel("weighted_sum")
 weigh_rows = Kernel("weigh_rows")
+answer = Kernel("answer")
 _run_tape = Kernel("run_tape")
 
 
