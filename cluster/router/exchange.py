@@ -161,7 +161,7 @@ class Exchange:
         first = 0
         for piece in pieces:
             at = slice(first, first := first + len(piece.token_P))
-            out_PD = rows_PD if len(pieces) == 1 else rows_PD[at]
+            out_PD = rows_PD if at == slice(0, plan.n_pairs) else rows_PD[at]
             parts.append(self._send(layer, 0, piece, at, out_PD))
         return Dispatched(epoch, rows_PD, tuple(parts), plan)
 

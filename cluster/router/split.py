@@ -5,6 +5,7 @@ Legend: T token rows, K experts a token, P pairs, D hidden size, E experts, W wo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,17 +25,20 @@ class Piece(NamedTuple):
 
 def split(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints
-) -> tuple[list[Piece], Plan]:
+) -> tuple[Iterator[Piece], Plan]:
     """Cut a dispatch by worker: the pieces by ascending worker, and the plan that `weighted_sum` adds up by.
 
-    The rows come back ordered by (worker, expert, token). ids_TK (int64, distinct within a row) and weights_TK
+    A piece is cut when it is asked for, so that the one before is on its way. The rows come back ordered by (worker, expert, token). ids_TK (int64, distinct within a row) and weights_TK
     (float32) are on the host. counter_E: the rows of each expert are added to it.
     """
     made = plan(ids_TK, weights_TK, owner_E, n_workers, counter_E)
+    return _pieces(x_TD, made), made
+
+
+def _pieces(x_TD: Tensor, made: Plan) -> Iterator[Piece]:
     first_W, first_row_W = made.cuts()
     token_P, expert_P = made.pairs
-    pieces = []
-    for worker in range(n_workers):
+    for worker in range(made.n_workers):
         pair = slice(first_W[worker], first_W[worker + 1])
         if pair.start == pair.stop:
             continue
@@ -42,8 +46,7 @@ def split(
         if row.stop - row.start < made.n_tokens:
             x = x_TD.index_select(0, torch.from_numpy(made.row_P[row]).to(x_TD.device))
         # An array is cut faster than a tensor.
-        pieces.append(Piece(worker, x, torch.from_numpy(token_P[pair]), torch.from_numpy(expert_P[pair])))
-    return pieces, made
+        yield Piece(worker, x, torch.from_numpy(token_P[pair]), torch.from_numpy(expert_P[pair]))
 
 
 def piece_of(worker: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Piece:

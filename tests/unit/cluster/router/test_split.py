@@ -30,7 +30,8 @@ def test_every_pair_goes_to_its_owner_once_and_finds_its_place(t: int, k: int, e
     weights_TK = torch.rand(t, k, generator=draw)
     owner_E = np.random.default_rng(seed).integers(0, w, e)
     rows_E = np.ones(e, np.int64)
-    pieces, plan = split(x_TD, ids_TK, weights_TK, owner_E, w, rows_E)
+    cut, plan = split(x_TD, ids_TK, weights_TK, owner_E, w, rows_E)
+    pieces = list(cut)
 
     assert rows_E.tolist() == (1 + torch.bincount(ids_TK.flatten(), minlength=e)).tolist()
 
