@@ -36,6 +36,7 @@ _N_PAIRS, _COMPUTE_NS = struct.Struct("<48xI"), struct.Struct("<Q")  # the latte
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ITEM_BYTES = (4, 2, 2)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_FLOAT32 = _CODES[torch.float32]
 _PAIR_BYTES = 8  # token and expert, int32 each
 
 with warnings.catch_warnings():
@@ -100,6 +101,12 @@ def request_head(tag: Tag, x_TD: Tensor, n_pairs: int) -> tuple[bytes, int]:
     code = _CODES[x_TD.dtype]
     head = _HEADER.pack(_MAGIC, _VERSION, REQUEST, code, *tag, n_tokens, n_pairs, width, payload_bytes, 0)
     return head, payload_bytes
+
+
+def put_request_head(message: memoryview, tag: Tag, n_tokens: int, n_pairs: int, width: int) -> None:
+    """Write the header of a whole request of float32 rows, the rest of which is there already."""
+    fields = (*tag, n_tokens, n_pairs, width, len(message) - HEADER_BYTES, 0)
+    _HEADER.pack_into(message, 0, _MAGIC, _VERSION, REQUEST, _FLOAT32, *fields)
 
 
 def reply_head(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> bytes:

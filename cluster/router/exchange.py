@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from cluster.placement.placement import Placement
 from cluster.placement.routes import Routes
 from cluster.router.links import Links, Reply
-from cluster.router.split import Piece, piece_of, split
+from cluster.router.split import rows_of, split
 from workers.errors import WorkerLost
 from workers.kernels import native
 from workers.kernels.dispatch import Plan, weighted_sum
@@ -155,14 +156,15 @@ class Exchange:
         routes = self._routes
         rows_E = np.bincount(ids_TK.numpy().ravel(), minlength=self._n_experts) if routes.has_choice(layer) else None
         owner_E, counter_E = routes.owners(layer, rows_E), self.counters.rows_LE[layer]
-        pieces, plan = split(x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E)
+        new_tag = partial(self._tag, layer, 0)
+        split_W, plan = split(x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag)
         rows_PD = x_TD.new_empty(plan.n_pairs, x_TD.shape[1])
         parts = []
         first = 0
-        for piece in pieces:
-            at = slice(first, first := first + len(piece.token_P))
-            out_PD = rows_PD if at == slice(0, plan.n_pairs) else rows_PD[at]
-            parts.append(self._send(layer, 0, piece, at, out_PD))
+        for worker, rows in split_W:
+            at = slice(first, first := first + rows.n_pairs)
+            out_PD = rows_PD if rows.n_pairs == plan.n_pairs else rows_PD[at]
+            parts.append(self._send(worker, rows, at, out_PD))
         return Dispatched(epoch, rows_PD, tuple(parts), plan)
 
     def combine(self, handle: Dispatched) -> Tensor:
@@ -202,12 +204,14 @@ class Exchange:
         self._may_have_left = True
         self._routes = Routes(self._view.placement, self._links.absent)
 
-    def _send(self, layer: int, attempt: int, piece: Piece, at: slice | Tensor, out_PD: Tensor) -> Part:
+    def _tag(self, layer: int, attempt: int) -> Tag:
         tag = Tag(self._router, self._view.placement.epoch, self._step, layer, self._part, attempt)
         self._part += 1
-        rows = Rows(tag, piece.x_TD, piece.token_P, piece.expert_P)
-        self.counters.sent_bytes += rows.x_TD.nbytes + rows.token_P.nbytes + rows.expert_P.nbytes
-        return Part(rows, at, self._links.send(self._routes.workers[piece.worker], rows, out_PD))
+        return tag
+
+    def _send(self, worker: int, rows: Rows, at: slice | Tensor, out_PD: Tensor) -> Part:
+        self.counters.sent_bytes += rows.n_bytes
+        return Part(rows, at, self._links.send(self._routes.workers[worker], rows, out_PD))
 
     def _receive(self, parts: Iterable[Part], rows_PD: Tensor) -> list[Part]:
         """Wait for the replies and put them in their places; returns the parts that were lost."""
@@ -247,7 +251,7 @@ class Exchange:
 
     def _given_up(self, part: Part) -> WorkerLost:
         assert part.reply.loss is not None
-        where = f"layer {part.rows.tag.layer}, experts {np.unique(part.rows.expert_P.numpy()).tolist()}"
+        where = f"layer {part.rows.tag.layer}, experts {np.unique(part.rows.request.expert_P.numpy()).tolist()}"
         reason = f"{where}: no replica within {self._rejoin_timeout_s:g} s; {part.reply.loss.reason}"
         return WorkerLost(part.reply.worker, reason)
 
@@ -265,7 +269,7 @@ class Exchange:
 
     def _resend(self, part: Part) -> list[Part]:
         """The rows of `part` on the way to whoever holds their experts now, one part for each."""
-        x_TD, token_P, expert_P = part.rows.x_TD, part.rows.token_P, part.rows.expert_P
+        x_TD, token_P, expert_P = part.rows.request
         layer, attempt = part.rows.tag.layer, part.rows.tag.attempt + 1
         rows_E = np.bincount(expert_P.numpy(), minlength=self._n_experts)
         owner_P = torch.from_numpy(self._routes.owners(layer, rows_E))[expert_P]
@@ -273,7 +277,6 @@ class Exchange:
         parts = []
         for worker in np.unique(owner_P.numpy()).tolist():
             chosen_P = owner_P == worker
-            piece = piece_of(worker, x_TD, token_P[chosen_P], expert_P[chosen_P])
-            out_PD = x_TD.new_empty(len(piece.token_P), x_TD.shape[1])
-            parts.append(self._send(layer, attempt, piece, at_P[chosen_P], out_PD))
+            rows = rows_of(self._tag(layer, attempt), x_TD, token_P[chosen_P], expert_P[chosen_P])
+            parts.append(self._send(worker, rows, at_P[chosen_P], x_TD.new_empty(rows.n_pairs, x_TD.shape[1])))
         return parts

@@ -187,7 +187,7 @@ def test_replies_nobody_awaits_are_dropped_and_counted(make_workers: MakeWorkers
     for each in (rows[1], rows[3]):  # the first is never asked for, the second was sent twice
         transport.receive("a", each.tag, 20, out_PD)
         shard = workers.shard("a")
-        assert torch.equal(out_PD, shard.forward(0, each.x_TD, each.token_P, each.expert_P))
+        assert torch.equal(out_PD, shard.forward(0, *each.request))
     assert transport.dropped_replies == 2
 
 

@@ -14,10 +14,9 @@ import torch
 
 from workers.kernels import native
 from workers.kernels.experts import LayerExperts
-from workers.kernels.native import FEW_ROWS
+from workers.kernels.native import FEW_ROWS, HEADER_BYTES
 
 # Of the messages of `wire`; the kernel knows where the fields of a header are, too.
-_HEADER_BYTES = 72
 _REQUEST, _REPLY = (int.from_bytes(begin, "little") for begin in (b"XMSH\1\1\0\0", b"XMSH\1\2\0\0"))  # of float32
 _N_PAIRS = struct.Struct("<48xI")
 _MOST_CHOICES = 8  # a token; who chooses more is answered in the usual way
@@ -55,15 +54,15 @@ class Answers:
 
         That is so for many rows, for experts that are not held and for whatever is wrong.
         """
-        if len(message) < _HEADER_BYTES:
+        if len(message) < HEADER_BYTES:
             return None
         n_pairs: int = _N_PAIRS.unpack_from(message)[0]
         if n_pairs > self._most_pairs:
             return None
-        reply = torch.empty(_HEADER_BYTES + n_pairs * self._row_bytes, dtype=torch.uint8)
+        reply = torch.empty(HEADER_BYTES + n_pairs * self._row_bytes, dtype=torch.uint8)
         address, args = reply.data_ptr(), self._args
         args[0] = args[1] = args[2] = 0
         args[_AT_MESSAGE], args[_AT_BYTES] = torch.frombuffer(message, dtype=torch.uint8).data_ptr(), len(message)
-        args[_AT_REPLY], args[_AT_ROWS] = address, address + _HEADER_BYTES
+        args[_AT_REPLY], args[_AT_ROWS] = address, address + HEADER_BYTES
         native.answer.run(self._team, args)
         return reply.numpy().data if args[_AT_DONE] else None

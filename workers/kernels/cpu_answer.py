@@ -9,9 +9,7 @@ import numba
 
 from workers.kernels.cpu import down_phase, hidden_phase
 from workers.kernels.jit import as_int32, as_int64, take, wait_for_team
-from workers.kernels.native import FEW_ROWS
-
-_HEADER_BYTES = 72
+from workers.kernels.native import FEW_ROWS, HEADER_BYTES
 
 
 @numba.njit(inline="never")
@@ -24,11 +22,11 @@ def _read(args):  # type: ignore[no-untyped-def]
     layer, n_tokens, n_pairs, width, payload = halves[8], halves[11], halves[12], halves[13], words[7]
     if words[0] != begin or width != d or not (0 <= layer < n_layers and 0 < n_tokens <= FEW_ROWS and n_pairs > 0):
         return False
-    if payload != 4 * n_tokens * d + 8 * n_pairs or n_bytes != _HEADER_BYTES + payload or n_pairs > a[24]:
+    if payload != 4 * n_tokens * d + 8 * n_pairs or n_bytes != HEADER_BYTES + payload or n_pairs > a[24]:
         return False
 
     layers = as_int64(a[19])
-    table, counters, rows = as_int64(layers[2 * layer]), as_int64(layers[2 * layer + 1]), message + _HEADER_BYTES
+    table, counters, rows = as_int64(layers[2 * layer]), as_int64(layers[2 * layer + 1]), message + HEADER_BYTES
     token = as_int32(rows + 4 * n_tokens * d)
     expert = as_int32(rows + 4 * n_tokens * d + 4 * n_pairs)
     starts, token_rows, hidden_rows = as_int64(a[9]), as_int64(a[10]), as_int64(a[11])

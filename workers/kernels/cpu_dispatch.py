@@ -5,17 +5,49 @@ Imported only to build them (see `native`): numba is here. Each runs on one thre
 
 from __future__ import annotations
 
+import numba
+
 from workers.kernels.jit import as_float32, as_int32, as_int64
+from workers.kernels.native import HEADER_BYTES
+
+
+@numba.njit
+def _pack(args, first, first_row, first_byte, row, token, expert):  # type: ignore[no-untyped-def]
+    """Write each worker's request, but for its header: rows, token_P, expert_P."""
+    a = as_int64(args)
+    messages, x, x_stride, d = a[13], a[14], a[15], a[16]
+    end = 0
+    for w in range(a[11]):
+        first_byte[w] = end
+        n_rows, n_pairs = first_row[w + 1] - first_row[w], first[w + 1] - first[w]
+        if n_pairs > 0:
+            rows = messages + end + HEADER_BYTES
+            for r in range(n_rows):
+                source, target = as_float32(x + row[first_row[w] + r] * x_stride), as_float32(rows + 4 * d * r)
+                for i in range(d):
+                    target[i] = source[i]
+            tokens, experts = as_int32(rows + 4 * d * n_rows), as_int32(rows + 4 * d * n_rows + 4 * n_pairs)
+            for p in range(n_pairs):
+                tokens[p] = token[first[w] + p]
+                experts[p] = expert[first[w] + p]
+            # The next one begins at a multiple of 8 bytes, as the fields of its header want to.
+            end += (HEADER_BYTES + 4 * d * n_rows + 8 * n_pairs + 7) // 8 * 8
+    first_byte[a[11]] = end
 
 
 def dispatch_plan(args: int) -> None:
-    """Sort the pairs by (worker, expert, token), and number the rows of each worker; see `dispatch.Plan`."""
+    """Sort the pairs by (worker, expert, token), and number the rows of each worker; see `dispatch.Plan`.
+
+    a[13], where it is not 0, takes every worker's request; a[14] x, a[15] the bytes from one of its rows to the next,
+    a[16] the length of a row.
+    """
     a = as_int64(args)
     ids, weights, owner, counter = as_int64(a[4]), as_int32(a[5]), as_int64(a[6]), as_int64(a[7])
     n_tokens, k, n_experts, n_workers, first_at = a[8], a[9], a[10], a[11], a[12]
     n_pairs = n_tokens * k
     first_row_at = first_at + 8 * (n_workers + 1)
-    place_at = first_row_at + 8 * (n_workers + 1)
+    first_byte_at = first_row_at + 8 * (n_workers + 1)
+    place_at = first_byte_at + 8 * (n_workers + 1)
     row_at = place_at + 8 * n_pairs
     weights_at = row_at + 8 * n_pairs
     token_at = weights_at + 4 * n_pairs
@@ -69,6 +101,8 @@ def dispatch_plan(args: int) -> None:
         for at in range(first[w], first[w + 1]):
             token[at] = number[token[at]]
         first_row[w + 1] = rows
+    if a[13] != 0:
+        _pack(args, first, first_row, as_int64(first_byte_at), row, token, expert)
 
 
 def weighted_sum(args: int) -> None:

@@ -17,35 +17,66 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.kernels import native
+from workers.kernels.linear import with_unit_stride
+from workers.kernels.native import HEADER_BYTES
 
 Ints = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 Floats = NDArray[np.float32]
+
+_PAIR_BYTES = 8
 
 
 class Plan:
     """The pairs of a dispatch, ordered by (worker, expert, token), and the rows that each worker needs.
 
     All of it is one piece of memory, for at a handful of rows an array of its own costs as much as the sorting:
-    int64 first_W [W + 1], first_row_W [W + 1], place_TK, row_P; float32 weights_TK; int32 token_P, expert_P; int64
-    room for the kernel to work in.
+    int64 first_W [W + 1], first_row_W [W + 1], first_byte_W [W + 1], place_TK, row_P; float32 weights_TK; int32
+    token_P, expert_P; int64 room for the kernel to work in; room for every worker's request.
     """
 
-    __slots__ = ("_halves", "_place", "_row", "address", "memory", "n_choices", "n_pairs", "n_tokens", "n_workers")
+    __slots__ = (
+        *("_halves", "_messages", "_place", "_row", "_row_bytes", "address", "memory"),
+        *("n_choices", "n_pairs", "n_tokens", "n_workers"),
+    )
 
-    def __init__(self, n_tokens: int, n_choices: int, n_experts: int, n_workers: int) -> None:
+    def __init__(self, n_tokens: int, n_choices: int, n_experts: int, n_workers: int, row_bytes: int = 0) -> None:
+        """`row_bytes`: of a row of x, where there shall be room for requests."""
         self.n_tokens, self.n_choices, self.n_workers = n_tokens, n_choices, n_workers
         self.n_pairs = n_pairs = n_tokens * n_choices
-        self._place = 2 * (n_workers + 1)
+        self._place = 3 * (n_workers + 1)
         self._row = self._place + n_pairs
         self._halves = self._row + n_pairs
-        self.memory = np.empty(self._halves + (3 * n_pairs + 1) // 2 + n_experts + n_tokens, np.int64)
+        self._messages = self._halves + (3 * n_pairs + 1) // 2 + n_experts + n_tokens
+        self._row_bytes = row_bytes
+        room = n_pairs * (self.message_bytes(1, 1) + 8) // 8 if row_bytes else 0
+        self.memory = np.empty(self._messages + room, np.int64)
         self.address = _address(self.memory)
 
-    def cuts(self) -> tuple[list[int], list[int]]:
-        """Where each worker's pairs begin, and where the rows it needs do, in `row_P`; W + 1 of each."""
-        both = self.memory[: self._place].tolist()
-        return both[: self.n_workers + 1], both[self.n_workers + 1 :]
+    def cuts(self) -> tuple[list[int], list[int], list[int]]:
+        """Where each worker's pairs begin; where the rows it needs do, in `row_P`; and, where there are `messages`,
+        its request in those, which may be followed by unused bytes. W + 1 of each."""
+        n, all_ = self.n_workers + 1, self.memory[: self._place].tolist()
+        return all_[:n], all_[n : 2 * n], all_[2 * n :]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether there are `messages`."""
+        return self._row_bytes > 0
+
+    def message_bytes(self, n_rows: int, n_pairs: int) -> int:
+        """The length of a worker's request."""
+        return HEADER_BYTES + n_rows * self._row_bytes + n_pairs * _PAIR_BYTES
+
+    @property
+    def messages(self) -> memoryview:
+        """Every worker's request, where the plan `is_packed`, but for the HEADER_BYTES at its beginning."""
+        return self.memory.data.cast("B")[8 * self._messages :]
+
+    @property
+    def messages_address(self) -> int:
+        """Of `messages`; 0: there are none."""
+        return self.address + 8 * self._messages if self.is_packed else 0
 
     @property
     def place_TK(self) -> Ints:
@@ -80,21 +111,34 @@ class Plan:
         return self.address + 8 * self._halves
 
 
-def plan(ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints) -> Plan:
+def plan(
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    owner_E: Ints,
+    n_workers: int,
+    counter_E: Ints,
+    pack_TD: Tensor | None = None,
+) -> Plan:
     """Sort the pairs of a dispatch. `owner_E[e]` is the worker of expert e, 0 ... n_workers - 1.
 
     ids_TK: int64, distinct within a row; weights_TK: float32; both on the host. counter_E: the pairs of each expert
-    are added to it.
+    are added to it. pack_TD: rows of which to make the workers' requests; float32 on the host, and the kernels usable.
     """
     n_tokens, n_choices = ids_TK.shape
-    made = Plan(n_tokens, n_choices, len(owner_E), n_workers)
     if not native.usable():
+        made = Plan(n_tokens, n_choices, len(owner_E), n_workers)
         _plan_in_numpy(made, ids_TK.numpy(), weights_TK.numpy(), owner_E, counter_E)
         return made
+    x, x_stride, d = 0, 0, 0
+    if pack_TD is not None:
+        pack_TD = with_unit_stride(pack_TD)
+        x, x_stride, d = pack_TD.data_ptr(), 4 * pack_TD.stride(0), pack_TD.shape[1]
+    made = Plan(n_tokens, n_choices, len(owner_E), n_workers, 4 * d)
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
     native.dispatch_plan.alone(
         *(ids_TK.data_ptr(), weights_TK.data_ptr(), _address(owner_E), _address(counter_E)),
         *(n_tokens, n_choices, len(owner_E), n_workers, made.address),
+        *(made.messages_address, x, x_stride, d),
     )
     return made
 
@@ -132,7 +176,7 @@ def _plan_in_numpy(made: Plan, ids_TK: Ints, weights_TK: Floats, owner_E: Ints, 
         row_R, local_P[begin:end] = np.unique(token_P[begin:end], return_inverse=True)
         row_cuts.append(row_cuts[-1] + len(row_R))
         made.row_P[row_cuts[-2] : row_cuts[-1]] = row_R
-    made.memory[: 2 * (n_workers + 1)] = cuts + row_cuts
+    made.memory[: 2 * (n_workers + 1)] = cuts + row_cuts  # nothing is packed: the rest means nothing
 
 
 def _weighted_sum_in_torch(rows_PD: Tensor, plan: Plan) -> Tensor:

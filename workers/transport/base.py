@@ -5,22 +5,55 @@ Shape legend: T token rows of one part, P (token, expert) pairs of one part, D h
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from workers import wire
 from workers.wire import Tag
 
 __all__ = ["Rows", "Tag", "Transport"]
 
 
-class Rows(NamedTuple):
-    """One worker's part of a dispatch. A token row is there once, even if several of its experts live on the worker."""
+class Rows:
+    """One worker's part of a dispatch. A token row is there once, even if several of its experts live on the worker.
 
-    tag: Tag
-    x_TD: Tensor  # token rows, the model's compute dtype
-    token_P: Tensor  # int32, host memory: which row of x_TD each pair takes
-    expert_P: Tensor  # int32, host memory: which expert computes it; ascending
+    Few rows are laid out as the request that carries them; `message` is that, ready to be sent, and the tensors lie in
+    it. `message` is None where there are only tensors.
+    """
+
+    __slots__ = ("_request", "message", "n_pairs", "tag")
+
+    def __init__(self, tag: Tag, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> None:
+        """x_TD: token rows, the model's compute dtype; token_P, which row each pair takes, and expert_P, which expert
+        computes it, ascending: int32 in host memory."""
+        self.tag = tag
+        self.n_pairs = len(token_P)
+        self.message: memoryview | None = None
+        self._request: wire.Request | None = wire.Request(x_TD, token_P, expert_P)
+
+    @classmethod
+    def packed(cls, tag: Tag, message: memoryview, n_tokens: int, n_pairs: int, width: int) -> Rows:
+        """`message`: a whole request, float32, but for its header, which is written here."""
+        rows = cls.__new__(cls)
+        wire.put_request_head(message, tag, n_tokens, n_pairs, width)
+        rows.tag, rows.n_pairs, rows.message, rows._request = tag, n_pairs, message, None
+        return rows
+
+    @property
+    def request(self) -> wire.Request:
+        """The tensors: x_TD, token_P, expert_P."""
+        if self._request is None:
+            assert self.message is not None
+            self._request = wire.request(wire.parse_head(self.message), self.message[wire.HEADER_BYTES :])
+        return self._request
+
+    @property
+    def n_bytes(self) -> int:
+        """What travels, without headers."""
+        if self.message is not None:
+            return len(self.message) - wire.HEADER_BYTES
+        return sum(tensor.nbytes for tensor in self.request)
 
 
 class Transport(Protocol):

@@ -150,9 +150,10 @@ class CollectiveTransport:
         return mesh, mesh.workers[mesh.group.workers.index(worker)]
 
     def _post(self, mesh: Mesh, rank: int, rows: Rows) -> _Owed:
-        x_TD = rows.x_TD if mesh.rows_apart else rows.x_TD.cpu()
-        head, payload_bytes = wire.request_head(rows.tag, x_TD, len(rows.token_P))
-        reply_bytes = len(rows.token_P) * x_TD.shape[1] * x_TD.itemsize
+        x_TD, token_P, expert_P = rows.request
+        x_TD = x_TD if mesh.rows_apart else x_TD.cpu()
+        head, payload_bytes = wire.request_head(rows.tag, x_TD, rows.n_pairs)
+        reply_bytes = rows.n_pairs * x_TD.shape[1] * x_TD.itemsize
         # The reply finds its place before it comes: so it need not wait for it.
         in_one = fits(reply_bytes) and not mesh.rows_apart
         room = max(wire.HEADER_BYTES + reply_bytes, ERROR_BYTES) if in_one else ERROR_BYTES
@@ -160,10 +161,10 @@ class CollectiveTransport:
         reply = mesh.receive(rank, Lane.REPLY, reply_block)
         block = self._buffers.take(len(head) + payload_bytes if fits(payload_bytes) else len(head))
         if fits(payload_bytes) and not mesh.rows_apart:
-            message = fill(block, head, x_TD, rows.token_P, rows.expert_P)
+            message = fill(block, head, x_TD, token_P, expert_P)
             sent: tuple[Any, ...] = (mesh.send(rank, Lane.REQUEST, message),)
         else:
-            pairs = torch.cat((rows.token_P, rows.expert_P))
+            pairs = torch.cat((token_P, expert_P))
             sent = (
                 mesh.send(rank, Lane.REQUEST, fill(block, head)),
                 mesh.send_rows(rank, Lane.REQUEST, as_bytes(x_TD)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class GrpcTransport:
         """
         stream = self._stream(worker)
         try:
-            for frame in wire.request_frames(rows.tag, rows.x_TD.cpu(), rows.token_P, rows.expert_P):
+            for frame in _frames(rows):
                 stream.write(frame, self._send_timeout_s)
         except StreamBroken as broken:
             raise WorkerLost(worker, str(broken)) from None
@@ -106,3 +107,10 @@ class GrpcTransport:
             for stream in list(self._streams.values()):
                 if stream.deadline < now:
                     stream.cancel("no answer within the deadline")
+
+
+def _frames(rows: Rows) -> Iterable[bytes]:
+    if rows.message is not None:
+        return (bytes(rows.message),)
+    x_TD, token_P, expert_P = rows.request
+    return wire.request_frames(rows.tag, x_TD.cpu(), token_P, expert_P)

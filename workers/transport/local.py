@@ -59,7 +59,7 @@ class LocalTransport:
     def _compute(self, worker: str, rows: Rows, out_PD: Tensor) -> int:
         began = time.perf_counter_ns()
         try:
-            out_PD.copy_(self._shards[worker].forward(rows.tag.layer, rows.x_TD, rows.token_P, rows.expert_P))
+            out_PD.copy_(self._shards[worker].forward(rows.tag.layer, *rows.request))
         except ExpertMeshError as error:
             raise WorkerLost(worker, f"refused the rows: {error}") from error
         return time.perf_counter_ns() - began
