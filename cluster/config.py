@@ -44,6 +44,9 @@ class Config:
     )
     routers: int = option(1, "number of router processes", at_least=1)
     gateways: int = option(1, "number of gateway processes", at_least=1)
+    generation_defaults: bool = option(
+        True, "take what a request leaves open (temperature, top_p, ...) from the checkpoint's generation_config.json"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "compute dtype of routers and expert workers; auto: float32, from weights as stored"
     )

@@ -22,16 +22,22 @@ if TYPE_CHECKING:  # they import torch, which every other command can do without
     from cluster.gateway.tokenizer import Tokenizer
     from cluster.router.engine import Engine
 
+_ELSE = "; default: the checkpoint's, else"
+
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="what to say to the model; - reads standard input")],
     model: Annotated[str | None, typer.Option(help="`default`, a checkpoint directory, or a hub id")] = None,
-    max_tokens: Annotated[int, typer.Option(help="most tokens of the answer", min=1)] = 256,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="draw from the k likeliest; 0: off")] = 0,
-    top_p: Annotated[float, typer.Option(help="draw from the likeliest that have this share")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="draw from those at least this likely, relative to the likeliest")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="above 1: fewer tokens that were there before")] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help=f"most tokens of the answer{_ELSE} 256", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help=f"0: always the likeliest token{_ELSE} 0")] = None,
+    top_k: Annotated[int | None, typer.Option(help=f"draw from the k likeliest; 0: off{_ELSE} 0")] = None,
+    top_p: Annotated[float | None, typer.Option(help=f"draw from the likeliest with this share{_ELSE} 1")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help=f"draw from those this likely, relative to the likeliest{_ELSE} 0")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help=f"above 1: fewer tokens that were there before{_ELSE} 1")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="of the draws; default: another one each time", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be repeated")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on after the end of the answer")] = False,
@@ -48,20 +54,23 @@ def generate(
         directory = resolve(settings.model)
         threads = settings.router_threads or len(os.sched_getaffinity(0))
         os.environ.update(process_environment(threads))  # before torch is imported
+        from cluster.gateway.defaults import SamplingDefaults, read_defaults
         from cluster.gateway.tokenizer import Tokenizer
         from cluster.router.build import build_engine
 
+        defaults = read_defaults(directory) if settings.generation_defaults else SamplingDefaults()
+        asked = SamplingDefaults(
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+            repetition_penalty=repetition_penalty, max_new_tokens=max_tokens,
+        )  # fmt: skip
+        sampling = {"max_new_tokens": 256, "temperature": 0.0} | defaults.named() | asked.named()
         tokenizer = Tokenizer(directory)
         prompt_ids, raw = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw)
         set_threads(threads)
         engine = build_engine(settings, directory)
         params = SamplingParams(
-            max_tokens=max(1, min(max_tokens, engine.max_context - len(prompt_ids))),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
+            max_tokens=max(1, min(sampling.pop("max_new_tokens"), engine.max_context - len(prompt_ids))),
+            **sampling,
             seed=secrets.randbits(63) if seed is None else seed,
             stop_ids=() if ignore_eos else tuple(sorted(tokenizer.eos_ids)),
             ignore_eos=ignore_eos,

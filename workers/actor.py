@@ -12,16 +12,13 @@ import ray
 from workers.checkpoint import Checkpoint
 from workers.kernels.threads import set_threads
 from workers.member import Member, State
-from workers.membership import MembershipLoop, node_address
+from workers.membership import MembershipLoop, node_address, start_or_end
 from workers.shard import ExpertShard, load_shard
 from workers.spec import compute_dtype
 from workers.transport.collective_server import CollectiveServer
 from workers.transport.group import Group
 from workers.transport.grpc_server import ExpertServer
 from workers.transport.interface import bind_address
-
-_log = logging.getLogger(__name__)
-_LAST_WORD_S = 2.0
 
 
 class Config(Protocol):
@@ -85,26 +82,18 @@ class ExpertWorker:
         self._server: ExpertServer | CollectiveServer | None = None
         self._placed: asyncio.Future[Placement] = asyncio.get_event_loop().create_future()
         self._membership = MembershipLoop(controller, self._member, self._on_view)
-        self._started = asyncio.get_event_loop().create_task(self._start())
-        self._started.add_done_callback(self._end_if_failed)
+        self._started = start_or_end(self._start(), worker)
 
     async def ready(self) -> str:
         """The address it serves at, once the shard is loaded; raises what went wrong, CheckpointError above all."""
-        await asyncio.shield(self._started)
-        assert self._server is not None
-        return self._server.address
+        return await asyncio.shield(self._started)
 
-    async def _start(self) -> None:
+    async def _start(self) -> str:
         placement = await self._placed
         self._server = await asyncio.to_thread(self._load, placement)
         self._epoch, self._state = placement.epoch, "ready"
         self._membership.tell()
-
-    def _end_if_failed(self, started: asyncio.Task[None]) -> None:
-        """A worker that cannot start ends after it could say why; Ray tries again."""
-        if (error := started.exception()) is not None:
-            _log.error("expert worker %s cannot start", self._worker, exc_info=error)
-            asyncio.get_event_loop().call_later(_LAST_WORD_S, os._exit, 1)
+        return self._server.address
 
     def _load(self, placement: Placement) -> ExpertServer | CollectiveServer:
         source = Checkpoint(self._checkpoint)

@@ -1,10 +1,11 @@
-"""A member's side of `Controller.sync`: call it for ever, hand over every new view."""
+"""A member of the cluster: it starts or ends, and calls `Controller.sync` for ever to hand over every new view."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
 import ray
@@ -16,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 10.0  # a call without news takes one second
 _RETRY_S = 0.2
+_LAST_WORD_S = 2.0
 
 
 class Versioned(Protocol):
@@ -31,6 +33,22 @@ View = TypeVar("View", bound=Versioned)
 def node_address() -> str:
     """The address of this machine that Ray uses: 127.0.0.1 in a Ray of our own."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def start_or_end(start: Coroutine[Any, Any, str], name: str) -> asyncio.Task[str]:
+    """Run `start`, which returns the address that the member `name` serves at, in a task.
+
+    A member that cannot start ends after it could say why to whoever awaits the task; Ray tries again.
+    """
+
+    def end_if_failed(started: asyncio.Task[str]) -> None:
+        if (error := started.exception()) is not None:
+            _log.error("%s cannot start", name, exc_info=error)
+            started.get_loop().call_later(_LAST_WORD_S, os._exit, 1)
+
+    task = asyncio.get_event_loop().create_task(start)
+    task.add_done_callback(end_if_failed)
+    return task
 
 
 class MembershipLoop(Generic[View]):

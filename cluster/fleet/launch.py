@@ -80,7 +80,9 @@ def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
         actors[router] = _actor(Router, router, plan.router_threads).remote(
             router, config, plan.checkpoint, plan.router_threads, by_name
         )
-    model = ModelCard(plan.model_name, plan.checkpoint, plan.max_context, plan.vocab_size, int(time.time()))
+    model = ModelCard(
+        plan.model_name, plan.checkpoint, plan.max_context, plan.vocab_size, int(time.time()), plan.defaults
+    )
     # Serve needs seconds of its own, which the loading of the model hides.
     serving: Future[None] = Future()
 

@@ -12,6 +12,7 @@ import psutil
 from cluster.config import Config
 from cluster.errors import StartError
 from cluster.fleet.choose import Choice, choose
+from cluster.gateway.defaults import SamplingDefaults, read_defaults
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router import memory
@@ -38,6 +39,7 @@ class Plan:
     n_experts: int
     vocab_size: int
     max_context: int  # tokens, prompt and answer together
+    defaults: SamplingDefaults  # of what requests leave open
     workers: tuple[str, ...]  # ids of the expert workers; none with the local transport
     routers: tuple[str, ...]
     worker_threads: int
@@ -69,6 +71,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         n_experts=spec.n_experts,
         vocab_size=spec.vocab_size,
         max_context=context_limit(config, spec, n_blocks),
+        defaults=read_defaults(checkpoint) if config.generation_defaults else SamplingDefaults(),
         workers=tuple(f"expert-{i}" for i in range(n_workers)),
         routers=tuple(f"router-{i}" for i in range(config.routers)),
         # Routers and workers take turns within a step, so each pool gets all cores.

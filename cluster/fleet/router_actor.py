@@ -12,7 +12,7 @@ import ray
 from cluster.config import Config
 from cluster.fleet.membership import View
 from workers.member import Member, State
-from workers.membership import MembershipLoop, node_address
+from workers.membership import MembershipLoop, node_address, start_or_end
 
 if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already being told that this router is there
     from cluster.router.engine import Engine
@@ -20,10 +20,6 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     from cluster.router.service import GenerationService
     from workers.transport.base import Transport
     from workers.transport.collective_client import CollectiveTransport
-
-log = logging.getLogger(__name__)
-
-_LAST_WORD_S = 2.0
 
 
 class Router:
@@ -47,16 +43,13 @@ class Router:
         self._service: GenerationService | None = None
         self._loop = asyncio.get_event_loop()
         self._membership = MembershipLoop(controller, self._member, self._on_view)
-        self._started = self._loop.create_task(self._start())
-        self._started.add_done_callback(self._end_if_failed)
+        self._started = start_or_end(self._start(), router_id)
 
     async def ready(self) -> str:
         """The address it serves at, once the model is loaded; raises what went wrong."""
-        await asyncio.shield(self._started)
-        assert self._service is not None
-        return self._service.address
+        return await asyncio.shield(self._started)
 
-    async def _start(self) -> None:
+    async def _start(self) -> str:
         await self._first_view.wait()
         engine = await asyncio.to_thread(self._build)
         from cluster.router.service import GenerationService
@@ -66,12 +59,7 @@ class Router:
         self._service = service
         await self._follow_state()
         self._membership.tell()
-
-    def _end_if_failed(self, started: asyncio.Task[None]) -> None:
-        """A router that cannot start ends after it could say why; Ray tries again."""
-        if (error := started.exception()) is not None:
-            log.error("router %s cannot start", self._id, exc_info=error)
-            self._loop.call_later(_LAST_WORD_S, os._exit, 1)
+        return service.address
 
     def _build(self) -> Engine:
         from cluster.router.build import build_engine

@@ -106,6 +106,7 @@ def _serve(
 
     cluster = start_actors(config, plan, state.url)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
+    console.print(f"sampling defaults: {_defaults(plan)}", style="dim", highlight=False)
     gateways = [f"gateway-{rank}" for rank in range(config.gateways)]
     with console.status("starting") as status:
 
@@ -180,6 +181,11 @@ def _greet(config: Config, plan: preflight.Plan, state: RunState, console: Conso
     print(f"try: curl -N {state.url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'")
     console.print("Ctrl-C ends it", style="dim")
     sys.stdout.flush()
+
+
+def _defaults(plan: preflight.Plan) -> str:
+    named = str(plan.defaults)
+    return f"{named} (generation_config.json; not with --no-generation-defaults)" if named else "temperature 1"
 
 
 def _size(plan: preflight.Plan) -> str:

@@ -42,8 +42,9 @@ async def chat(gateway: Gateway, request: ChatRequest) -> Response:
     limit = request.max_completion_tokens
     name = "max_tokens" if limit is None else "max_completion_tokens"
     limit = request.max_tokens if limit is None else limit
-    if limit is None:  # as long as it likes
-        limit = max(gateway.model.max_context - len(prompt_ids), 1)
+    if limit is None:  # as long as it likes, or as the checkpoint says
+        room = max(gateway.model.max_context - len(prompt_ids), 1)
+        limit = min(gateway.model.defaults.max_new_tokens or room, room)
     params = sampling.sampling_params(gateway, request, max_tokens=limit, logprobs=n_top)
     sampling.check(gateway, prompt_ids, params, prompt="messages", max_tokens=name)
     stops = sampling.stop_strings(request)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from cluster.config import Config
 from cluster.errors import RequestError
+from cluster.gateway.defaults import SamplingDefaults
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.params import SamplingParams, StepOutput
@@ -22,6 +23,7 @@ class ModelCard:
     max_context: int  # tokens, prompt and answer together
     vocab_size: int
     created: int  # seconds since 1970
+    defaults: SamplingDefaults  # of sampling fields that a request leaves out
 
 
 class Session(Protocol):

@@ -24,25 +24,29 @@ def sampling_params(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """What `request` asks of the sampling of its first sequence. Without a seed one is drawn."""
+    """What `request` asks of the sampling of its first sequence. Without a seed one is drawn.
+
+    A field that is left out or null has the checkpoint's default, else OpenAI's.
+    """
+    defaults = gateway.model.defaults
     seed = request.seed if request.seed is not None else secrets.randbits(64)
     stop_ids = set(request.stop_token_ids or ())
     if not request.ignore_eos:
         stop_ids |= {token_id for token_id in gateway.tokenizer.eos_ids if token_id < gateway.model.vocab_size}
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=_or(request.temperature, 1.0),
-        top_k=max(_or(request.top_k, 0), 0),
-        top_p=_or(request.top_p, 1.0),
-        min_p=_or(request.min_p, 0.0),
-        repetition_penalty=_or(request.repetition_penalty, 1.0),
-        presence_penalty=_or(request.presence_penalty, 0.0),
-        frequency_penalty=_or(request.frequency_penalty, 0.0),
+        temperature=_first(request.temperature, defaults.temperature, 1.0),
+        top_k=max(_first(request.top_k, defaults.top_k, 0), 0),
+        top_p=_first(request.top_p, defaults.top_p, 1.0),
+        min_p=_first(request.min_p, defaults.min_p, 0.0),
+        repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias={int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()},
         seed=seed % _SEEDS,
         stop_ids=tuple(sorted(stop_ids)),
         ignore_eos=bool(request.ignore_eos),
-        min_tokens=_or(request.min_tokens, 0),
+        min_tokens=request.min_tokens or 0,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
@@ -70,7 +74,9 @@ def stop_strings(request: SamplingFields) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def _or(value: Number | None, default: Number) -> Number:
+def _first(asked: Number | None, said: Number | None, default: Number) -> Number:
+    """What is asked for, else what the checkpoint says, else `default`."""
+    value = said if asked is None else asked
     return default if value is None else value
 
 

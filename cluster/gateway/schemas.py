@@ -56,11 +56,13 @@ class SamplingFields(Strict):
 
     model: Annotated[str, Field(description="The id that /v1/models shows")]
     temperature: Annotated[
-        Annotated[float, Field(ge=0, le=limits.MAX_TEMPERATURE)] | None, Field(description="0: greedy; default 1")
+        Annotated[float, Field(ge=0, le=limits.MAX_TEMPERATURE)] | None,
+        Field(description="0: greedy; default: the checkpoint's, else 1"),
     ] = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[
-        Annotated[Integer, Field(ge=-1, le=2**31 - 1)] | None, Field(description="-1 or 0: all tokens, the default")
+        Annotated[Integer, Field(ge=-1, le=2**31 - 1)] | None,
+        Field(description="-1 or 0: all tokens; default: the checkpoint's, else 0"),
     ] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
@@ -106,7 +108,9 @@ class TextFormat(Strict):
 
 class ChatRequest(SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[MaxTokens | None, Field(description="Default: what the context has room for")] = None
+    max_tokens: Annotated[
+        MaxTokens | None, Field(description="Default: the checkpoint's, else what the context has room for")
+    ] = None
     max_completion_tokens: Annotated[MaxTokens | None, Field(description="The newer name of max_tokens")] = None
     logprobs: bool | None = None
     top_logprobs: NTop | None = None

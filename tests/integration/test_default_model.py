@@ -104,6 +104,14 @@ def test_a_sensible_answer(served: RunningCluster) -> None:
     assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
 
+def test_what_is_left_open_is_what_the_card_recommends(served: RunningCluster) -> None:
+    """Would catch defaults that do not reach the gateways: at temperature 1 half of these answers do not name it."""
+    client = OpenAI(base_url=f"{served.url}/v1", api_key="none")
+    question = {"role": "user", "content": "What is the capital of Germany?"}
+    answer = client.chat.completions.create(model=served.model, messages=[question], n=8, seed=1, max_tokens=32)
+    assert all("Berlin" in (choice.message.content or "") for choice in answer.choices)
+
+
 @torch.no_grad()
 def test_same_as_the_reference(served: RunningCluster, checkpoint: Path) -> None:
     # The routers are asked before transformers loads a second copy of the model.

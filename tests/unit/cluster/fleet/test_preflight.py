@@ -1,4 +1,5 @@
-"""Catches a defect that only shows once Ray runs: a tokenizer, a chat template or a file of keys that is broken."""
+"""Catches a defect that only shows once Ray runs: a tokenizer, a chat template or a file of keys that is broken; and
+sampling defaults that do not reach the plan, from which the gateways have them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,8 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import CheckpointError, ConfigError
-from cluster.fleet.preflight import check_gateway
+from cluster.fleet.preflight import check_gateway, plan
+from cluster.gateway.defaults import SamplingDefaults
 from cluster.models.random import write_random
 
 
@@ -38,3 +40,14 @@ def test_a_broken_file_of_keys_is_refused(checkpoint: Path, tmp_path: Path) -> N
     keys.write_text("two words\n")
     with pytest.raises(ConfigError, match=r"keys:1: a key is one word"):
         check_gateway(replace(Config(), api_keys_file=keys), checkpoint)
+
+
+def test_sampling_defaults_are_planned_unless_turned_off(checkpoint: Path) -> None:
+    config = Config(kv_cache_mb=4)
+    assert plan(config, checkpoint).defaults == SamplingDefaults()
+    (checkpoint / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert plan(config, checkpoint).defaults == SamplingDefaults(temperature=0.5)
+    (checkpoint / "generation_config.json").write_text('{"temperature": "hot"}')
+    assert plan(replace(config, generation_defaults=False), checkpoint).defaults == SamplingDefaults()
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: 'temperature' must be a number"):
+        plan(config, checkpoint)

@@ -19,6 +19,7 @@ from cluster.config import Config
 from cluster.errors import RequestError
 from cluster.gateway.app import create_app
 from cluster.gateway.context import ModelCard
+from cluster.gateway.defaults import read_defaults
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
 
@@ -113,7 +114,10 @@ class Served:
 def serve(path: Path, **options: Any) -> Iterator[Served]:
     tokenizer = Tokenizer(path)
     session = FakeSession(tokenizer.vocab_size, tokenizer.eos_ids)
-    model = ModelCard("tiny", str(path), max_context=256, vocab_size=tokenizer.vocab_size, created=1_700_000_000)
+    model = ModelCard(
+        "tiny", str(path), max_context=256, vocab_size=tokenizer.vocab_size, created=1_700_000_000,
+        defaults=read_defaults(path),
+    )  # fmt: skip
     app = create_app(Config(**options), model, tokenizer, session)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run)

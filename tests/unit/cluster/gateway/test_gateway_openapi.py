@@ -21,6 +21,7 @@ from schemathesis.specs.openapi.checks import (
 from cluster.config import Config
 from cluster.gateway.app import create_app
 from cluster.gateway.context import ModelCard
+from cluster.gateway.defaults import SamplingDefaults
 from cluster.gateway.tokenizer import Tokenizer
 
 OPERATIONS = {
@@ -53,7 +54,9 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def api(byte_level_path: Path) -> Any:
     tokenizer = Tokenizer(byte_level_path)
-    model = ModelCard("tiny", str(byte_level_path), max_context=64, vocab_size=tokenizer.vocab_size, created=0)
+    model = ModelCard(
+        "tiny", str(byte_level_path), 64, vocab_size=tokenizer.vocab_size, created=0, defaults=SamplingDefaults()
+    )
     session = FakeSession(tokenizer.vocab_size, tokenizer.eos_ids)
     return schemathesis.openapi.from_asgi("/openapi.json", create_app(Config(), model, tokenizer, session))
 
