@@ -31,8 +31,8 @@ from workers.transport.grpc_server import ExpertServer
 MODEL = Model()
 TAG = Tag(1, 1, 1, 0, 0, 0)
 ONE_P = torch.zeros(1, dtype=torch.int32)
-GOOD = next(wire.request_frames(TAG, torch.ones(1, 32), ONE_P, ONE_P))
-LONG = list(wire.request_frames(TAG, torch.ones(20000, 32), ONE_P, ONE_P))
+GOOD = b"".join(next(wire.request_frames(TAG, torch.ones(1, 32), ONE_P, ONE_P)))
+LONG = [b"".join(frame) for frame in wire.request_frames(TAG, torch.ones(20000, 32), ONE_P, ONE_P)]
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def answers(channel: grpc.Channel, *frames: bytes) -> Iterator[bytes]:
         pytest.param([LONG[0], b"short", LONG[1]], id="a frame of another length"),
         pytest.param([GOOD[:-8] + b"\x09\0\0\0" + GOOD[-4:]], id="a row that is not there"),
         pytest.param([GOOD[:-4] + b"\xff\xff\xff\xff"], id="a negative expert"),
-        pytest.param([GOOD, *wire.reply_frames(TAG, 1, torch.ones(1, 32), 0)], id="a reply"),
+        pytest.param([GOOD, *map(b"".join, wire.reply_frames(TAG, 1, torch.ones(1, 32), 0))], id="a reply"),
     ],
 )
 def test_malformed_bytes_end_their_stream_and_no_other(
@@ -163,7 +163,7 @@ def test_a_worker_that_answers_nonsense_is_lost() -> None:
     class Liar:
         def exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             for frame in frames:
-                yield from wire.reply_frames(wire.parse(frame).tag, 1, torch.ones(1, 3), 0)
+                yield from map(b"".join, wire.reply_frames(wire.parse_head(frame).tag, 1, torch.ones(1, 3), 0))
 
     from concurrent.futures import ThreadPoolExecutor
 

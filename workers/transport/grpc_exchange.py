@@ -6,17 +6,19 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from grpc import StatusCode
 from torch import Tensor
 
 from workers import wire
 from workers.errors import WireError
 from workers.transport.answer import reason
-from workers.transport.assembly import Assembly
-from workers.transport.grpc_calls import Call
+from workers.transport.grpc_call import Call, Handler
+from workers.transport.grpc_messages import Messages
+from workers.wire import HEADER_BYTES, Header
 
 _log = logging.getLogger(__name__)
-_IN_HAND = 4  # requests that wait; the router is heard again once there are fewer
+_MOST_HELD_BYTES = 256 << 20  # of replies that a client which asks for more has not made room for
 
 
 class Job(NamedTuple):
@@ -27,8 +29,8 @@ class Job(NamedTuple):
     request: wire.Request
 
 
-class ExchangeStream:
-    """A `Handler` of one Exchange call. Bytes that make no sense end it; rows that do not fit are refused."""
+class ExchangeStream(Handler):
+    """Answers one Exchange call. Bytes that make no sense end it; rows that do not fit are refused. A `Receiver`."""
 
     def __init__(
         self,
@@ -39,11 +41,11 @@ class ExchangeStream:
         self._call = call
         self._on_job = on_job
         self._on_end = on_end
-        self._assembly = Assembly()
+        self.sink: Messages = Messages(self)
+        self._payload = memoryview(b"")  # of the request that is being received
         self._n_waiting = 0
         self._half_closed = False
         call.begin(self)
-        call.ask()
 
     @property
     def is_open(self) -> bool:
@@ -55,43 +57,71 @@ class ExchangeStream:
         """Whether every reply has left."""
         return self._call.is_flushed
 
-    def received(self, frame: bytes) -> None:
-        """Put the frame to those before it; a request that is complete waits from now on."""
+    def whole(self, message: memoryview) -> bool:
+        """A request that came alone: `message` is all of it, header and payload, where it was received.
+
+        It lies there until the request is answered. False: it makes no sense as it is.
+        """
         try:
-            complete = self._assembly.add(frame)
-        except WireError as error:
-            self._end_malformed(str(error))
-            return
-        if complete is not None:
-            self._n_waiting += 1
-            self._on_job(Job(self, *complete))
-        if self._n_waiting < _IN_HAND:
-            self._call.ask()
+            header = wire.parse_head(message)
+            if header.payload_bytes != len(message) - HEADER_BYTES:
+                return False
+            self._wait(header, message[HEADER_BYTES:])
+        except WireError:
+            return False
+        return True
+
+    def begin(self, header: Header) -> memoryview:
+        """See `Receiver`."""
+        # numpy leaves the pages untouched: an announced size costs memory only as its bytes arrive.
+        self._payload = np.empty(header.payload_bytes, np.uint8).data
+        return self._payload
+
+    def end(self, header: Header) -> None:
+        """See `Receiver`."""
+        payload, self._payload = self._payload, memoryview(b"")
+        self._wait(header, payload)
+
+    def malformed(self, reason: str) -> None:
+        """See `Receiver`."""
+        _log.warning("stream of %s closed: %s", self._call.peer, reason)
+        self._call.finish(StatusCode.INVALID_ARGUMENT, reason)
 
     def half_closed(self) -> None:
         """The router asks nothing more; it still gets what it asked for."""
         self._half_closed = True
-        if not self._assembly.is_whole:
-            self._end_malformed("the stream ended within a message")
+        if not self.sink.is_whole:
+            self.malformed("the stream ended within a message")
         elif not self._n_waiting:
-            self._call.finish_when_flushed()
+            self._call.finish()
 
     def ended(self) -> None:
         """The router is gone."""
         self._on_end(self)
 
-    def answer(self, header: wire.Header, result: Tensor | Exception, compute_ns: int) -> None:
+    def answer(self, header: Header, result: Tensor | Exception, compute_ns: int) -> None:
         """Send y_PD, or why there is none. Requests are answered in the order in which they came."""
         if isinstance(result, Exception):
-            self._call.send(wire.error_frames(header.tag, reason(header, result)))
+            frames = wire.error_frames(header.tag, reason(header, result))
         else:
-            self._call.send(wire.reply_frames(header.tag, header.n_tokens, result, compute_ns))
+            frames = wire.reply_frames(header.tag, header.n_tokens, result, compute_ns)
+        for frame in frames:
+            self._call.send(frame)
+        self.drop()
+
+    def drop(self) -> None:
+        """A request does not wait any more; it was answered, or nobody is there to be answered."""
         self._n_waiting -= 1
+        self._call.answered()
         if self._half_closed:
             self.half_closed()
-        elif self._n_waiting == _IN_HAND - 1:
-            self._call.ask()
 
-    def _end_malformed(self, reason: str) -> None:
-        _log.warning("stream of %s closed: %s", self._call.peer, reason)
-        self._call.finish(StatusCode.INVALID_ARGUMENT, reason)
+    def _wait(self, header: Header, payload: memoryview) -> None:
+        """The request waits from now on. Raises WireError if it makes no sense."""
+        job = Job(self, header, wire.request(header, payload))
+        if self._call.held_bytes > _MOST_HELD_BYTES:
+            self._call.finish(StatusCode.RESOURCE_EXHAUSTED, "more is asked for, but replies are not taken in")
+            return
+        self._n_waiting += 1
+        self._call.take_in_hand()
+        self._on_job(job)

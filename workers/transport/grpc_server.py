@@ -12,10 +12,12 @@ from workers.pb import experts_pb2 as pb
 from workers.shard import ExpertShard
 from workers.transport.answer import check
 from workers.transport.batcher import Batcher
-from workers.transport.grpc_calls import Call, CallServer, Unary, unimplemented
+from workers.transport.grpc_call import Call
+from workers.transport.grpc_calls import CallServer
 from workers.transport.grpc_exchange import ExchangeStream, Job
 from workers.transport.grpc_health import HEALTH_METHOD, Health
-from workers.transport.grpc_options import DESCRIBE_METHOD, EXCHANGE_METHOD, EXPERTS_SERVICE, SERVER_OPTIONS
+from workers.transport.grpc_options import DESCRIBE_METHOD, EXCHANGE_METHOD, EXPERTS_SERVICE
+from workers.transport.grpc_unary import Unary, unimplemented
 
 _FLUSH_S = 0.01
 
@@ -36,7 +38,7 @@ class ExpertServer:
         self._waiting: deque[Job] = deque()  # what is being computed included
         bracketed = f"[{host}]" if ":" in host else host
         try:
-            self._server = CallServer(f"{bracketed}:{port}", SERVER_OPTIONS, self._accept)
+            self._server = CallServer(host, port, self._accept)
         except OSError as error:
             raise OSError(f"expert worker {worker} {error}") from None
         self.address = f"{bracketed}:{self._server.port}"
@@ -86,7 +88,12 @@ class ExpertServer:
     def _compute(self) -> None:
         """What waits for the layer of the oldest request, as one batch."""
         jobs = self._next_batch()
-        wanted = [job for job in jobs if job.stream.is_open]
+        wanted = []
+        for job in jobs:
+            if job.stream.is_open:
+                wanted.append(job)
+            else:
+                job.stream.drop()
         refusals = [self._refusal(job) for job in wanted]
         requests = [job.request for job, refusal in zip(wanted, refusals, strict=True) if refusal is None]
         results = iter(self._batcher.compute_batch(jobs[0].header.tag.layer, requests) if requests else ())
