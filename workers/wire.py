@@ -2,7 +2,7 @@
 
 A message is a header, then its payload, cut into frames of exactly FRAME_BYTES (the last one is what is left). The
 header says how many bytes follow; everything is checked before a byte is allocated for them. Tensors that come out of
-a message alias its bytes; tensors that go in are copied once, into the frames.
+a message alias its bytes, and frames alias the tensors that go in.
 
 Legend: T token rows, P (token, expert) pairs, D hidden size.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,10 @@ with warnings.catch_warnings():
     torch.from_numpy(np.frombuffer(bytes(4), np.int32))
 
 
+Buffer = bytes | memoryview
+Frame = tuple[Buffer, ...]  # in parts, to be joined on the way
+
+
 class Tag(NamedTuple):
     """Which dispatch a message belongs to. A reply whose tag is not the awaited one is dropped and counted."""
 
@@ -78,20 +82,21 @@ class Request(NamedTuple):
     expert_P: Tensor
 
 
-def request_frames(tag: Tag, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Iterator[bytes]:
+def request_frames(tag: Tag, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Iterator[Frame]:
     """The frames that carry rows to a worker. x_TD: a compute dtype; token_P, expert_P: int32; all in host memory."""
     head, payload_bytes = request_head(tag, x_TD, len(token_P))
-    return _cut(head, payload_bytes, (_array(x_TD), token_P.numpy(), expert_P.numpy()))
+    return _cut(head, payload_bytes, raw(x_TD), raw(token_P), raw(expert_P))
 
 
-def reply_frames(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> Iterator[bytes]:
+def reply_frames(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> Iterator[Frame]:
     """The frames that carry expert rows back. y_PD: a compute dtype, in host memory."""
-    return _cut(reply_head(tag, n_tokens, y_PD, compute_ns), y_PD.nbytes, (_array(y_PD),))
+    return _cut(reply_head(tag, n_tokens, y_PD, compute_ns), y_PD.nbytes, raw(y_PD))
 
 
-def error_frames(tag: Tag, text: str) -> Iterator[bytes]:
+def error_frames(tag: Tag, text: str) -> Iterator[Frame]:
     """The frame that says why rows were not computed; long texts are cut to one frame."""
-    return iter((error_message(tag, text, FRAME_BYTES),))
+    frame: Frame = (error_message(tag, text, FRAME_BYTES),)
+    return iter((frame,))
 
 
 def request_head(tag: Tag, x_TD: Tensor, n_pairs: int) -> tuple[bytes, int]:
@@ -107,6 +112,12 @@ def put_request_head(message: memoryview, tag: Tag, n_tokens: int, n_pairs: int,
     """Write the header of a whole request of float32 rows, the rest of which is there already."""
     fields = (*tag, n_tokens, n_pairs, width, len(message) - HEADER_BYTES, 0)
     _HEADER.pack_into(message, 0, _MAGIC, _VERSION, REQUEST, _FLOAT32, *fields)
+
+
+def put_head(message: memoryview, header: Header) -> None:
+    """Write a header as it came before its payload."""
+    sizes = (header.n_tokens, header.n_pairs, header.width, header.payload_bytes, header.compute_ns)
+    _HEADER.pack_into(message, 0, _MAGIC, _VERSION, header.kind, _CODES[header.dtype], *header.tag, *sizes)
 
 
 def reply_head(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> bytes:
@@ -129,17 +140,10 @@ def error_message(tag: Tag, text: str, limit: int) -> bytes:
     return _HEADER.pack(_MAGIC, _VERSION, ERROR, 0, *tag, 0, 0, 0, len(payload), 0) + payload
 
 
-def parse(first: bytes) -> Header:
-    """The header of the message that `first` begins. Raises WireError unless all its sizes fit together."""
+def parse_head(first: Buffer) -> Header:
+    """The header at the beginning of `first`. Raises WireError unless all its sizes fit together."""
     if len(first) < HEADER_BYTES:
         raise WireError(f"a first frame of {len(first)} bytes; the header alone has {HEADER_BYTES}")
-    header = parse_head(first)
-    check_frame(first, HEADER_BYTES + header.payload_bytes)
-    return header
-
-
-def parse_head(first: bytes | memoryview) -> Header:
-    """The header at the beginning of `first`. Raises WireError unless all its sizes fit together."""
     magic, version, kind, code, *rest = _HEADER.unpack_from(first)
     if magic != _MAGIC or version != _VERSION:
         raise WireError(f"magic {magic!r}, version {version}; expected {_MAGIC!r}, {_VERSION}")
@@ -153,40 +157,15 @@ def parse_head(first: bytes | memoryview) -> Header:
     return Header(kind, _DTYPES[code], tag, n_tokens, n_pairs, width, payload_bytes, compute_ns)
 
 
-def payload(header: Header, first: bytes, following: Callable[[], bytes]) -> memoryview:
-    """The payload whose first frame is `first`: a view of it, or a new buffer filled from the `following` frames."""
-    if len(first) == HEADER_BYTES + header.payload_bytes:
-        return memoryview(first)[HEADER_BYTES:]
-    # numpy leaves the pages untouched: an announced size costs memory only as its bytes arrive.
-    buffer = np.empty(header.payload_bytes, np.uint8).data
-    fill(buffer, first, following)
-    return buffer
-
-
-def fill(target: memoryview, first: bytes, following: Callable[[], bytes]) -> None:
-    """Copy the payload that `first` begins into `target`, which has its size."""
-    done = len(first) - HEADER_BYTES
-    target[:done] = memoryview(first)[HEADER_BYTES:]
-    while done < len(target):
-        frame = following()
-        check_frame(frame, len(target) - done)
-        target[done : done + len(frame)] = frame
-        done += len(frame)
-
-
-def skip(header: Header, first: bytes, following: Callable[[], bytes]) -> None:
-    """Read the rest of a message that nobody awaits."""
-    left = header.payload_bytes + HEADER_BYTES - len(first)
-    while left:
-        frame = following()
-        check_frame(frame, left)
-        left -= len(frame)
+def check_request(header: Header) -> None:
+    """Raises WireError for the header of another kind of message."""
+    if header.kind != REQUEST:
+        raise WireError(f"a message of kind {header.kind} where only requests come")
 
 
 def request(header: Header, content: memoryview) -> Request:
     """The tensors of a request. Raises WireError when the pairs name a row that is not there or do not ascend."""
-    if header.kind != REQUEST:
-        raise WireError(f"a message of kind {header.kind} where only requests come")
+    check_request(header)
     n_tokens, width = header.n_tokens, header.width
     at = header.payload_bytes - header.n_pairs * _PAIR_BYTES
     x_TD = torch.frombuffer(content, dtype=header.dtype, count=n_tokens * width).view(n_tokens, width)
@@ -216,15 +195,16 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return array
 
 
-def _cut(head: bytes, payload_bytes: int, parts: tuple[NDArray[Any], ...]) -> Iterator[bytes]:
+def _cut(head: bytes, payload_bytes: int, *parts: memoryview) -> Iterator[Frame]:
     if len(head) + payload_bytes <= FRAME_BYTES:
-        return iter((b"".join((head, *parts)),))  # type: ignore[arg-type]  # typed as buffers from Python 3.12 on
+        whole: Frame = (head, *parts)
+        return iter((whole,))
     if payload_bytes > MAX_PAYLOAD_BYTES:
         raise WireError(f"a message of {payload_bytes} bytes; the limit is {MAX_PAYLOAD_BYTES}")
-    return _frames([memoryview(head), *(part.data.cast("B") for part in parts)])
+    return _frames(memoryview(head), *parts)
 
 
-def _frames(parts: list[memoryview]) -> Iterator[bytes]:
+def _frames(*parts: memoryview) -> Iterator[Frame]:
     pieces: list[memoryview] = []
     room = FRAME_BYTES
     for part in parts:
@@ -235,10 +215,10 @@ def _frames(parts: list[memoryview]) -> Iterator[bytes]:
             start += len(piece)
             room -= len(piece)
             if not room:
-                yield b"".join(pieces)
+                yield tuple(pieces)
                 pieces, room = [], FRAME_BYTES
     if pieces:
-        yield b"".join(pieces)
+        yield tuple(pieces)
 
 
 def _check_sizes(kind: int, n_tokens: int, n_pairs: int, width: int, payload_bytes: int, item_bytes: int) -> None:
@@ -261,7 +241,7 @@ def _pairs_fit(pairs: NDArray[np.uint32], n_tokens: int) -> bool:
     return bool(token_P.max() < n_tokens and expert_P[-1] < MAX_EXPERTS and (expert_P[1:] >= expert_P[:-1]).all())
 
 
-def check_frame(frame: bytes, left: int) -> None:
-    """Raises WireError unless `frame` is as long as the next one of a message of which `left` bytes are missing."""
-    if len(frame) != min(left, FRAME_BYTES):
-        raise WireError(f"a frame of {len(frame)} bytes where {min(left, FRAME_BYTES)} were expected")
+def check_frame(n_bytes: int, left: int) -> None:
+    """Raises WireError unless `n_bytes` is the length of the next frame of a message that lacks `left` bytes."""
+    if n_bytes != min(left, FRAME_BYTES):
+        raise WireError(f"a frame of {n_bytes} bytes where {min(left, FRAME_BYTES)} were expected")

@@ -39,9 +39,13 @@ class Workers(Protocol):
 
 
 class GatedShard(ExpertShard):
-    """A shard whose `forward` can be held up, to make a reply late."""
+    """A shard that can be held up, to make a reply late."""
 
     open: threading.Event
+
+    def answer(self, message: memoryview) -> memoryview | None:
+        self.open.wait(20)
+        return super().answer(message)
 
     def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
         self.open.wait(20)

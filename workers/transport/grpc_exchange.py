@@ -1,19 +1,19 @@
-"""One router's Exchange stream, as the worker sees it: frames in, requests to compute, replies out."""
+"""One router's Exchange stream, as the worker sees it: requests to compute, replies out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 from grpc import StatusCode
 from torch import Tensor
 
 from workers import wire
-from workers.errors import WireError
 from workers.transport.answer import reason
-from workers.transport.assembly import Assembly
-from workers.transport.grpc_calls import Call
+from workers.transport.grpc_call import Call, Handler
+from workers.transport.grpc_messages import Messages
+from workers.wire import HEADER_BYTES, Header
 
 _log = logging.getLogger(__name__)
 _IN_HAND = 4  # requests that wait; the router is heard again once there are fewer
@@ -23,27 +23,33 @@ class Job(NamedTuple):
     """A request that waits to be computed."""
 
     stream: ExchangeStream
-    header: wire.Header
-    request: wire.Request
+    header: Header
+    message: memoryview  # header and all
 
 
-class ExchangeStream:
-    """A `Handler` of one Exchange call. Bytes that make no sense end it; rows that do not fit are refused."""
+class Worker(Protocol):
+    """Who computes."""
 
-    def __init__(
-        self,
-        call: Call,
-        on_job: Callable[[Job], None],
-        on_end: Callable[[ExchangeStream], None],
-    ) -> None:
+    def at_once(self, message: memoryview) -> memoryview | None:
+        """The reply, if nothing else waits and it is a request that can be answered as it is."""
+
+    def add(self, job: Job) -> None:
+        """A request waits from now on."""
+
+    def ended(self, stream: ExchangeStream) -> None:
+        """The router is gone."""
+
+
+class ExchangeStream(Handler):
+    """Bytes that make no sense end it; rows that do not fit are refused."""
+
+    def __init__(self, call: Call, worker: Worker) -> None:
+        self.sink = self._messages = Messages(self)
         self._call = call
-        self._on_job = on_job
-        self._on_end = on_end
-        self._assembly = Assembly()
+        self._worker = worker
+        self._message = memoryview(b"")  # that is being received
         self._n_waiting = 0
-        self._half_closed = False
         call.begin(self)
-        call.ask()
 
     @property
     def is_open(self) -> bool:
@@ -55,43 +61,65 @@ class ExchangeStream:
         """Whether every reply has left."""
         return self._call.is_flushed
 
-    def received(self, frame: bytes) -> None:
-        """Put the frame to those before it; a request that is complete waits from now on."""
-        try:
-            complete = self._assembly.add(frame)
-        except WireError as error:
-            self._end_malformed(str(error))
-            return
-        if complete is not None:
+    def whole(self, message: memoryview) -> bool:
+        """See `Receiver`."""
+        reply = self._worker.at_once(message) if self.is_open else None
+        if reply is not None:
+            self._call.send((reply,))
+        return reply is not None
+
+    def begin(self, header: Header) -> memoryview:
+        """See `Receiver`."""
+        wire.check_request(header)
+        # numpy leaves the pages untouched: an announced size costs memory only as its bytes arrive.
+        self._message = np.empty(HEADER_BYTES + header.payload_bytes, np.uint8).data
+        wire.put_head(self._message, header)
+        return self._message[HEADER_BYTES:]
+
+    def end(self, header: Header) -> None:
+        """See `Receiver`."""
+        wire.request(header, self._message[HEADER_BYTES:])  # raises what is wrong with it
+        if self.is_open:
             self._n_waiting += 1
-            self._on_job(Job(self, *complete))
-        if self._n_waiting < _IN_HAND:
-            self._call.ask()
+            self._worker.add(Job(self, header, self._message))
+            if self._n_waiting == _IN_HAND:
+                self._call.hold(True)
+
+    def malformed(self, reason: str) -> None:
+        """See `Receiver`."""
+        if self.is_open:
+            _log.warning("stream of %s closed: %s", self._call.peer, reason)
+            self._call.finish(StatusCode.INVALID_ARGUMENT, reason)
 
     def half_closed(self) -> None:
         """The router asks nothing more; it still gets what it asked for."""
-        self._half_closed = True
-        if not self._assembly.is_whole:
-            self._end_malformed("the stream ended within a message")
+        if not self._messages.is_whole:
+            self.malformed("the stream ended within a message")
         elif not self._n_waiting:
-            self._call.finish_when_flushed()
+            self._call.finish()
 
     def ended(self) -> None:
-        """The router is gone."""
-        self._on_end(self)
+        """See `Handler`."""
+        self._worker.ended(self)
 
-    def answer(self, header: wire.Header, result: Tensor | Exception, compute_ns: int) -> None:
+    def answer(self, header: Header, result: Tensor | Exception, compute_ns: int) -> None:
         """Send y_PD, or why there is none. Requests are answered in the order in which they came."""
         if isinstance(result, Exception):
-            self._call.send(wire.error_frames(header.tag, reason(header, result)))
+            frames = wire.error_frames(header.tag, reason(header, result))
         else:
-            self._call.send(wire.reply_frames(header.tag, header.n_tokens, result, compute_ns))
-        self._n_waiting -= 1
-        if self._half_closed:
-            self.half_closed()
-        elif self._n_waiting == _IN_HAND - 1:
-            self._call.ask()
+            frames = wire.reply_frames(header.tag, header.n_tokens, result, compute_ns)
+        for frame in frames:
+            self._call.send(frame)
+        self._answered()
 
-    def _end_malformed(self, reason: str) -> None:
-        _log.warning("stream of %s closed: %s", self._call.peer, reason)
-        self._call.finish(StatusCode.INVALID_ARGUMENT, reason)
+    def answer_whole(self, reply: memoryview) -> None:
+        """Send a reply, header and all."""
+        self._call.send((reply,))
+        self._answered()
+
+    def _answered(self) -> None:
+        self._n_waiting -= 1
+        if self._n_waiting == _IN_HAND - 1:
+            self._call.hold(False)
+        if self._call.is_half_closed:
+            self.half_closed()

@@ -1,41 +1,36 @@
-"""What both ends of an Exchange stream agree on: its name, its limits, how a silent peer is noticed."""
+"""What both ends of an Exchange stream agree on: its name, and how a silent peer is noticed."""
 
 from __future__ import annotations
 
-from workers.wire import FRAME_BYTES
+import socket
 
 EXPERTS_SERVICE = "expertmesh.experts.v1.Experts"
 EXCHANGE_METHOD = f"/{EXPERTS_SERVICE}/Exchange"
 DESCRIBE_METHOD = f"/{EXPERTS_SERVICE}/Describe"
 
-_WINDOW_BYTES = 16 << 20
-_HTTP2_FRAME_BYTES = (1 << 24) - 1  # the most that HTTP/2 allows
-_KEEPALIVE_S = 10
-_KEEPALIVE_ANSWER_S = 5
+_IDLE_S, _INTERVAL_S, _PROBES = 10, 2, 3
+_UNANSWERED_MS = 15_000
 
-_BOTH = (
-    (b"grpc.max_receive_message_length", FRAME_BYTES),
-    (b"grpc.max_send_message_length", FRAME_BYTES),
-    # A message of many frames goes out without waiting for the peer to say how much it can take.
-    (b"grpc.http2.lookahead_bytes", _WINDOW_BYTES),
-    (b"grpc.http2.max_frame_size", _HTTP2_FRAME_BYTES),
-    (b"grpc.keepalive_time_ms", _KEEPALIVE_S * 1000),
-    (b"grpc.keepalive_timeout_ms", _KEEPALIVE_ANSWER_S * 1000),
-    (b"grpc.keepalive_permit_without_calls", 1),
-    (b"grpc.http2.max_pings_without_data", 0),
-)
 
-CLIENT_OPTIONS = (
-    *_BOTH,
-    # A channel of its own for every stream: a worker that comes back is not kept waiting by an old one's back-off.
-    (b"grpc.use_local_subchannel_pool", 1),
-    (b"grpc.enable_retries", 0),
-    (b"grpc.enable_http_proxy", 0),
-)
+def set_options(sock: socket.socket) -> None:
+    """Send at once, and let the kernels find out whether the other machine is there.
 
-SERVER_OPTIONS = (
-    *_BOTH,
-    (b"grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_S * 500),
-    # A second server on the same port is an error, not a coin toss.
-    (b"grpc.so_reuseport", 0),
-)
+    A worker that computes for long answers no ping, but its kernel does; whether the process lives is a matter of
+    deadlines.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", _IDLE_S),
+        ("TCP_KEEPINTVL", _INTERVAL_S),
+        ("TCP_KEEPCNT", _PROBES),
+        ("TCP_USER_TIMEOUT", _UNANSWERED_MS),
+    ):
+        if hasattr(socket, name):  # Linux has all of them
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[host]:port`."""
+    host, port = address.rsplit(":", 1)
+    return host.strip("[]"), int(port)

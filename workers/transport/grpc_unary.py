@@ -1,0 +1,68 @@
+"""Calls of one message and one answer."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Callable
+
+from grpc import StatusCode
+
+from workers.transport.grpc_call import Call, Handler
+
+_log = logging.getLogger(__name__)
+_PREFIX = struct.Struct(">BI")  # whether it is compressed, and its length
+_MOST_BYTES = 1 << 16
+
+
+class Refused(Exception):
+    """Ends a call with `code`; the text says why."""
+
+    def __init__(self, code: StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.code = code
+
+
+class Unary(Handler):
+    """Answers a call of one message with what `answer` makes of it."""
+
+    def __init__(self, call: Call, answer: Callable[[bytes], bytes]) -> None:
+        """`answer` may raise `Refused`."""
+        self._call = call
+        self._answer = answer
+        self._received = bytearray()
+        call.begin(self)
+
+    def received(self, data: bytes) -> None:
+        """See `Handler`."""
+        self._received += data
+        if len(self._received) > _MOST_BYTES:
+            self._call.finish(StatusCode.RESOURCE_EXHAUSTED, f"a message of more than {_MOST_BYTES} bytes")
+
+    def half_closed(self) -> None:
+        """See `Handler`."""
+        try:
+            self._call.send((self._answer(self._message()),))
+        except Refused as refused:
+            self._call.finish(refused.code, str(refused))
+        except Exception as error:
+            _log.exception("%s failed", self._call.method)
+            self._call.finish(StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+        else:
+            self._call.finish()
+
+    def _message(self) -> bytes:
+        if len(self._received) < _PREFIX.size:
+            raise Refused(StatusCode.INVALID_ARGUMENT, "a message is missing")
+        is_compressed, n_bytes = _PREFIX.unpack_from(self._received)
+        message = bytes(self._received[_PREFIX.size :])
+        if is_compressed:
+            raise Refused(StatusCode.UNIMPLEMENTED, "compression was not offered")
+        if len(message) != n_bytes:
+            raise Refused(StatusCode.INVALID_ARGUMENT, f"{len(message)} bytes where one message of {n_bytes} was due")
+        return message
+
+
+def unimplemented(_message: bytes) -> bytes:
+    """Answers calls of what is not served here."""
+    raise Refused(StatusCode.UNIMPLEMENTED, "there is no such method")
