@@ -47,7 +47,7 @@ with warnings.catch_warnings():
 
 
 Buffer = bytes | memoryview
-Frame = tuple[Buffer, ...]  # in parts, which are joined on the way
+Frame = tuple[Buffer, ...]  # in parts, to be joined on the way
 
 
 class Tag(NamedTuple):

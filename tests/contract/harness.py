@@ -39,9 +39,13 @@ class Workers(Protocol):
 
 
 class GatedShard(ExpertShard):
-    """A shard whose `forward` can be held up, to make a reply late."""
+    """A shard that can be held up, to make a reply late."""
 
     open: threading.Event
+
+    def answer(self, message: memoryview) -> memoryview | None:
+        self.open.wait(20)
+        return super().answer(message)
 
     def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
         self.open.wait(20)
@@ -90,16 +94,17 @@ class LocalWorkers:
 class GrpcWorkers:
     """Servers on loopback, in this process; routers reach them through the network stack."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, host: str = "127.0.0.1") -> None:
         self.model = model
         self.addresses: dict[str, str] = {}
         self.shards: dict[str, GatedShard] = {}
+        self._host = host
         self._servers: dict[str, ExpertServer] = {}
         self._transports: list[Transport] = []
 
     def start(self, worker: str, experts: Iterable[tuple[int, int]]) -> None:
         self.shards[worker] = gated(self.model, experts)
-        self._servers[worker] = ExpertServer(self.shards[worker], worker, "127.0.0.1")
+        self._servers[worker] = ExpertServer(self.shards[worker], worker, self._host)
         self._servers[worker].start()
         self.addresses[worker] = self._servers[worker].address
 

@@ -33,6 +33,7 @@ TAG = Tag(1, 1, 1, 0, 0, 0)
 ONE_P = torch.zeros(1, dtype=torch.int32)
 GOOD = b"".join(next(wire.request_frames(TAG, torch.ones(1, 32), ONE_P, ONE_P)))
 LONG = [b"".join(frame) for frame in wire.request_frames(TAG, torch.ones(20000, 32), ONE_P, ONE_P)]
+REPLY = b"".join(next(wire.reply_frames(TAG, 1, torch.ones(1, 32), 0)))
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def answers(channel: grpc.Channel, *frames: bytes) -> Iterator[bytes]:
         pytest.param([LONG[0], b"short", LONG[1]], id="a frame of another length"),
         pytest.param([GOOD[:-8] + b"\x09\0\0\0" + GOOD[-4:]], id="a row that is not there"),
         pytest.param([GOOD[:-4] + b"\xff\xff\xff\xff"], id="a negative expert"),
-        pytest.param([GOOD, *map(b"".join, wire.reply_frames(TAG, 1, torch.ones(1, 32), 0))], id="a reply"),
+        pytest.param([GOOD, REPLY], id="a reply"),
     ],
 )
 def test_malformed_bytes_end_their_stream_and_no_other(
@@ -117,6 +118,7 @@ def test_what_several_routers_wait_for_is_one_batch_by_layer_and_answered_in_ord
         return forward(layer, x_TD, token_P, expert_P)
 
     shard.forward = counting  # type: ignore[method-assign]
+    shard.answer = lambda message: None  # type: ignore[method-assign]
     one, two = workers.transport(), workers.transport()
     shard.open.clear()
     asked = [(one, 0, 0), (one, 1, 1), (two, 0, 7), (two, 0, 2), (two, 1, 3), (one, 0, 4)]
@@ -163,7 +165,7 @@ def test_a_worker_that_answers_nonsense_is_lost() -> None:
     class Liar:
         def exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             for frame in frames:
-                yield from map(b"".join, wire.reply_frames(wire.parse_head(frame).tag, 1, torch.ones(1, 3), 0))
+                yield b"".join(next(wire.reply_frames(wire.parse_head(frame).tag, 1, torch.ones(1, 3), 0)))
 
     from concurrent.futures import ThreadPoolExecutor
 
@@ -206,18 +208,18 @@ def test_describe_and_health(workers: GrpcWorkers, channel: grpc.Channel) -> Non
 
 
 def test_a_worker_that_stops_answers_what_has_arrived(workers: GrpcWorkers, channel: grpc.Channel) -> None:
-    gate = workers.shards["a"].open
-    gate.clear()
+    gate, server = workers.shards["a"].open, workers._servers["a"]
     transport = workers.transport()
     transport.connect("a", workers.addresses["a"])
+    server.drain()
+    health = health_pb2_grpc.HealthStub(channel)
+    assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    gate.clear()
     transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
     time.sleep(0.3)
-    server = workers._servers["a"]
     stopping = threading.Thread(target=server.stop, args=(20,))
     stopping.start()
-    health = health_pb2_grpc.HealthStub(channel)
-    while health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING:
-        time.sleep(0.01)
+    time.sleep(0.3)
     gate.set()
     transport.receive("a", TAG, 20, torch.empty(1, 32))
     stopping.join()

@@ -1,7 +1,7 @@
-"""Requests of few rows, answered by one kernel call: what a decoding step asks of an expert worker.
+"""Requests of few rows, answered by two kernel calls: what a decoding step asks of an expert worker.
 
 A worker that computed has little of its Python left in the caches, and what is microseconds of code takes as long as
-reading an expert then. So one kernel reads the request, checks it, computes and writes the reply.
+reading an expert then. So one kernel reads and checks the request, another computes into the reply.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REQUEST, _REPLY = (int.from_bytes(begin, "little") for begin in (b"XMSH\1\1\0\0
 _N_PAIRS = struct.Struct("<48xI")
 _MOST_CHOICES = 8  # a token; who chooses more is answered in the usual way
 
-_AT_ROWS, _AT_MESSAGE, _AT_BYTES, _AT_REPLY, _AT_DONE = 13, 16, 17, 21, 23
+_AT_ROWS, _AT_MESSAGE, _AT_BYTES, _AT_REPLY = 13, 18, 19, 23
 
 
 class Answers:
@@ -45,7 +45,7 @@ class Answers:
                 *(0, 0, 0, native.barrier(self._team), d, f, n_experts, FEW_ROWS, 0),
                 *(starts, token_rows, token_rows + 8 * most_pairs, self._hidden_PF.data_ptr(), 0),
                 *(native.KINDS[first.weight_dtype], 4 * f),
-                *(0, 0, len(layers), self._addresses_L2.data_ptr(), _REQUEST, 0, _REPLY, 0, most_pairs),
+                *(0, 0, 0, 0, len(layers), self._addresses_L2.data_ptr(), _REQUEST, 0, _REPLY, most_pairs),
             ),
         )
 
@@ -64,5 +64,9 @@ class Answers:
         args[0] = args[1] = args[2] = 0
         args[_AT_MESSAGE], args[_AT_BYTES] = torch.frombuffer(message, dtype=torch.uint8).data_ptr(), len(message)
         args[_AT_REPLY], args[_AT_ROWS] = address, address + HEADER_BYTES
-        native.answer.run(self._team, args)
-        return reply.numpy().data if args[_AT_DONE] else None
+        # Only the second is for all threads: the others take longer to wake up than the first one to read.
+        if not native.read_request.run_alone(args):
+            return None
+        args[0] = 0
+        native.experts_pairs.run(self._team, args)
+        return reply.numpy().data

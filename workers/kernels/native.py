@@ -124,7 +124,10 @@ class Kernel:
 
         The GIL is kept: for work of microseconds, waiting to get it back would take longer.
         """
-        args = array("q", (0, 0, 0, 0, *values))
+        return self.run_alone(array("q", (0, 0, 0, 0, *values)))
+
+    def run_alone(self, args: array[int]) -> int:
+        """`alone` with all of `args`, which may be looked at and used again."""
         self._call_with_gil(args.buffer_info()[0])
         return args[0]
 
@@ -206,7 +209,7 @@ paged_attention = Kernel("paged_attention")
 dispatch_plan = Kernel("dispatch_plan")
 weighted_sum = Kernel("weighted_sum")
 weigh_rows = Kernel("weigh_rows")
-answer = Kernel("answer")
+read_request = Kernel("read_request")
 _run_tape = Kernel("run_tape")
 
 

@@ -153,11 +153,6 @@ class Connection:
             call.is_open = False
             call.handler.ended()
 
-    def shut(self) -> None:
-        """End the connection from any thread; the serving thread hears of it."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
     def close(self) -> None:
         """End every call and the connection."""
         for stream in tuple(self._calls):

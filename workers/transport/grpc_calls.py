@@ -48,11 +48,9 @@ class CallServer:
         self._poll.register(self._listener, select.EPOLLIN)
 
     def stop(self) -> None:
-        """End every call; `take` raises `Stopped`."""
+        """Let `take` end every call and raise `Stopped`."""
         with suppress(OSError):  # it has stopped
             self._waker.send(b"\0")
-        for connection in tuple(self._connections.values()):
-            connection.shut()
 
     def take(self, wait: bool) -> bool:
         """Handle what has happened, waiting for something if there is nothing and `wait`; whether there was any."""

@@ -1,10 +1,9 @@
-"""One router's Exchange stream, as the worker sees it: frames in, requests to compute, replies out."""
+"""One router's Exchange stream, as the worker sees it: requests to compute, replies out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from grpc import StatusCode
@@ -25,26 +24,32 @@ class Job(NamedTuple):
     """A request that waits to be computed."""
 
     stream: ExchangeStream
-    header: wire.Header
-    request: wire.Request
+    header: Header
+    message: memoryview  # header and all
+
+
+class Worker(Protocol):
+    """Who computes."""
+
+    def at_once(self, message: memoryview) -> memoryview | None:
+        """The reply, if nothing else waits and it is a request that can be answered as it is."""
+
+    def add(self, job: Job) -> None:
+        """A request waits from now on."""
+
+    def ended(self, stream: ExchangeStream) -> None:
+        """The router is gone."""
 
 
 class ExchangeStream(Handler):
-    """Answers one Exchange call. Bytes that make no sense end it; rows that do not fit are refused. A `Receiver`."""
+    """Bytes that make no sense end it; rows that do not fit are refused. A `Receiver`."""
 
-    def __init__(
-        self,
-        call: Call,
-        on_job: Callable[[Job], None],
-        on_end: Callable[[ExchangeStream], None],
-    ) -> None:
+    def __init__(self, call: Call, worker: Worker) -> None:
+        self.sink = self._messages = Messages(self)
         self._call = call
-        self._on_job = on_job
-        self._on_end = on_end
-        self.sink: Messages = Messages(self)
-        self._payload = memoryview(b"")  # of the request that is being received
+        self._worker = worker
+        self._message = memoryview(b"")  # that is being received
         self._n_waiting = 0
-        self._half_closed = False
         call.begin(self)
 
     @property
@@ -58,46 +63,48 @@ class ExchangeStream(Handler):
         return self._call.is_flushed
 
     def whole(self, message: memoryview) -> bool:
-        """A request that came alone: `message` is all of it, header and payload, where it was received.
-
-        It lies there until the request is answered. False: it makes no sense as it is.
-        """
+        """See `Receiver`. `message` stays where it was received until it is answered."""
+        if self._call.is_flushed and (reply := self._worker.at_once(message)) is not None:
+            self._call.send((reply,))
+            return True
         try:
             header = wire.parse_head(message)
-            if header.payload_bytes != len(message) - HEADER_BYTES:
-                return False
-            self._wait(header, message[HEADER_BYTES:])
+            is_request = header.payload_bytes == len(message) - HEADER_BYTES
+            if is_request:
+                self._wait(header, message)
         except WireError:
             return False
-        return True
+        return is_request
 
     def begin(self, header: Header) -> memoryview:
         """See `Receiver`."""
+        wire.check_request(header)
         # numpy leaves the pages untouched: an announced size costs memory only as its bytes arrive.
-        self._payload = np.empty(header.payload_bytes, np.uint8).data
-        return self._payload
+        self._message = np.empty(HEADER_BYTES + header.payload_bytes, np.uint8).data
+        wire.put_head(self._message, header)
+        return self._message[HEADER_BYTES:]
 
     def end(self, header: Header) -> None:
         """See `Receiver`."""
-        payload, self._payload = self._payload, memoryview(b"")
-        self._wait(header, payload)
+        message, self._message = self._message, memoryview(b"")
+        self._wait(header, message)
 
     def malformed(self, reason: str) -> None:
         """See `Receiver`."""
-        _log.warning("stream of %s closed: %s", self._call.peer, reason)
-        self._call.finish(StatusCode.INVALID_ARGUMENT, reason)
+        if self.is_open:
+            _log.warning("stream of %s closed: %s", self._call.peer, reason)
+            self._call.finish(StatusCode.INVALID_ARGUMENT, reason)
 
     def half_closed(self) -> None:
         """The router asks nothing more; it still gets what it asked for."""
-        self._half_closed = True
-        if not self.sink.is_whole:
+        if not self._messages.is_whole:
             self.malformed("the stream ended within a message")
         elif not self._n_waiting:
             self._call.finish()
 
     def ended(self) -> None:
-        """The router is gone."""
-        self._on_end(self)
+        """See `Handler`."""
+        self._worker.ended(self)
 
     def answer(self, header: Header, result: Tensor | Exception, compute_ns: int) -> None:
         """Send y_PD, or why there is none. Requests are answered in the order in which they came."""
@@ -107,21 +114,29 @@ class ExchangeStream(Handler):
             frames = wire.reply_frames(header.tag, header.n_tokens, result, compute_ns)
         for frame in frames:
             self._call.send(frame)
-        self.drop()
+        self._answered()
+
+    def answer_whole(self, reply: memoryview) -> None:
+        """Send a reply, header and all."""
+        self._call.send((reply,))
+        self._answered()
 
     def drop(self) -> None:
-        """A request does not wait any more; it was answered, or nobody is there to be answered."""
-        self._n_waiting -= 1
-        self._call.answered()
-        if self._half_closed:
-            self.half_closed()
+        """A request does not wait any more: nobody is there to be answered."""
+        self._answered()
 
-    def _wait(self, header: Header, payload: memoryview) -> None:
+    def _wait(self, header: Header, message: memoryview) -> None:
         """The request waits from now on. Raises WireError if it makes no sense."""
-        job = Job(self, header, wire.request(header, payload))
+        wire.request(header, message[HEADER_BYTES:])
         if self._call.held_bytes > _MOST_HELD_BYTES:
             self._call.finish(StatusCode.RESOURCE_EXHAUSTED, "more is asked for, but replies are not taken in")
-            return
-        self._n_waiting += 1
-        self._call.take_in_hand()
-        self._on_job(job)
+        elif self.is_open:
+            self._n_waiting += 1
+            self._call.take_in_hand()
+            self._worker.add(Job(self, header, message))
+
+    def _answered(self) -> None:
+        self._n_waiting -= 1
+        self._call.answered()
+        if self._call.is_half_closed:
+            self.half_closed()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 
+from workers import wire
 from workers.errors import WireError
 from workers.pb import experts_pb2 as pb
 from workers.shard import ExpertShard
@@ -18,6 +19,7 @@ from workers.transport.grpc_exchange import ExchangeStream, Job
 from workers.transport.grpc_health import HEALTH_METHOD, Health
 from workers.transport.grpc_options import DESCRIBE_METHOD, EXCHANGE_METHOD, EXPERTS_SERVICE
 from workers.transport.grpc_unary import Unary, unimplemented
+from workers.wire import HEADER_BYTES, Header, Request
 
 _FLUSH_S = 0.01
 
@@ -36,11 +38,11 @@ class ExpertServer:
         self._health = Health(EXPERTS_SERVICE)
         self._streams: set[ExchangeStream] = set()
         self._waiting: deque[Job] = deque()  # what is being computed included
-        bracketed = f"[{host}]" if ":" in host else host
         try:
             self._server = CallServer(host, port, self._accept)
         except OSError as error:
             raise OSError(f"expert worker {worker} {error}") from None
+        bracketed = f"[{host}]" if ":" in host else host
         self.address = f"{bracketed}:{self._server.port}"
         self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
 
@@ -73,6 +75,20 @@ class ExpertServer:
             "streams": len(self._streams),
         }
 
+    def at_once(self, message: memoryview) -> memoryview | None:
+        """See `Worker`. Where there are several routers, others may be about to wait for the same layer."""
+        if self._waiting or len(self._streams) > 1:
+            return None
+        return self._batcher.answer(message)
+
+    def add(self, job: Job) -> None:
+        """See `Worker`."""
+        self._waiting.append(job)
+
+    def ended(self, stream: ExchangeStream) -> None:
+        """See `Worker`."""
+        self._streams.discard(stream)
+
     def _run(self) -> None:
         try:
             while True:
@@ -94,18 +110,27 @@ class ExpertServer:
                 wanted.append(job)
             else:
                 job.stream.drop()
-        refusals = [self._refusal(job) for job in wanted]
-        requests = [job.request for job, refusal in zip(wanted, refusals, strict=True) if refusal is None]
-        results = iter(self._batcher.compute_batch(jobs[0].header.tag.layer, requests) if requests else ())
-        for job, refusal in zip(wanted, refusals, strict=True):
-            job.stream.answer(job.header, *(next(results) if refusal is None else (refusal, 0)))
+        reply = self._batcher.answer(wanted[0].message) if len(wanted) == 1 else None
+        if reply is not None:
+            wanted[0].stream.answer_whole(reply)
+        else:
+            self._answer(wanted)
         for job in jobs:
             self._waiting.remove(job)
 
-    def _refusal(self, job: Job) -> WireError | None:
-        """Why the shard cannot compute the rows of `job`."""
+    def _answer(self, jobs: list[Job]) -> None:
+        """Each stream gets its answers in the order of its jobs."""
+        requests = [wire.request(job.header, job.message[HEADER_BYTES:]) for job in jobs]
+        refusals = [self._refusal(job.header, request) for job, request in zip(jobs, requests, strict=True)]
+        fitting = [request for request, refusal in zip(requests, refusals, strict=True) if refusal is None]
+        results = iter(self._batcher.compute_batch(jobs[0].header.tag.layer, fitting) if fitting else ())
+        for job, refusal in zip(jobs, refusals, strict=True):
+            job.stream.answer(job.header, *(next(results) if refusal is None else (refusal, 0)))
+
+    def _refusal(self, header: Header, request: Request) -> WireError | None:
+        """Why the shard cannot compute `request`."""
         try:
-            check(self._shard, job.header, job.request)
+            check(self._shard, header, request)
         except WireError as error:
             return error
         return None
@@ -123,7 +148,7 @@ class ExpertServer:
 
     def _accept(self, call: Call) -> None:
         if call.method == EXCHANGE_METHOD:
-            self._streams.add(ExchangeStream(call, self._waiting.append, self._streams.discard))
+            self._streams.add(ExchangeStream(call, self))
         elif call.method == DESCRIBE_METHOD:
             Unary(call, self._describe)
         elif call.method == HEALTH_METHOD:

@@ -31,7 +31,7 @@ def shard(stored: torch.dtype = torch.float32, hidden: int = 37, experts: int = 
 def message(x_TD: torch.Tensor, pairs: list[tuple[int, int]], tag: Tag = TAG) -> bytearray:
     """A request for (token, expert) pairs."""
     token_P, expert_P = (torch.tensor(column, dtype=torch.int32) for column in zip(*pairs, strict=True))
-    return bytearray(b"".join(*wire.request_frames(tag, x_TD, token_P, expert_P)))
+    return bytearray(b"".join(next(wire.request_frames(tag, x_TD, token_P, expert_P))))
 
 
 def usual(held: ExpertShard, request: bytes) -> bytes:
@@ -39,7 +39,7 @@ def usual(held: ExpertShard, request: bytes) -> bytes:
     header = wire.parse_head(request)
     rows = wire.request(header, memoryview(request)[wire.HEADER_BYTES :])
     y_PD = held.forward(header.tag.layer, *rows)
-    return b"".join(*wire.reply_frames(header.tag, header.n_tokens, y_PD, 0))
+    return b"".join(next(wire.reply_frames(header.tag, header.n_tokens, y_PD, 0)))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -149,4 +149,4 @@ def test_a_stamp_says_how_long_it_took() -> None:
     reply = held.answer(memoryview(message(torch.randn(3, 37), [(0, 1), (2, 1), (1, 3)])))
     assert reply is not None
     assert wire.stamp(reply, 2**63 + 5) == 3
-    assert wire.parse_head(bytes(reply)).compute_ns == 2**63 + 5
+    assert wire.parse_head(reply).compute_ns == 2**63 + 5

@@ -21,15 +21,14 @@ U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 TAGS = st.builds(Tag, U64, U64, U64, U32, U32, U32)
 
 
-def joined(frames: Iterator[wire.Frame]) -> bytes:
-    return b"".join(part for frame in frames for part in frame)
-
-
 def decoded(message: bytes) -> tuple[wire.Header, wire.Request]:
     header = wire.parse_head(message)
-    if len(message) != HEADER_BYTES + header.payload_bytes:
-        raise WireError("of another length")
+    wire.check_frame(min(len(message), FRAME_BYTES), HEADER_BYTES + header.payload_bytes)
     return header, wire.request(header, memoryview(message)[HEADER_BYTES:])
+
+
+def joined(frames: Iterator[wire.Frame]) -> bytes:
+    return b"".join(part for frame in frames for part in frame)
 
 
 @given(TAGS, DTYPES, st.integers(1, 9), st.integers(1, 9), st.data())
@@ -50,20 +49,21 @@ def test_messages_around_the_size_of_a_frame(extra: int) -> None:
     x_TD = torch.randn(1, n_bytes // 4)
     one_P = torch.zeros(1, dtype=torch.int32)
     frames = list(wire.request_frames(TAG, x_TD, one_P, one_P))
-    lengths = [sum(map(len, frame)) for frame in frames]
-    assert lengths[:-1] == [FRAME_BYTES] * (len(frames) - 1)
-    assert lengths[-1] <= FRAME_BYTES
-    assert sum(lengths) == HEADER_BYTES + x_TD.nbytes + 8
+    sizes = [sum(map(len, frame)) for frame in frames]
+    assert sizes[:-1] == [FRAME_BYTES] * (len(frames) - 1)
+    assert sum(sizes) == HEADER_BYTES + x_TD.nbytes + 8
     assert torch.equal(decoded(joined(iter(frames)))[1].x_TD, x_TD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3000])
-def test_a_reply_comes_out_as_it_went_in(rows: int, dtype: torch.dtype) -> None:
+def test_a_reply_has_the_rows_behind_its_header(rows: int, dtype: torch.dtype) -> None:
     y_PD = torch.randn(rows, 512).to(dtype)
     message = joined(wire.reply_frames(TAG, rows, y_PD, compute_ns=123))
     header = wire.parse_head(message)
-    assert torch.equal(torch.frombuffer(bytearray(message[HEADER_BYTES:]), dtype=dtype).view(rows, 512), y_PD)
+    out_PD = torch.empty_like(y_PD)
+    wire.raw(out_PD)[:] = message[HEADER_BYTES:]
+    assert torch.equal(out_PD, y_PD)
     assert (header.n_pairs, header.width, header.compute_ns) == (rows, 512, 123)
 
 
@@ -95,13 +95,13 @@ def test_rows_that_are_not_contiguous() -> None:
 def test_an_error_is_one_frame_however_long() -> None:
     frames = list(wire.error_frames(TAG, "é" * FRAME_BYTES))
     assert len(frames) == 1
-    header = wire.parse_head(b"".join(frames[0]))
-    assert sum(map(len, frames[0])) <= FRAME_BYTES
+    assert sum(map(len, frames[0])) == FRAME_BYTES
+    header = wire.parse_head(frames[0][0])
     assert header.kind == wire.ERROR
     assert header.tag == TAG
 
 
-@given(st.binary(min_size=HEADER_BYTES, max_size=400))
+@given(st.binary(max_size=400))
 def test_arbitrary_bytes_are_refused(frame: bytes) -> None:
     with pytest.raises(WireError):
         wire.parse_head(frame)
@@ -115,7 +115,7 @@ def test_a_damaged_request_is_refused_or_still_well_formed(data: st.DataObject) 
     frame = bytearray(joined(wire.request_frames(TAG, x_TD, token_P, expert_P)))
     for _ in range(data.draw(st.integers(1, 3))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
-    cut = bytes(frame[: data.draw(st.integers(HEADER_BYTES, len(frame)))]) if data.draw(st.booleans()) else bytes(frame)
+    cut = bytes(frame[: data.draw(st.integers(0, len(frame)))]) if data.draw(st.booleans()) else bytes(frame)
     try:
         header, request = decoded(cut)
     except WireError:
@@ -124,15 +124,6 @@ def test_a_damaged_request_is_refused_or_still_well_formed(data: st.DataObject) 
     assert request.token_P.max() < header.n_tokens
     assert request.expert_P.min() >= 0
     assert (request.expert_P.diff() >= 0).all()
-
-
-@pytest.mark.parametrize("left", [1, FRAME_BYTES, 2 * FRAME_BYTES])
-def test_following_frames_of_another_length_are_refused(left: int) -> None:
-    expected = min(left, FRAME_BYTES)
-    wire.check_frame(expected, left)
-    for n_bytes in (0, expected - 1, expected + 1):
-        with pytest.raises(WireError):
-            wire.check_frame(n_bytes, left)
 
 
 def test_an_announced_size_is_not_allocated_before_it_is_checked() -> None:

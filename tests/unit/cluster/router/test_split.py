@@ -46,7 +46,7 @@ def test_every_pair_goes_to_its_owner_once_and_finds_its_place(t: int, k: int, e
         sent_TD, token_P, expert_P = rows.request
         assert rows.n_pairs == len(token_P)
         if rows.message is not None:
-            assert bytes(rows.message) == b"".join(*wire.request_frames(new_tag(), sent_TD, token_P, expert_P))
+            assert bytes(rows.message) == b"".join(next(wire.request_frames(new_tag(), sent_TD, token_P, expert_P)))
         assert rows.n_bytes == sent_TD.nbytes + token_P.nbytes + expert_P.nbytes
         assert (owner_E[expert_P.numpy()] == worker).all()
         assert (expert_P.diff() >= 0).all()

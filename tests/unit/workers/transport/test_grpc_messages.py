@@ -111,6 +111,14 @@ def test_a_whole_message_is_only_taken_between_two_others() -> None:
     assert [header.n_pairs for header, _ in receiver.complete] == [600, 1]
 
 
+def test_a_message_that_lacks_bytes_is_not_whole() -> None:
+    """Catches a half-closed stream that is taken for a complete one."""
+    data = b"".join(map(prefixed, frames(1000)))
+    for cut in (1, 5, 6, 70, 77, 78, 5 + FRAME_BYTES, 5 + FRAME_BYTES + 3, len(data) - 1):
+        messages, _ = take([data[:cut]])
+        assert not messages.is_whole, cut
+
+
 @pytest.mark.parametrize("second", [b"", b"short", bytes(FRAME_BYTES + 1)])
 def test_a_frame_of_another_length_is_refused(second: bytes) -> None:
     _, receiver = take([prefixed(frames(2000)[0]), prefixed(second), os.urandom(100)])
@@ -127,11 +135,17 @@ def test_a_frame_of_another_length_is_refused(second: bytes) -> None:
         pytest.param(struct.pack(">BI", 0, FRAME_BYTES + 1), id="longer than a frame"),
         pytest.param(prefixed(frames(1)[0], compressed=1), id="compressed"),
         pytest.param(prefixed(os.urandom(500)), id="noise"),
+        pytest.param(struct.pack(">BI", 0, HEADER_BYTES - 1) + bytes(HEADER_BYTES - 1), id="no room for a header"),
+        pytest.param(prefixed(frames(2000)[0]) + struct.pack(">BI", 0, 5), id="a short second frame"),
+        pytest.param(prefixed(frames(2000)[0]) + struct.pack(">BI", 0, FRAME_BYTES + 1), id="a long second frame"),
+        pytest.param(prefixed(frames(2000)[0]) + struct.pack(">BI", 0, 0), id="an empty second frame"),
     ],
 )
-def test_what_makes_no_sense_is_refused_once(data: bytes) -> None:
+@pytest.mark.parametrize("most", [7, 1 << 22])
+def test_what_makes_no_sense_is_refused_once(data: bytes, most: int) -> None:
     """Catches nonsense that gets through, and bytes behind it that are believed."""
-    messages, receiver = take([data, prefixed(frames(1)[0])])
+    data += prefixed(frames(1)[0])
+    messages, receiver = take(data[at : at + most] for at in range(0, len(data), most))
     assert receiver.reason is not None
     assert not receiver.complete
     assert not messages.whole(memoryview(frames(1)[0]))
