@@ -25,13 +25,16 @@ def worker_threads(cores: int, workers: int) -> int:
 def process_environment(threads: int) -> dict[str, str]:
     """What has to be in the environment of a process before it starts, so that it computes on `threads` threads.
 
-    OpenMP reads these once, when it is imported.
+    OpenMP and gRPC read these once, when they are imported.
     """
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "GLIBC_TUNABLES": _GLIBC_TUNABLES,
+        # For the generation service: gRPC then reads a socket in the thread that waits for the message rather than in
+        # one of a pool of its own. A small message between gateway and router and back takes a fifth less.
+        "GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener",
     }
     if threads > 1:
         # Idle threads spin about 0.1 ms for the next kernel of the step, then sleep. OpenMP's own 20 ms is as good

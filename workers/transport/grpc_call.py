@@ -9,7 +9,7 @@ from contextlib import suppress
 from urllib.parse import quote
 
 from grpc import StatusCode
-from h2.events import ConnectionTerminated, DataReceived, Event, RequestReceived, StreamEnded, StreamReset
+from h2.events import ConnectionTerminated, Event, RequestReceived, StreamEnded, StreamReset
 from h2.exceptions import ProtocolError
 
 from workers.transport.http2 import Http2, Sink
@@ -23,10 +23,7 @@ _FULL_BYTES = 4 << 20  # that the socket holds up; the client is heard again onc
 class Handler:
     """What answers one call. The serving thread alone calls it."""
 
-    sink: Sink | None = None  # for the bytes of the call; None: they are for `received`
-
-    def received(self, data: bytes) -> None:
-        """Bytes of the call."""
+    sink: Sink  # for the bytes of the call
 
     def half_closed(self) -> None:
         """There will be no more bytes; `Call.finish` is still owed."""
@@ -65,8 +62,7 @@ class Call:
     def begin(self, handler: Handler) -> None:
         """From now on `handler` hears of this call."""
         self.handler = handler
-        if handler.sink is not None:
-            self._http2.sinks[self._stream] = handler.sink
+        self._http2.sinks[self._stream] = handler.sink
         self._http2.h2.send_headers(self._stream, [(":status", "200"), ("content-type", "application/grpc")])
         self._http2.send_control()
 
@@ -131,7 +127,7 @@ class Connection:
         if event & select.EPOLLOUT:
             http2.flush()
         if event != select.EPOLLOUT:
-            while http2.receive() and http2.is_within_message:
+            while http2.receive() and not http2.is_between and http2.lent < _IN_HAND:
                 pass
         self.settle()
 
@@ -165,12 +161,8 @@ class Connection:
             method = dict(event.headers).get(b":path", b"")
             self._calls[event.stream_id] = call = Call(self, event.stream_id, method.decode(errors="replace"))
             self._accept(call)
-        elif isinstance(event, DataReceived):
-            self.http2.h2.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id)
-            self.http2.send_control()
-            if (known := self._calls.get(event.stream_id)) is not None and known.is_open:
-                known.handler.received(event.data or b"")
         elif isinstance(event, StreamEnded):
+            self.http2.sinks.pop(event.stream_id, None)  # what comes now is against the rules: h2 shall have it
             if (known := self._calls.get(event.stream_id)) is not None:
                 known.is_half_closed = True
                 if known.is_open:

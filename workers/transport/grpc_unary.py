@@ -24,20 +24,36 @@ class Refused(Exception):
 
 
 class Unary(Handler):
-    """Answers a call of one message with what `answer` makes of it."""
+    """Answers a call of one message with what `answer` makes of it. A `Sink`."""
+
+    missing = 0
 
     def __init__(self, call: Call, answer: Callable[[bytes], bytes]) -> None:
         """`answer` may raise `Refused`."""
+        self.received = 0
+        self.sink = self
         self._call = call
         self._answer = answer
-        self._received = bytearray()
+        self._content = bytearray()
         call.begin(self)
 
-    def received(self, data: bytes) -> None:
-        """See `Handler`."""
-        self._received += data
-        if len(self._received) > _MOST_BYTES:
+    def whole(self, message: memoryview) -> bool:
+        """See `Sink`."""
+        return False
+
+    def take(self, data: memoryview) -> None:
+        """See `Sink`."""
+        if len(self._content) + len(data) > _MOST_BYTES:
             self._call.finish(StatusCode.RESOURCE_EXHAUSTED, f"a message of more than {_MOST_BYTES} bytes")
+        else:
+            self._content += data
+
+    def place(self) -> memoryview:
+        """See `Sink`."""
+        return memoryview(b"")
+
+    def placed(self, n: int) -> None:
+        """See `Sink`."""
 
     def half_closed(self) -> None:
         """See `Handler`."""
@@ -52,10 +68,10 @@ class Unary(Handler):
             self._call.finish()
 
     def _message(self) -> bytes:
-        if len(self._received) < _PREFIX.size:
+        if len(self._content) < _PREFIX.size:
             raise Refused(StatusCode.INVALID_ARGUMENT, "a message is missing")
-        is_compressed, n_bytes = _PREFIX.unpack_from(self._received)
-        message = bytes(self._received[_PREFIX.size :])
+        is_compressed, n_bytes = _PREFIX.unpack_from(self._content)
+        message = bytes(self._content[_PREFIX.size :])
         if is_compressed:
             raise Refused(StatusCode.UNIMPLEMENTED, "compression was not offered")
         if len(message) != n_bytes:

@@ -72,16 +72,11 @@ class Http2(Outbox):
         self._inbox = _new_inbox()
         self._begin = self._end = 0  # of what was received and not looked at
         self._next: memoryview | None = self._inbox  # where to receive; None: there is no room
-        self._is_between = is_client  # whether what comes next begins a frame, at the inbox's start
+        self.is_between = is_client  # whether the next bytes begin a frame, which may be a whole message
         self._preface_left = 0 if is_client else _PREFACE_BYTES
         self._stream = self._flags = self._left = self._padding = 0  # of the DATA frame that is being received
         self._direct: Sink | None = None  # whose place `_next` is
         self._received = 0  # bytes of DATA since the window was opened
-
-    @property
-    def is_within_message(self) -> bool:
-        """Whether what comes next belongs to a large message that has begun."""
-        return self._direct is not None or self._next is not self._inbox
 
     def receive(self, wait: bool = False) -> bool:
         """Take in what has come; waits, as long as the socket says, for something to come if asked to.
@@ -102,7 +97,7 @@ class Http2(Outbox):
         if self._direct is not None:
             self._received_directly(n)
             return True
-        if self._is_between:  # nearly always it is one message
+        if self.is_between:  # nearly always it is one message
             length_type, flags, stream, is_compressed, n_bytes = MESSAGE_HEAD.unpack_from(self._inbox)
             length = n_bytes + MESSAGE_PREFIX.size
             if n == length + _HEAD_BYTES and length_type == length << 8 and not (flags or is_compressed):
@@ -157,7 +152,7 @@ class Http2(Outbox):
             else:
                 break
         self._begin, self._end = begin, end
-        self._is_between = begin == end and not (self._left or self._padding or self._preface_left)
+        self.is_between = begin == end and not (self._left or self._padding or self._preface_left)
         self._next_place()
 
     def _head(self, data: memoryview) -> int:
@@ -199,7 +194,7 @@ class Http2(Outbox):
         self._left -= n
         sink.placed(n)
         self._end_data()
-        self._is_between = not (self._left or self._padding)
+        self.is_between = not (self._left or self._padding)
         self._next_place()
 
     def _next_place(self) -> None:
@@ -218,7 +213,7 @@ class Http2(Outbox):
                 self._direct, self._next = sink, place[: self._left]
         elif not self._left and missing >= _DIRECT_BYTES:
             self._next = self._inbox[:_MESSAGE_HEAD_BYTES]  # the heads alone, and then its bytes directly
-            self._is_between = False
+            self.is_between = False
 
     def _end_data(self) -> None:
         """If a DATA frame has been read, tell h2 what it has to know."""
