@@ -1,5 +1,5 @@
-"""Our ends of an Exchange stream with gRPC's own library at the other: catches what only we would understand, what stalls
-at the windows and frame sizes of others, and a connection whose damage spreads."""
+"""Our ends of an Exchange stream with gRPC's own library at the other: catches what only we would understand, what
+stalls at the windows and frame sizes of others, and a connection whose damage spreads."""
 
 from __future__ import annotations
 
