@@ -54,15 +54,17 @@ class CallServer:
 
     def take(self, wait: bool) -> bool:
         """Handle what has happened, waiting for it if nothing has and `wait`; whether there was something."""
-        events = self._poll.poll(-1 if wait else 0)
+        events, is_stopping = self._poll.poll(-1 if wait else 0), False
         for file, event in events:
             if (connection := self._connections.get(file)) is not None:
                 self._handle(connection, event)
             elif file == self._listener.fileno():
                 self._connect()
             else:
-                self._close()
-                raise CallServer.Stopped
+                is_stopping = True
+        if is_stopping:
+            self._close()
+            raise CallServer.Stopped
         return bool(events)
 
     def _handle(self, connection: Connection, event: int) -> None:
