@@ -54,7 +54,7 @@ class CallServer:
 
     def take(self, wait: bool) -> bool:
         """Handle what has happened, waiting for something if there is nothing and `wait`; whether there was any."""
-        events = self._poll.poll(-1 if wait else 0)
+        events, is_stopping = self._poll.poll(-1 if wait else 0), False
         for file, event in events:
             connection = self._connections.get(file)
             if connection is not None:
@@ -69,8 +69,10 @@ class CallServer:
             elif file == self._listener.fileno():
                 self._connect()
             else:
-                self._close()
-                raise CallServer.Stopped
+                is_stopping = True
+        if is_stopping:
+            self._close()
+            raise CallServer.Stopped
         return bool(events)
 
     def _connect(self) -> None:
