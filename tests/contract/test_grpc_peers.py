@@ -298,3 +298,12 @@ def test_a_worker_on_ipv6() -> None:
     transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
     transport.receive("a", TAG, 20, torch.empty(1, 32))
     workers.close()
+
+
+def test_a_worker_by_the_name_of_its_host(workers: GrpcWorkers) -> None:
+    """A name may have addresses of both kinds, and the worker listen on one."""
+    port = split_address(workers.addresses["a"])[1]
+    transport = workers.transport()
+    transport.connect("a", f"localhost:{port}")
+    transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
+    transport.receive("a", TAG, 20, torch.empty(1, 32))

@@ -1,8 +1,9 @@
-"""What both ends of an Exchange stream agree on: its name, and how a silent peer is noticed."""
+"""What both ends of an Exchange stream agree on: its name, its addresses, and how a silent peer is noticed."""
 
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 
 EXPERTS_SERVICE = "expertmesh.experts.v1.Experts"
 EXCHANGE_METHOD = f"/{EXPERTS_SERVICE}/Exchange"
@@ -34,3 +35,25 @@ def split_address(address: str) -> tuple[str, int]:
     """`host:port` or `[host]:port`."""
     host, port = address.rsplit(":", 1)
     return host.strip("[]"), int(port)
+
+
+def connecting(address: str) -> socket.socket:
+    """A socket that is being connected to `address`, or is; it waits, but for this. Raises OSError when it cannot be.
+
+    The name of a host is looked up here. Of its addresses the first one counts that is not refused at once.
+    """
+    host, port = split_address(address)
+    failure: OSError | None = None
+    for family, *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family)
+        try:
+            set_options(sock)
+            sock.setblocking(False)
+            with suppress(BlockingIOError):
+                sock.connect(place)
+            sock.setblocking(True)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure or OSError("the host has no address")

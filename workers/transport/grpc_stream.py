@@ -24,7 +24,7 @@ from h2.events import ConnectionTerminated, Event, ResponseReceived, StreamEnded
 from workers import wire
 from workers.errors import WireError
 from workers.transport.grpc_messages import Messages
-from workers.transport.grpc_options import EXCHANGE_METHOD, set_options, split_address
+from workers.transport.grpc_options import EXCHANGE_METHOD, connecting
 from workers.transport.http2 import Http2
 from workers.transport.http2_outbox import ConnectionLost
 from workers.wire import FRAME_BYTES, Frame, Header, Tag
@@ -73,7 +73,7 @@ class Stream:
         self._timeout_s = 0.0  # of the socket
         self._is_connected = False
         try:
-            self._socket = _connecting(address)
+            self._socket = connecting(address)
         except OSError as error:
             self._socket, self.broken = socket.socket(), f"cannot connect to {address}: {error}"
         self._connection = connection = Http2(self._socket, self._on_event, is_client=True)
@@ -231,18 +231,6 @@ class Stream:
             raise ConnectionLost(f"stream ended: reset with code {event.error_code!r}")
         elif isinstance(event, ConnectionTerminated):
             raise ConnectionLost(f"stream ended: the worker goes away with code {event.error_code!r}")
-
-
-def _connecting(address: str) -> socket.socket:
-    host, port = split_address(address)
-    family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    sock = socket.socket(family)
-    set_options(sock)
-    sock.setblocking(False)
-    with suppress(BlockingIOError):
-        sock.connect(place)
-    sock.setblocking(True)  # from here on each call says whether it waits
-    return sock
 
 
 def _opening(address: str) -> list[tuple[str, str]]:

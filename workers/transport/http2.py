@@ -12,21 +12,16 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.events import Event, RemoteSettingsChanged, WindowUpdated
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes, Settings
 from hyperframe.frame import DataFrame, WindowUpdateFrame
 
+from workers.transport.http2_beginning import connection
 from workers.transport.http2_outbox import FRAME_HEAD, MESSAGE_HEAD, MESSAGE_PREFIX, ConnectionLost, Outbox
 from workers.wire import HEADER_BYTES, Buffer
 
 _PREFACE_BYTES = 24  # that a client begins with
-_WINDOW = (1 << 31) - 1  # the most that HTTP/2 allows: who sends too much is held up by TCP
 _REOPEN_BYTES = 1 << 30  # received since the windows were opened
-_FRAME_BYTES = (1 << 24) - 1  # the most that HTTP/2 allows
-_MOST_STREAMS = 100  # of a client
 _INBOX_BYTES = 1 << 18
 _DIRECT_BYTES = 1 << 14  # so many that are missing are worth a system call that writes them to their place
 _HEAD_BYTES, _MESSAGE_HEAD_BYTES = FRAME_HEAD.size, MESSAGE_HEAD.size
@@ -64,7 +59,7 @@ class Http2(Outbox):
 
     def __init__(self, sock: socket.socket, on_event: Callable[[Event], None], is_client: bool) -> None:
         self.sinks: dict[int, Sink] = {}
-        self.h2 = _connection(is_client)
+        self.h2 = connection(is_client)
         super().__init__(sock, self.h2)
         self.lent = 0  # messages in the inbox that are still needed: what comes next goes elsewhere
         self._receive_into = sock.recv_into
@@ -254,19 +249,3 @@ def _new_inbox() -> memoryview:
     memory = np.empty(_INBOX_BYTES + _ALIGNMENT, np.uint8)
     start = -(memory.__array_interface__["data"][0] + _MESSAGE_HEAD_BYTES + HEADER_BYTES) % _ALIGNMENT
     return memory[start : start + _INBOX_BYTES].data
-
-
-def _connection(is_client: bool) -> H2Connection:
-    """h2's side, with its first words said: windows that never hold a peer up."""
-    connection = H2Connection(H2Configuration(client_side=is_client))
-    values = {
-        SettingCodes.INITIAL_WINDOW_SIZE: _WINDOW,
-        SettingCodes.MAX_FRAME_SIZE: _FRAME_BYTES,
-        SettingCodes.MAX_HEADER_LIST_SIZE: H2Connection.DEFAULT_MAX_HEADER_LIST_SIZE,
-    }
-    values |= {SettingCodes.ENABLE_PUSH: 0} if is_client else {SettingCodes.MAX_CONCURRENT_STREAMS: _MOST_STREAMS}
-    connection.local_settings = Settings(client=is_client, initial_values=values)
-    connection.max_inbound_frame_size = _FRAME_BYTES
-    connection.initiate_connection()
-    connection.increment_flow_control_window(_WINDOW - connection.inbound_flow_control_window)
-    return connection
