@@ -119,7 +119,9 @@ class Stream:
                 while self._answer is None:
                     self._wait(timeout_s, deadline)
             except ConnectionLost as lost:
-                raise self._break(str(lost)) from None
+                broken = self._break(str(lost))
+                if self._answer is None:  # else it came just before
+                    raise broken from None
         self._awaited = None
         return self._answer
 
