@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.errors import WireError
+from workers.kernels.native import N_PAIRS
 
 # Room for a round number of bytes of rows, their header and their pairs.
 FRAME_BYTES = (1 << 20) + (1 << 16)
@@ -32,7 +33,7 @@ _MAGIC = b"XMSH"
 _VERSION = 1
 _HEADER = struct.Struct("<4sBBBx QQQIII III Q Q")
 HEADER_BYTES = _HEADER.size
-_N_PAIRS, _COMPUTE_NS = struct.Struct("<48xI"), struct.Struct("<Q")  # the latter ends the header
+_COMPUTE_NS = struct.Struct("<Q")  # ends the header
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ITEM_BYTES = (4, 2, 2)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
@@ -130,7 +131,7 @@ def reply_head(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> bytes:
 def stamp(reply: memoryview, compute_ns: int) -> int:
     """Write how long a whole REPLY took into its header; returns its number of pairs."""
     _COMPUTE_NS.pack_into(reply, HEADER_BYTES - _COMPUTE_NS.size, compute_ns)
-    n_pairs: int = _N_PAIRS.unpack_from(reply)[0]
+    n_pairs: int = N_PAIRS.unpack_from(reply)[0]
     return n_pairs
 
 

@@ -28,3 +28,12 @@ def make_workers(request: pytest.FixtureRequest) -> Iterator[Callable[[Model], W
     yield make
     for workers in made:
         workers.close()
+
+
+@pytest.fixture
+def workers() -> Iterator[GrpcWorkers]:
+    """One worker, `a`, that holds every expert, over gRPC."""
+    workers = GrpcWorkers(Model())
+    workers.start("a", [(layer, expert) for layer in range(2) for expert in range(6)])
+    yield workers
+    workers.close()

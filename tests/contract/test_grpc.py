@@ -37,14 +37,6 @@ REPLY = b"".join(next(wire.reply_frames(TAG, 1, torch.ones(1, 32), 0)))
 
 
 @pytest.fixture
-def workers() -> Iterator[GrpcWorkers]:
-    workers = GrpcWorkers(MODEL)
-    workers.start("a", [(layer, expert) for layer in range(2) for expert in range(6)])
-    yield workers
-    workers.close()
-
-
-@pytest.fixture
 def channel(workers: GrpcWorkers) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(workers.addresses["a"]) as channel:
         yield channel

@@ -38,14 +38,6 @@ LIMITS = [("grpc.max_receive_message_length", FRAME_BYTES), ("grpc.max_send_mess
 Frames = Iterator[bytes]
 
 
-@pytest.fixture
-def workers() -> Iterator[GrpcWorkers]:
-    workers = GrpcWorkers(MODEL)
-    workers.start("a", [(layer, expert) for layer in range(2) for expert in range(6)])
-    yield workers
-    workers.close()
-
-
 def request(rows: int, tag: Tag = TAG) -> list[bytes]:
     pairs_P = torch.arange(rows, dtype=torch.int32)
     frames = wire.request_frames(tag, torch.ones(rows, 32), pairs_P, torch.zeros_like(pairs_P))

@@ -19,7 +19,6 @@ from h2.events import DataReceived, TrailersReceived
 from h2.settings import SettingCodes
 
 from tests.contract.harness import GrpcWorkers
-from tests.contract.model import Model
 from workers import wire
 from workers.errors import WorkerLost
 from workers.transport import http2
@@ -36,14 +35,6 @@ CALL = [
     *(("te", "trailers"), ("content-type", "application/grpc")),
 ]
 _DATA, _END_STREAM, _PADDED = 0, 1, 8
-
-
-@pytest.fixture
-def workers() -> Iterator[GrpcWorkers]:
-    workers = GrpcWorkers(Model())
-    workers.start("a", [(layer, expert) for layer in range(2) for expert in range(6)])
-    yield workers
-    workers.close()
 
 
 def prefixed(frames: Iterator[wire.Frame]) -> bytes:

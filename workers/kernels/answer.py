@@ -6,7 +6,6 @@ reading an expert then. So one kernel reads and checks the request, another comp
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Sequence
 
@@ -14,11 +13,10 @@ import torch
 
 from workers.kernels import native
 from workers.kernels.experts import LayerExperts
-from workers.kernels.native import FEW_ROWS, HEADER_BYTES
+from workers.kernels.native import FEW_ROWS, HEADER_BYTES, N_PAIRS
 
 # Of the messages of `wire`; the kernel knows where the fields of a header are, too.
 _REQUEST, _REPLY = (int.from_bytes(begin, "little") for begin in (b"XMSH\1\1\0\0", b"XMSH\1\2\0\0"))  # of float32
-_N_PAIRS = struct.Struct("<48xI")
 _MOST_CHOICES = 8  # a token; who chooses more is answered in the usual way
 
 _AT_ROWS, _AT_MESSAGE, _AT_BYTES, _AT_REPLY = 13, 18, 19, 23
@@ -56,7 +54,7 @@ class Answers:
         """
         if len(message) < HEADER_BYTES:
             return None
-        n_pairs: int = _N_PAIRS.unpack_from(message)[0]
+        n_pairs: int = N_PAIRS.unpack_from(message)[0]
         if n_pairs > self._most_pairs:
             return None
         reply = torch.empty(HEADER_BYTES + n_pairs * self._row_bytes, dtype=torch.uint8)

@@ -33,6 +33,8 @@ FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 #: Of the header of a message of `workers.wire`, which some kernels read and write.
 HEADER_BYTES = 72
+#: Where it says how many pairs there are.
+N_PAIRS = struct.Struct("<48xI")
 #: Work on fewer bytes than this is done before another thread has woken up.
 PARALLEL_BYTES = 1 << 17
 

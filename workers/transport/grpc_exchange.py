@@ -14,7 +14,7 @@ from workers.errors import WireError
 from workers.transport.answer import reason
 from workers.transport.grpc_call import Call, Handler
 from workers.transport.grpc_messages import Messages
-from workers.wire import HEADER_BYTES, Header
+from workers.wire import HEADER_BYTES, Header, Request
 
 _log = logging.getLogger(__name__)
 _MOST_HELD_BYTES = 256 << 20  # of replies that a client which asks for more has not made room for
@@ -26,6 +26,7 @@ class Job(NamedTuple):
     stream: ExchangeStream
     header: Header
     message: memoryview  # header and all
+    request: Request  # its tensors
 
 
 class Worker(Protocol):
@@ -127,13 +128,13 @@ class ExchangeStream(Handler):
 
     def _wait(self, header: Header, message: memoryview) -> None:
         """The request waits from now on. Raises WireError if it makes no sense."""
-        wire.request(header, message[HEADER_BYTES:])
+        request = wire.request(header, message[HEADER_BYTES:])
         if self._call.held_bytes > _MOST_HELD_BYTES:
             self._call.finish(StatusCode.RESOURCE_EXHAUSTED, "more is asked for, but replies are not taken in")
         elif self.is_open:
             self._n_waiting += 1
             self._call.take_in_hand()
-            self._worker.add(Job(self, header, message))
+            self._worker.add(Job(self, header, message, request))
 
     def _answered(self) -> None:
         self._n_waiting -= 1

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 
-from workers import wire
 from workers.errors import WireError
 from workers.pb import experts_pb2 as pb
 from workers.shard import ExpertShard
@@ -19,7 +18,6 @@ from workers.transport.grpc_exchange import ExchangeStream, Job
 from workers.transport.grpc_health import HEALTH_METHOD, Health
 from workers.transport.grpc_options import DESCRIBE_METHOD, EXCHANGE_METHOD, EXPERTS_SERVICE
 from workers.transport.grpc_unary import Unary, unimplemented
-from workers.wire import HEADER_BYTES, Header, Request
 
 _FLUSH_S = 0.01
 
@@ -120,17 +118,16 @@ class ExpertServer:
 
     def _answer(self, jobs: list[Job]) -> None:
         """Each stream gets its answers in the order of its jobs."""
-        requests = [wire.request(job.header, job.message[HEADER_BYTES:]) for job in jobs]
-        refusals = [self._refusal(job.header, request) for job, request in zip(jobs, requests, strict=True)]
-        fitting = [request for request, refusal in zip(requests, refusals, strict=True) if refusal is None]
+        refusals = [self._refusal(job) for job in jobs]
+        fitting = [job.request for job, refusal in zip(jobs, refusals, strict=True) if refusal is None]
         results = iter(self._batcher.compute_batch(jobs[0].header.tag.layer, fitting) if fitting else ())
         for job, refusal in zip(jobs, refusals, strict=True):
             job.stream.answer(job.header, *(next(results) if refusal is None else (refusal, 0)))
 
-    def _refusal(self, header: Header, request: Request) -> WireError | None:
-        """Why the shard cannot compute `request`."""
+    def _refusal(self, job: Job) -> WireError | None:
+        """Why the shard cannot compute the rows of `job`."""
         try:
-            check(self._shard, header, request)
+            check(self._shard, job.header, job.request)
         except WireError as error:
             return error
         return None

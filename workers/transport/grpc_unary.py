@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Callable
 
 from grpc import StatusCode
 
 from workers.transport.grpc_call import Call, Handler
+from workers.transport.http2_outbox import MESSAGE_PREFIX
 
 _log = logging.getLogger(__name__)
-_PREFIX = struct.Struct(">BI")  # whether it is compressed, and its length
 _MOST_BYTES = 1 << 16
 
 
@@ -68,10 +67,10 @@ class Unary(Handler):
             self._call.finish()
 
     def _message(self) -> bytes:
-        if len(self._content) < _PREFIX.size:
+        if len(self._content) < MESSAGE_PREFIX.size:
             raise Refused(StatusCode.INVALID_ARGUMENT, "a message is missing")
-        is_compressed, n_bytes = _PREFIX.unpack_from(self._content)
-        message = bytes(self._content[_PREFIX.size :])
+        is_compressed, n_bytes = MESSAGE_PREFIX.unpack_from(self._content)
+        message = bytes(self._content[MESSAGE_PREFIX.size :])
         if is_compressed:
             raise Refused(StatusCode.UNIMPLEMENTED, "compression was not offered")
         if len(message) != n_bytes:
