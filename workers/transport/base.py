@@ -22,13 +22,14 @@ class Rows:
     it. `message` is None where there are only tensors.
     """
 
-    __slots__ = ("_request", "message", "n_pairs", "tag")
+    __slots__ = ("_request", "message", "n_pairs", "row_bytes", "tag")
 
     def __init__(self, tag: Tag, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> None:
         """x_TD: token rows, the model's compute dtype; token_P, which row each pair takes, and expert_P, which expert
         computes it, ascending: int32 in host memory."""
         self.tag = tag
         self.n_pairs = len(token_P)
+        self.row_bytes = x_TD.shape[1] * x_TD.itemsize
         self.message: memoryview | None = None
         self._request: wire.Request | None = wire.Request(x_TD, token_P, expert_P)
 
@@ -37,7 +38,8 @@ class Rows:
         """`message`: a whole request, float32, but for its header, which is written here."""
         rows = cls.__new__(cls)
         wire.put_request_head(message, tag, n_tokens, n_pairs, width)
-        rows.tag, rows.n_pairs, rows.message, rows._request = tag, n_pairs, message, None
+        rows.tag, rows.n_pairs, rows.row_bytes = tag, n_pairs, 4 * width
+        rows.message, rows._request = message, None
         return rows
 
     @property

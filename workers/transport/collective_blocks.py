@@ -28,7 +28,7 @@ def view(block: Tensor) -> memoryview:
     return block.numpy().data
 
 
-def fill(block: Tensor, head: bytes, *tensors: Tensor) -> Tensor:
+def fill(block: Tensor, head: wire.Buffer, *tensors: Tensor) -> Tensor:
     """Write a message into `block`; returns the part that it takes."""
     target = view(block)
     target[: len(head)] = head

@@ -150,27 +150,33 @@ class CollectiveTransport:
         return mesh, mesh.workers[mesh.group.workers.index(worker)]
 
     def _post(self, mesh: Mesh, rank: int, rows: Rows) -> _Owed:
-        x_TD, token_P, expert_P = rows.request
-        x_TD = x_TD if mesh.rows_apart else x_TD.cpu()
-        head, payload_bytes = wire.request_head(rows.tag, x_TD, rows.n_pairs)
-        reply_bytes = rows.n_pairs * x_TD.shape[1] * x_TD.itemsize
+        reply_bytes = rows.n_pairs * rows.row_bytes
         # The reply finds its place before it comes: so it need not wait for it.
         in_one = fits(reply_bytes) and not mesh.rows_apart
         room = max(wire.HEADER_BYTES + reply_bytes, ERROR_BYTES) if in_one else ERROR_BYTES
         reply_block = self._buffers.take(room)
         reply = mesh.receive(rank, Lane.REPLY, reply_block)
+        block, sent = self._send_request(mesh, rank, rows)
+        return _Owed(mesh, rank, rows.tag, reply, reply_block, reply_bytes, sent, block)
+
+    def _send_request(self, mesh: Mesh, rank: int, rows: Rows) -> tuple[Tensor, tuple[Any, ...]]:
+        """The block that the request, or its head, is in, and what is under way."""
+        if rows.message is not None and not mesh.rows_apart:
+            block = self._buffers.take(len(rows.message))
+            return block, (mesh.send(rank, Lane.REQUEST, fill(block, rows.message)),)
+        x_TD, token_P, expert_P = rows.request
+        x_TD = x_TD if mesh.rows_apart else x_TD.cpu()
+        head, payload_bytes = wire.request_head(rows.tag, x_TD, rows.n_pairs)
         block = self._buffers.take(len(head) + payload_bytes if fits(payload_bytes) else len(head))
         if fits(payload_bytes) and not mesh.rows_apart:
             message = fill(block, head, x_TD, token_P, expert_P)
-            sent: tuple[Any, ...] = (mesh.send(rank, Lane.REQUEST, message),)
-        else:
-            pairs = torch.cat((token_P, expert_P))
-            sent = (
-                mesh.send(rank, Lane.REQUEST, fill(block, head)),
-                mesh.send_rows(rank, Lane.REQUEST, as_bytes(x_TD)),
-                mesh.send(rank, Lane.REQUEST, as_bytes(pairs)),
-            )
-        return _Owed(mesh, rank, rows.tag, reply, reply_block, reply_bytes, sent, block)
+            return block, (mesh.send(rank, Lane.REQUEST, message),)
+        pairs = torch.cat((token_P, expert_P))
+        return block, (
+            mesh.send(rank, Lane.REQUEST, fill(block, head)),
+            mesh.send_rows(rank, Lane.REQUEST, as_bytes(x_TD)),
+            mesh.send(rank, Lane.REQUEST, as_bytes(pairs)),
+        )
 
     def _finish(self, owed: _Owed, deadline: float, out_PD: Tensor | None) -> int | str:
         """Wait for a reply and write its rows into `out_PD`, or nowhere.
