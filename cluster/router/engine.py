@@ -25,7 +25,7 @@ from cluster.router.scheduler import Chunk, Scheduler
 from cluster.router.sequence import Sequence, State
 from cluster.router.sizing import context_limit
 from workers.model.batch import Batch
-from workers.model.mixtral import Mixtral
+from workers.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Engine:
     business.
     """
 
-    def __init__(self, model: Mixtral, config: Config) -> None:
+    def __init__(self, model: Decoder, config: Config) -> None:
         self.model = model
         self._blocks = KVBlocks(model.cache.n_blocks, model.cache.block_size)
         self.max_context = context_limit(config, model.spec, self._blocks.n_blocks)

@@ -1,4 +1,4 @@
-"""`expertmesh bench exchange --transport collective|all`: the transports side by side, beside bare all-to-alls."""
+"""`python -m benchmarks.exchange --transport collective|all`: the transports side by side, beside bare all-to-alls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from cluster.bench.child import Child
+from benchmarks.child import Child
 from cluster.bench.common import console, print_table
 from workers.kernels.threads import process_environment
 
@@ -27,7 +27,7 @@ def compare(ways: Sequence[str], sizes: Sequence[int], repeats: int) -> dict[str
 def _layout(
     n_routers: int, n_workers: int, ways: Sequence[str], sizes: Sequence[int], repeats: int
 ) -> list[dict[str, Any]]:
-    command = (sys.executable, "-m", "cluster.bench.transport_process")
+    command = (sys.executable, "-m", "benchmarks.transport_process")
     counts = (str(n_routers), str(n_workers))
     with ExitStack() as stack:
         ranks = []

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.workload import DECODE_PROMPT, DECODE_STEPS, prompts
 from cluster.bench.common import console
-from cluster.bench.workload import DECODE_PROMPT, DECODE_STEPS, prompts
 
 Options = tuple[str, str]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cluster.bench.expert_process import worker_names
+from benchmarks.expert_process import worker_names
 from cluster.config import Config
 from cluster.errors import StartError
 from cluster.placement.placement import striped
@@ -36,7 +36,7 @@ def local_cluster(directory: Path, n_workers: int, threads: int) -> Iterator[Exc
 
 @contextmanager
 def _expert_process(directory: Path, name: str, n_workers: int, threads: int) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "cluster.bench.expert_process", str(directory), name, str(n_workers), str(threads)]
+    command = [sys.executable, "-m", "benchmarks.expert_process", str(directory), name, str(n_workers), str(threads)]
     environment = os.environ | process_environment(threads)
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

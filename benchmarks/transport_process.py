@@ -1,6 +1,6 @@
-"""One router or expert worker of `bench exchange --transport`: the same rows over gRPC, a collective group, bare gloo.
+"""One router or expert worker of `benchmarks.exchange --transport`: rows over gRPC, a collective group, bare gloo.
 
-`python -m cluster.bench.transport_process RANK ROUTERS WORKERS` answers three requests, in this order:
+`python -m benchmarks.transport_process RANK ROUTERS WORKERS` answers three requests, in this order:
 {"do": "describe"}; {"do": "join", "members": what every rank described}; {"do": "run", "way": ..., "n_bytes": ...,
 "trips": ...} with seconds a trip. `n_bytes` is what a router sends, in equal parts to all workers, and gets back.
 """
@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from cluster.bench.child import serve
-from cluster.bench.free_shard import FreeShard
+from benchmarks.child import serve
+from benchmarks.free_shard import FreeShard
 from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
 from workers.transport.base import Transport

@@ -1,4 +1,4 @@
-"""A Mixtral: the decoder whose experts are an argument, so that they can be anywhere.
+"""A decoder-only transformer whose experts are an argument, so that they can be anywhere.
 
 Shape legend: T rows of a micro-batch, D hidden size, R rows whose logits are wanted, V vocabulary.
 """
@@ -24,7 +24,7 @@ from workers.model.rope import Rope
 from workers.spec import ModelSpec
 
 
-class Mixtral:
+class Decoder:
     """The model of a router. It computes where the cache lives, in the dtype of the norms.
 
     Not thread-safe: one step loop owns it.

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import schemathesis
-from fake_gateway import FakeSession
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
@@ -23,6 +22,7 @@ from cluster.gateway.app import create_app
 from cluster.gateway.context import ModelCard
 from cluster.gateway.defaults import SamplingDefaults
 from cluster.gateway.tokenizer import Tokenizer
+from tests.unit.cluster.gateway.fake_gateway import FakeSession
 
 OPERATIONS = {
     ("post", "/v1/chat/completions"),

@@ -1,4 +1,4 @@
-"""`expertmesh bench exchange`: what dispatch + combine cost beside bare gRPC streams that echo the same bytes.
+"""`python -m benchmarks.exchange`: what dispatch + combine cost beside bare gRPC streams that echo the same bytes.
 
 `echo` returns every frame as it comes, so that the two directions of a message of several frames overlap. An expert
 needs all its rows first: `stored` returns the frames once the last one has come.
@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cluster.bench import transports
-from cluster.bench.child import Child
+from benchmarks import transports
+from benchmarks.child import Child
+from benchmarks.command import run
 from cluster.bench.common import console, machine, print_json, print_table
 from cluster.errors import StartError
 from workers.kernels.threads import process_environment
@@ -26,7 +27,7 @@ _SIZES = (2 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 _RUN_BYTES = 64 << 20  # a run moves about this much, in at least _FEWEST and at most _MOST round trips
 _FEWEST, _MOST = 4, 500
 _WAYS = ("exchange", "echo", "stored")
-_COMMAND = (sys.executable, "-m", "cluster.bench.exchange_process")
+_COMMAND = (sys.executable, "-m", "benchmarks.exchange_process")
 
 
 def exchange(
@@ -107,3 +108,7 @@ def _show(rows: list[dict[str, Any]], ratios: dict[str, dict[str, float]]) -> No
 
 def _name(n_bytes: int) -> str:
     return f"{n_bytes >> 20} MiB" if n_bytes >= 1 << 20 else f"{n_bytes >> 10} KiB"
+
+
+if __name__ == "__main__":
+    run(exchange)

@@ -24,7 +24,7 @@ from cluster.router.service import GenerationService
 from tests.fake_engine import FakeEngine
 from tests.loop import in_loop
 
-ROOT = Path(__file__).resolve().parent.parent.parent.parent
+ROOT = Path(__file__).resolve().parents[4]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 

@@ -1,6 +1,6 @@
 """One expert worker of a benchmark: a shard behind the gRPC transport, without Ray.
 
-`python -m cluster.bench.expert_process CHECKPOINT WORKER N_WORKERS THREADS`; prints its address once it serves, and
+`python -m benchmarks.expert_process CHECKPOINT WORKER N_WORKERS THREADS`; prints its address once it serves, and
 ends when its standard input does.
 """
 

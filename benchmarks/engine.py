@@ -1,4 +1,4 @@
-"""`expertmesh bench engine`: our engine beside transformers and others on one checkpoint, alternating."""
+"""`python -m benchmarks.engine`: our engine beside transformers and others on one checkpoint, alternating."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.bench import peers
-from cluster.bench.child import Child, ChildRunner
+from benchmarks import peers
+from benchmarks.child import Child, ChildRunner
+from benchmarks.command import run
+from benchmarks.workload import DECODE_BATCHES, PREFILL_TOKENS, RANDOM_200M, Runner
 from cluster.bench.common import Run, alternate, cache_directory, console, machine, print_json, print_table
-from cluster.bench.workload import DECODE_BATCHES, PREFILL_TOKENS, RANDOM_200M, Runner
 from cluster.models.random import write_random
 from workers.kernels.threads import process_environment
 
@@ -72,7 +73,7 @@ def measure(
     with ExitStack() as stack:
 
         def child(name: str, kind: str, environment: Mapping[str, str]) -> Child:
-            command = [sys.executable, "-m", "cluster.bench.runner_process", kind, str(directory), str(n_threads)]
+            command = [sys.executable, "-m", "benchmarks.runner_process", kind, str(directory), str(n_threads)]
             process = Child(name, command, environment)
             stack.callback(process.close)
             return process
@@ -111,3 +112,7 @@ def show(figures: dict[str, dict[str, float]], notes: dict[str, Any]) -> None:
     print_table("tokens per second (times transformers)", ["", *engines], rows)
     for name, note in notes.items():
         console.print(f"{name}: {note}", highlight=False)
+
+
+if __name__ == "__main__":
+    run(engine)

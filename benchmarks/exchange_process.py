@@ -1,6 +1,6 @@
-"""The processes of `bench exchange`: an expert worker whose experts cost nothing, bare gRPC echoes, and the client.
+"""The processes of `benchmarks.exchange`: an expert worker whose experts cost nothing, bare gRPC echoes, a client.
 
-`python -m cluster.bench.exchange_process worker|echo` prints its address and serves until its standard input ends;
+`python -m benchmarks.exchange_process worker|echo` prints its address and serves until its standard input ends;
 `... client WORKER ECHO` answers {"way": "exchange"|"echo"|"stored", "n_bytes": ..., "trips": ...} with seconds.
 
 Legend: T token rows, P pairs, D hidden size, K experts a token.
@@ -18,8 +18,8 @@ from typing import Any
 import grpc
 import torch
 
-from cluster.bench.child import serve
-from cluster.bench.free_shard import FreeShard
+from benchmarks.child import serve
+from benchmarks.free_shard import FreeShard
 from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
 from workers.transport.grpc.client import GrpcTransport

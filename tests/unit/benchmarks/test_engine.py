@@ -1,4 +1,4 @@
-"""`bench engine` without its minutes: what it computes from figures, and that each engine answers from its process."""
+"""`benchmarks.engine` without its minutes: what it computes from figures; each engine answers from its process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.bench.child import Child, ChildRunner
+from benchmarks.child import Child, ChildRunner
+from benchmarks.engine import CLUSTER, OURS, REFERENCE, ratios
+from benchmarks.gguf_file import interleaved
 from cluster.bench.common import alternate
-from cluster.bench.engine import CLUSTER, OURS, REFERENCE, ratios
-from cluster.bench.gguf_file import interleaved
 from cluster.errors import StartError
 from cluster.models.random import SMALL, write_random
 
@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["expertmesh", "cluster"])
 def child(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Child]:
-    command = [sys.executable, "-m", "cluster.bench.runner_process", request.param, str(checkpoint), "1"]
+    command = [sys.executable, "-m", "benchmarks.runner_process", request.param, str(checkpoint), "1"]
     process = Child(request.param, command)
     yield process
     process.close()
@@ -41,7 +41,7 @@ def test_an_engine_decodes_and_prefills_in_a_process_of_its_own(child: Child) ->
 
 
 def test_an_engine_that_cannot_start_is_an_error(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cluster.bench.runner_process", "expertmesh", str(tmp_path / "none"), "1"]
+    command = [sys.executable, "-m", "benchmarks.runner_process", "expertmesh", str(tmp_path / "none"), "1"]
     with pytest.raises(StartError, match="exit code 1"):
         Child("expertmesh", command)
 

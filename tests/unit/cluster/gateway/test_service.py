@@ -10,8 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_gateway import Served, serve
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.unit.cluster.gateway.fake_gateway import Served, serve
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 

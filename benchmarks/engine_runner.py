@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from cluster.bench.workload import DECODE_PROMPT, DECODE_STEPS, prompts
+from benchmarks.workload import DECODE_PROMPT, DECODE_STEPS, prompts
 from cluster.config import Config
 from cluster.router.build import build_engine
 from cluster.router.params import SamplingParams

@@ -17,9 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, Self
 
-from cluster.bench.child import Child
-from cluster.bench.gguf_file import write_gguf
-from cluster.bench.workload import DECODE_PROMPT, DECODE_STEPS, Runner, prompts
+from benchmarks.child import Child
+from benchmarks.gguf_file import write_gguf
+from benchmarks.workload import DECODE_PROMPT, DECODE_STEPS, Runner, prompts
 from cluster.errors import ExpertMeshError
 from workers.spec import ModelSpec
 

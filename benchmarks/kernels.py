@@ -1,4 +1,4 @@
-"""`expertmesh bench kernels`: the ways to compute one expert on this CPU, at several numbers of rows.
+"""`python -m benchmarks.kernels`: the ways to compute one expert on this CPU, at several numbers of rows.
 
 Every call reads another expert's weights, of more bytes in all than a cache keeps, as a decoding step does. Shape
 legend: T rows, D hidden, F ffn.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks.command import run
 from cluster.bench.common import alternate, machine, print_json, print_table
 from workers.kernels.experts import LayerExperts
 from workers.kernels.memory import use_huge_pages
@@ -126,3 +127,7 @@ def _show(ways: list[str], rows: list[dict[str, Any]]) -> None:
             ["rows", *ways],
             [[str(n), *(f"{mine[n, way]['ms']:.2f} ms {mine[n, way]['gb_per_s']:.1f}" for way in ways)] for n in _ROWS],
         )
+
+
+if __name__ == "__main__":
+    run(kernels)

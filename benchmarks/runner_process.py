@@ -1,6 +1,6 @@
-"""One engine of `bench engine` in a process of its own.
+"""One engine of `benchmarks.engine` in a process of its own.
 
-`python -m cluster.bench.runner_process {expertmesh|cluster|transformers} CHECKPOINT THREADS`; a request is
+`python -m benchmarks.runner_process {expertmesh|cluster|transformers} CHECKPOINT THREADS`; a request is
 `{"method": "decode", "size": 16}`, the answer tokens per second.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from cluster.bench.child import serve
-from cluster.bench.workload import Runner
+from benchmarks.child import serve
+from benchmarks.workload import Runner
 from workers.kernels.threads import worker_threads
 
 N_WORKERS = 2
@@ -38,11 +38,11 @@ def start(stack: ExitStack, kind: str, directory: Path, threads: int) -> Callabl
 def make_runner(stack: ExitStack, kind: str, directory: Path, threads: int) -> Runner:
     """What `kind` names; `stack` ends the processes it starts."""
     if kind == "transformers":
-        from cluster.bench.transformers_runner import Transformers
+        from benchmarks.transformers_runner import Transformers
 
         return Transformers(directory)
-    from cluster.bench.engine_runner import EngineRunner
-    from cluster.bench.local_cluster import local_cluster
+    from benchmarks.engine_runner import EngineRunner
+    from benchmarks.local_cluster import local_cluster
 
     if kind == "cluster":
         experts = stack.enter_context(local_cluster(directory, N_WORKERS, worker_threads(threads, N_WORKERS)))
