@@ -15,9 +15,9 @@ from cluster.router.sizing import pool_blocks
 from workers.checkpoint import Checkpoint
 from workers.kernels.linear import kept
 from workers.kernels.memory import give_back
+from workers.model.decoder import Decoder
 from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache, bytes_per_block
-from workers.model.mixtral import Mixtral
 from workers.shard import load_shard
 from workers.spec import compute_dtype
 
@@ -46,7 +46,7 @@ def build_engine(config: Config, path: str | Path, experts: Experts | None = Non
     cache = KVCache(spec, n_blocks, config.block_size, dtype)
     if experts is None:
         experts = load_shard(checkpoint, product(range(spec.n_layers), range(spec.n_experts)), dtype)
-    model = Mixtral(spec, dense, experts, cache)
+    model = Decoder(spec, dense, experts, cache)
     give_back()
     return Engine(model, config, GrammarCompiler(path, spec.vocab_size, spec.eos_ids))
 

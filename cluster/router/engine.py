@@ -26,7 +26,7 @@ from cluster.router.scheduler import Chunk, Scheduler
 from cluster.router.sequence import Sequence, State
 from cluster.router.sizing import context_limit
 from workers.model.batch import Batch
-from workers.model.mixtral import Mixtral
+from workers.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Engine:
     business.
     """
 
-    def __init__(self, model: Mixtral, config: Config, grammars: GrammarCompiler | None = None) -> None:
+    def __init__(self, model: Decoder, config: Config, grammars: GrammarCompiler | None = None) -> None:
         """`grammars`: for the model's tokenizer; None: requests with a grammar are refused."""
         self.model = model
         self._grammars = grammars

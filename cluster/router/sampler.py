@@ -2,7 +2,8 @@
 
 One pass in numpy over the rows of a step. A row (some 200 KB) is worked on while it is in the core's cache, pays only
 for the stages that its sequence asks for, and never looks at another row: so a request gives the same tokens alone and
-in a crowd. The order of the stages: logit bias, penalties, what a grammar or a list allows, ban of stop tokens, temperature, top-k, top-p, min-p, draw.
+in a crowd. The order of the stages: logit bias, penalties, what a list and a grammar allow, ban of
+stop tokens, temperature, top-k, top-p, min-p, draw.
 
 Shape legend: S sequences, V vocabulary, B blocks of a row.
 """

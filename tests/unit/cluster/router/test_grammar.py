@@ -10,7 +10,6 @@ import json
 import random
 import re
 from collections.abc import Sequence as Items
-from pathlib import Path
 from typing import Any
 
 import numpy as np
