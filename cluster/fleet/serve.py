@@ -42,7 +42,7 @@ def serve(config: Config, console: Console) -> None:
             preflight.check_gateway(config, checkpoint)
         if config.ray_address is None:
             preflight.check_memory(plan)
-        config = replace(config, transport=plan.transport.transport)
+        config = plan.config
         run_dir = make_run_dir()
         _run(config, plan, run_dir, signals, console)
     except Stopped:
@@ -60,6 +60,7 @@ def serve(config: Config, console: Console) -> None:
 
 def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, console: Console) -> None:
     """Everything between the start of Ray and its end; raises Stopped, or what went wrong."""
+    from workers import device
     from workers.kernels.threads import process_environment
 
     began = time.monotonic()
@@ -82,7 +83,8 @@ def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, 
     with signals.deferred():
         try:
             with console.status("starting Ray"):
-                address = local_ray.start(config, run_dir, process_environment(plan.worker_threads))
+                variables = process_environment(plan.worker_threads) | (device.ENVIRONMENT if plan.gpus else {})
+                address = local_ray.start(config, run_dir, variables, n_gpus=len(plan.gpus))
             signals.install()  # Ray takes them when it starts
             signals.check()
             if (
@@ -106,6 +108,8 @@ def _serve(
 
     cluster = start_actors(config, plan, state.url)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
+    for use in plan.uses:
+        console.print(str(use), style="dim", highlight=False)
     console.print(f"sampling defaults: {_defaults(plan)}", style="dim", highlight=False)
     gateways = [f"gateway-{rank}" for rank in range(config.gateways)]
     with console.status("starting") as status:
