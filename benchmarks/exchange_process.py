@@ -22,8 +22,8 @@ from benchmarks.child import serve
 from benchmarks.free_shard import FreeShard
 from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
-from workers.transport.grpc_client import GrpcTransport
-from workers.transport.grpc_server import ExpertServer
+from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.server import ExpertServer
 from workers.wire import FRAME_BYTES
 
 HIDDEN_SIZE = 512

@@ -13,7 +13,7 @@ import torch
 from cluster.placement.placement import striped
 from workers.checkpoint import Checkpoint
 from workers.shard import load_shard
-from workers.transport.grpc_server import ExpertServer
+from workers.transport.grpc.server import ExpertServer
 
 
 def main(directory: str, worker: str, n_workers: str, threads: str) -> None:

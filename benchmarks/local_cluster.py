@@ -16,7 +16,7 @@ from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
 from workers.kernels.threads import process_environment
 from workers.spec import ModelSpec
-from workers.transport.grpc_client import GrpcTransport
+from workers.transport.grpc.client import GrpcTransport
 
 
 @contextmanager

@@ -21,11 +21,11 @@ from benchmarks.free_shard import FreeShard
 from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
 from workers.transport.base import Transport
-from workers.transport.collective_client import CollectiveTransport
-from workers.transport.collective_server import CollectiveServer
-from workers.transport.group import Group, host_store
-from workers.transport.grpc_client import GrpcTransport
-from workers.transport.grpc_server import ExpertServer
+from workers.transport.collective.client import CollectiveTransport
+from workers.transport.collective.group import Group, host_store
+from workers.transport.collective.server import CollectiveServer
+from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.server import ExpertServer
 
 HIDDEN_SIZE = 128
 ROW_BYTES = 4 * HIDDEN_SIZE  # float32

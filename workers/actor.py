@@ -15,9 +15,9 @@ from workers.member import Member, State
 from workers.membership import MembershipLoop, node_address, start_or_end
 from workers.shard import ExpertShard, load_shard
 from workers.spec import compute_dtype
-from workers.transport.collective_server import CollectiveServer
-from workers.transport.group import Group
-from workers.transport.grpc_server import ExpertServer
+from workers.transport.collective.group import Group
+from workers.transport.collective.server import CollectiveServer
+from workers.transport.grpc.server import ExpertServer
 from workers.transport.interface import bind_address
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from workers.transport.group import Group
+from workers.transport.collective.group import Group
 
 Role = Literal["gateway", "router", "expert", "controller"]
 State = Literal["starting", "ready", "draining", "lost"]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 
 from cluster.placement.placement import Placement
 from workers.member import Member
-from workers.transport.group import Group
+from workers.transport.collective.group import Group
 
 
 def regroup(placement: Placement, members: Iterable[Member], present: Group | None, number: int) -> Group | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from cluster.fleet.groups import regroup
 from cluster.placement.placement import Placement
 from workers.member import Member, Role
-from workers.transport.group import Group
+from workers.transport.collective.group import Group
 
 LOST_AFTER_S = 5.0  # a member says something every second; on a busy machine a second can be three
 HUNG_AFTER_S = 30.0  # silent for this long, a process that still exists is stopped or stuck

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     from cluster.router.exchange import Exchange
     from cluster.router.service import GenerationService
     from workers.transport.base import Transport
-    from workers.transport.collective_client import CollectiveTransport
+    from workers.transport.collective.client import CollectiveTransport
 
 
 class Router:
@@ -80,9 +80,9 @@ class Router:
         return build_engine(self._config, self._checkpoint, exchange)
 
     def _make_transport(self) -> Transport:
-        from workers.transport.collective_client import CollectiveTransport
-        from workers.transport.group import host_store
-        from workers.transport.grpc_client import GrpcTransport
+        from workers.transport.collective.client import CollectiveTransport
+        from workers.transport.collective.group import host_store
+        from workers.transport.grpc.client import GrpcTransport
         from workers.transport.interface import bind_address
 
         config = self._config

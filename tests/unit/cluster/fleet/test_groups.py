@@ -11,7 +11,7 @@ from cluster.fleet.groups import regroup
 from cluster.fleet.membership import LOST_AFTER_S, REBUILD_S, REGROUP_S, Membership
 from cluster.placement.placement import Placement, striped
 from workers.member import Member
-from workers.transport.group import Group
+from workers.transport.collective.group import Group
 
 ROUTER = Member("router", "router-0", 10, "n", "ready", "127.0.0.1:1", store="127.0.0.1:9")
 OTHER = Member("router", "router-1", 11, "n", "starting", "", store="127.0.0.1:8")

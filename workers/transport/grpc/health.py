@@ -5,7 +5,7 @@ from __future__ import annotations
 from grpc import StatusCode
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from workers.transport.grpc_unary import Refused
+from workers.transport.grpc.unary import Refused
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from workers import wire
 from workers.errors import WireError
 from workers.transport.answer import reason
-from workers.transport.grpc_call import Call, Handler
-from workers.transport.grpc_messages import Messages
+from workers.transport.grpc.call import Call, Handler
+from workers.transport.grpc.messages import Messages
 from workers.wire import HEADER_BYTES, Header, Request
 
 _log = logging.getLogger(__name__)

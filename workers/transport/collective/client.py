@@ -14,12 +14,10 @@ from torch import Tensor
 from workers import wire
 from workers.errors import GroupLost, WireError, WorkerLost
 from workers.transport.base import Rows, Tag
-from workers.transport.collective_beat import listen
-from workers.transport.collective_blocks import ERROR_BYTES, LEAVE, as_bytes, fill, fits, view
-from workers.transport.collective_buffers import Buffers
-from workers.transport.collective_joiner import BUILD_S, Joiner
-from workers.transport.collective_mesh import Broken, Lane, Mesh
-from workers.transport.group import Group
+from workers.transport.collective.blocks import ERROR_BYTES, LEAVE, Buffers, as_bytes, fill, fits, view
+from workers.transport.collective.group import Group
+from workers.transport.collective.joiner import BUILD_S, Joiner, listen
+from workers.transport.collective.mesh import Broken, Lane, Mesh
 
 _LAST_REPLIES_S = 30.0  # how long a group that was followed by another waits for replies that may be given up
 

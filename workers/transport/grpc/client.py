@@ -9,7 +9,7 @@ from torch import Tensor
 from workers import wire
 from workers.errors import WireError, WorkerLost
 from workers.transport.base import Rows, Tag
-from workers.transport.grpc_stream import Awaited, Stream, StreamBroken
+from workers.transport.grpc.stream import Awaited, Stream, StreamBroken
 
 
 class GrpcTransport:

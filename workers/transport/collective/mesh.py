@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.transport.group import Group
+from workers.transport.collective.group import Group
 
 c10d: Any = import_module("torch._C._distributed_c10d")  # its stubs lack what is used here
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from workers import wire
-from workers.transport.grpc_messages import Messages
+from workers.transport.grpc.messages import Messages
 from workers.wire import FRAME_BYTES, HEADER_BYTES, Header, Tag
 
 TAG = Tag(1, 2, 3, 4, 5, 6)

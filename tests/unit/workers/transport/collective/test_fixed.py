@@ -14,10 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster.placement.placement import striped
 from tests.contract.model import Batch, Model, batch
-from workers.transport.fixed_experts import FixedExperts
-from workers.transport.fixed_group import FixedGroup
-from workers.transport.fixed_worker import FixedWorker, masked_swiglu
-from workers.transport.group import Group, host_store
+from workers.transport.collective.fixed import FixedExperts, FixedGroup, FixedWorker, masked_swiglu
+from workers.transport.collective.group import Group, host_store
 
 MODEL = Model(n_layers=3)
 HOST = "127.0.0.1"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from grpc import StatusCode
 
-from workers.transport.grpc_call import Call, Handler
-from workers.transport.http2_outbox import MESSAGE_PREFIX
+from workers.transport.grpc.call import Call, Handler
+from workers.transport.grpc.http2_outbox import MESSAGE_PREFIX
 
 _log = logging.getLogger(__name__)
 _MOST_BYTES = 1 << 16

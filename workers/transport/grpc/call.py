@@ -12,8 +12,8 @@ from grpc import StatusCode
 from h2.events import ConnectionTerminated, Event, RequestReceived, StreamEnded, StreamReset
 from h2.exceptions import ProtocolError
 
-from workers.transport.http2 import Http2, Sink
-from workers.transport.http2_outbox import ConnectionLost
+from workers.transport.grpc.http2 import Http2, Sink
+from workers.transport.grpc.http2_outbox import ConnectionLost
 from workers.wire import Frame
 
 _IN_HAND = 4  # requests that wait; the client is heard again once there are fewer

@@ -23,10 +23,10 @@ from h2.events import ConnectionTerminated, Event, ResponseReceived, StreamEnded
 
 from workers import wire
 from workers.errors import WireError
-from workers.transport.grpc_messages import Messages
-from workers.transport.grpc_options import EXCHANGE_METHOD, connecting
-from workers.transport.http2 import Http2
-from workers.transport.http2_outbox import ConnectionLost
+from workers.transport.grpc.http2 import Http2
+from workers.transport.grpc.http2_outbox import ConnectionLost
+from workers.transport.grpc.messages import Messages
+from workers.transport.grpc.options import EXCHANGE_METHOD, connecting
 from workers.wire import FRAME_BYTES, Frame, Header, Tag
 
 _STREAM = 1  # a connection has no other

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from workers import wire
 from workers.errors import WireError
-from workers.transport.http2_outbox import MESSAGE_PREFIX
+from workers.transport.grpc.http2_outbox import MESSAGE_PREFIX
 from workers.wire import FRAME_BYTES, HEADER_BYTES, Header
 
 _NOWHERE = memoryview(b"")

@@ -13,9 +13,9 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 
-from workers.transport.grpc_call import Call, Connection
-from workers.transport.grpc_options import set_options
-from workers.transport.http2_outbox import ConnectionLost
+from workers.transport.grpc.call import Call, Connection
+from workers.transport.grpc.http2_outbox import ConnectionLost
+from workers.transport.grpc.options import set_options
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 128

@@ -16,8 +16,8 @@ from h2.events import Event, RemoteSettingsChanged, WindowUpdated
 from h2.exceptions import ProtocolError
 from hyperframe.frame import DataFrame, WindowUpdateFrame
 
-from workers.transport.http2_beginning import connection
-from workers.transport.http2_outbox import FRAME_HEAD, MESSAGE_HEAD, MESSAGE_PREFIX, ConnectionLost, Outbox
+from workers.transport.grpc.http2_beginning import connection
+from workers.transport.grpc.http2_outbox import FRAME_HEAD, MESSAGE_HEAD, MESSAGE_PREFIX, ConnectionLost, Outbox
 from workers.wire import HEADER_BYTES, Buffer
 
 _PREFACE_BYTES = 24  # that a client begins with

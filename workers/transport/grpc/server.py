@@ -12,12 +12,12 @@ from workers.pb import experts_pb2 as pb
 from workers.shard import ExpertShard
 from workers.transport.answer import check
 from workers.transport.batcher import Batcher
-from workers.transport.grpc_call import Call
-from workers.transport.grpc_calls import CallServer
-from workers.transport.grpc_exchange import ExchangeStream, Job
-from workers.transport.grpc_health import HEALTH_METHOD, Health
-from workers.transport.grpc_options import DESCRIBE_METHOD, EXCHANGE_METHOD, EXPERTS_SERVICE
-from workers.transport.grpc_unary import Unary, unimplemented
+from workers.transport.grpc.call import Call
+from workers.transport.grpc.calls import CallServer
+from workers.transport.grpc.exchange import ExchangeStream, Job
+from workers.transport.grpc.health import HEALTH_METHOD, Health
+from workers.transport.grpc.options import DESCRIBE_METHOD, EXCHANGE_METHOD, EXPERTS_SERVICE
+from workers.transport.grpc.unary import Unary, unimplemented
 
 _FLUSH_S = 0.01
 
