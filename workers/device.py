@@ -19,6 +19,10 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
+#: What CUDA, its libraries and kernels take of a GPU in each process, and what an allocator rounds up.
+CONTEXT_BYTES = 2**30
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """One GPU that this process may use."""
@@ -71,6 +75,22 @@ def compute_dtype(name: str, stored: torch.dtype, *devices: torch.device | str) 
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     return torch.float32 if any(str(device) == "cpu" for device in devices) else stored
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a planner has to know of an expert worker's device; 0: not known."""
+
+    slots: int = 0  # experts that fit
+    bytes_per_s: int = 0  # what its memory gives: decoding reads every weight that a row needs
+
+
+def capacity(device: torch.device, share: float, expert_bytes: int) -> Capacity:
+    """Of a worker that may take `share` of its GPU's memory. Of the host's memory nothing is known: others use it too."""
+    if device.type == "cpu":
+        return Capacity()
+    gpu = gpus()[device.index]
+    return Capacity(int(max(0, gpu.total_bytes * share - CONTEXT_BYTES)) // expert_bytes, gpu.bytes_per_s)
 
 
 def describe(device: torch.device) -> dict[str, object]:

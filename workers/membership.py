@@ -27,6 +27,13 @@ class Versioned(Protocol):
     def version(self) -> int: ...
 
 
+class Loading(Protocol):
+    """A checkpoint that is being read."""
+
+    @property
+    def bytes_read(self) -> int: ...
+
+
 View = TypeVar("View", bound=Versioned)
 
 
@@ -49,6 +56,11 @@ def start_or_end(start: Coroutine[Any, Any, str], name: str) -> asyncio.Task[str
     task = asyncio.get_event_loop().create_task(start)
     task.add_done_callback(end_if_failed)
     return task
+
+
+def loading(source: Loading | None) -> dict[str, object]:
+    """What a member that loads `source` says of itself for people; nothing without one."""
+    return {} if source is None else {"loaded_bytes": source.bytes_read}
 
 
 class MembershipLoop(Generic[View]):

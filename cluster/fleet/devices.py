@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from cluster.config import Config
 from cluster.errors import StartError
 from cluster.router.sizing import CPU_KV_MIB
-from workers.device import Gpu
+from workers.device import CONTEXT_BYTES, Gpu
 
-_CONTEXT_BYTES = 2**30  # CUDA's context, libraries and kernels in each process, and what an allocator rounds up
 _CPU_WORKERS = 2
-_SHARE_DIGITS = 4  # Ray counts GPUs in steps of 0.0001
+_SHARES = 10_000  # Ray counts GPUs in steps of 0.0001
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Use:
 
 def kinds(config: Config, gpus: Sequence[Gpu]) -> Config:
     """`config` with "cpu" or "cuda" for each role. Raises StartError when a GPU is asked for and there is none."""
-    found = "cuda" if gpus else "cpu"
+    found: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     for name in ("router_device", "expert_device"):
         if getattr(config, name) == "cuda" and not gpus:
             raise StartError(f"{name} is cuda, but this machine shows no GPU (nvidia-smi lists them; torch needs CUDA)")
@@ -71,15 +71,11 @@ def arrange(config: Config, gpus: Sequence[Gpu], needs: Needs) -> tuple[Config, 
         return replace(config, kv_cache_mb=config.kv_cache_mb or CPU_KV_MIB), ()
     gpu_bytes = min(_usable(gpu, config.gpu_memory_utilization) for gpu in gpus)
     shard = math.ceil(needs.experts / n_workers) if n_workers else 0
-    least_router = needs.dense + needs.work + _CONTEXT_BYTES + (0 if n_workers else needs.experts)
-    router_share, worker_share = _shares(
-        config, len(gpus), n_workers, least_router, shard + _CONTEXT_BYTES, gpu_bytes
-    )
+    least_router = needs.dense + needs.work + CONTEXT_BYTES + (0 if n_workers else needs.experts)
+    router_share, worker_share = _shares(config, len(gpus), n_workers, least_router, shard + CONTEXT_BYTES, gpu_bytes)
     uses = []
     if n_workers and on_gpu[1]:
-        use = Use(
-            "expert worker", n_workers, worker_share, int(worker_share * gpu_bytes), shard, _CONTEXT_BYTES, 0
-        )
+        use = Use("expert worker", n_workers, worker_share, int(worker_share * gpu_bytes), shard, CONTEXT_BYTES, 0)
         _check_experts(use, needs, len(gpus) - (config.routers if on_gpu[0] else 0))
         uses.append(use)
     kv_bytes = (config.kv_cache_mb or CPU_KV_MIB) * 2**20
@@ -87,8 +83,8 @@ def arrange(config: Config, gpus: Sequence[Gpu], needs: Needs) -> tuple[Config, 
         budget = int(router_share * gpu_bytes)
         left = budget - least_router
         kv_bytes = config.kv_cache_mb * 2**20 or max(0, left)
-        weights = least_router - needs.work - _CONTEXT_BYTES
-        use = Use("router", config.routers, router_share, budget, weights, needs.work + _CONTEXT_BYTES, kv_bytes)
+        weights = least_router - needs.work - CONTEXT_BYTES
+        use = Use("router", config.routers, router_share, budget, weights, needs.work + CONTEXT_BYTES, kv_bytes)
         _check_router(use, needs, left, len(gpus), n_workers)
         uses.append(use)
     settled = replace(
@@ -154,8 +150,8 @@ def _check_experts(use: Use, needs: Needs, n_free: int) -> None:
     else:
         change = f"{wanted} GPUs like these for the experts ({max(n_free, 0)} are free for them), or larger ones"
     raise StartError(
-        f"the experts do not fit: each of {use.count} expert workers holds {_gib(use.weights)} of weights and has room for "
-        f"{_gib(max(0, room))}; the smallest change: {change}"
+        f"the experts do not fit: each of {use.count} expert workers holds {_gib(use.weights)} of weights and has room "
+        f"for {_gib(max(0, room))}; the smallest change: {change}"
     )
 
 
@@ -172,7 +168,8 @@ def _check_router(use: Use, needs: Needs, left: int, n_gpus: int, n_workers: int
         what = f"{_gib(use.weights)} of weights leave no room for a KV cache in {_gib(use.budget)}"
     else:
         change = f"--kv-cache-mb {left // 2**20}"
-        what = f"a KV cache of {_gib(use.kv_cache)} does not fit beside {_gib(use.weights)} of weights in {_gib(use.budget)}"
+        weights = f"{_gib(use.weights)} of weights in {_gib(use.budget)}"
+        what = f"a KV cache of {_gib(use.kv_cache)} does not fit beside {weights}"
     raise StartError(f"a router does not fit its GPU: {what}; the smallest change: {change}")
 
 
@@ -180,13 +177,14 @@ def _check_count(config: Config, n_gpus: int) -> None:
     wanted = config.routers * config.gpus_per_router + int(config.expert_workers or 0) * config.gpus_per_expert_worker
     if wanted > n_gpus + 1e-6:
         raise StartError(
-            f"{config.routers} routers with {config.gpus_per_router:g} GPUs each and {config.expert_workers} expert workers "
-            f"with {config.gpus_per_expert_worker:g} need {wanted:g} GPUs, {n_gpus} are here: ask for fewer, or smaller shares"
+            f"{config.routers} routers with {config.gpus_per_router:g} GPUs each and {config.expert_workers} expert "
+            f"workers with {config.gpus_per_expert_worker:g} need {wanted:g} GPUs, {n_gpus} are here: ask for fewer, or "
+            f"smaller shares"
         )
 
 
 def _floor(share: float) -> float:
-    return math.floor(share * 10**_SHARE_DIGITS) / 10**_SHARE_DIGITS
+    return math.floor(share * _SHARES) / _SHARES
 
 
 def _gib(n_bytes: float) -> str:

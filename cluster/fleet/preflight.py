@@ -48,7 +48,8 @@ class Plan:
     routers: tuple[str, ...]
     worker_threads: int
     router_threads: int
-    memory: dict[str, int]  # bytes, by what they are for
+    memory: dict[str, int]  # bytes of the host's, by what they are for
+    load_bytes: int  # that all of them together read of the checkpoint
 
 
 def plan(config: Config, checkpoint: Path) -> Plan:
@@ -93,6 +94,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         worker_threads=config.worker_threads or (worker_threads(cores, n_workers) if n_workers else 1),
         router_threads=config.router_threads or max(1, cores // config.routers),
         memory=wanted,
+        load_bytes=opened.stored_bytes(routers=config.routers),
     )
 
 

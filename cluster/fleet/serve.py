@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
 from cluster.config import Config
 from cluster.errors import ExpertMeshError, RayGone
@@ -112,13 +113,19 @@ def _serve(
         console.print(str(use), style="dim", highlight=False)
     console.print(f"sampling defaults: {_defaults(plan)}", style="dim", highlight=False)
     gateways = [f"gateway-{rank}" for rank in range(config.gateways)]
-    with console.status("starting") as status:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        loaded: dict[str, int] = {}
+        task = progress.add_task("starting", total=plan.load_bytes)
 
         def show(view: View) -> None:
             snapshot.write(state, view)
             states = dict.fromkeys((*plan.workers, *plan.routers, *gateways), "loading")
             states.update({member.id: member.state for member in view.members})
-            status.update(", ".join(f"{name} {state}" for name, state in states.items()))
+            for member in view.members:
+                loaded[member.id] = int(str(member.detail.get("loaded_bytes", loaded.get(member.id, 0))))
+            description = ", ".join(f"{name} {state}" for name, state in states.items())
+            progress.update(task, description=description, completed=sum(loaded.values()))
 
         wait_ready(cluster, show, signals.check)
     _greet(config, plan, state, console, time.monotonic() - began)
