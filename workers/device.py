@@ -86,7 +86,7 @@ class Capacity:
 
 
 def capacity(device: torch.device, share: float, expert_bytes: int) -> Capacity:
-    """Of a worker that may take `share` of its GPU's memory. Of the host's memory nothing is known: others use it too."""
+    """Of a worker that may take `share` of its GPU's memory; of the host's, which others use too, nothing is known."""
     if device.type == "cpu":
         return Capacity()
     gpu = gpus()[device.index]
@@ -121,7 +121,7 @@ def _position(gpu_id: str) -> int:
 
 
 def _visible() -> list[object]:
-    """NVML's handles of what CUDA_VISIBLE_DEVICES leaves, in its order; CUDA too ends the list at what it cannot find."""
+    """NVML's handles of what CUDA_VISIBLE_DEVICES leaves, in its order. CUDA too stops at what it cannot find."""
     import pynvml
 
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")

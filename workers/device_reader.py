@@ -37,7 +37,7 @@ class DeviceReader:
         self._lanes: SimpleQueue[_Lane] = SimpleQueue()
         for _ in range(_THREADS):
             pinned = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
-            self._lanes.put(_Lane(pinned, torch.cuda.Stream(device)))
+            self._lanes.put(_Lane(pinned, torch.cuda.Stream(device)))  # type: ignore[no-untyped-call]
 
     def read(self, path: Path, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """`prod(shape)` elements of `dtype` from byte `begin` of the file on, on the device and there.
@@ -55,7 +55,8 @@ class DeviceReader:
                 self._threads.submit(self._piece, file, begin + at, flat[at : at + _PIECE_BYTES])
                 for at in range(0, n_bytes, _PIECE_BYTES)
             ]
-            if not all([piece.result() for piece in pieces]):  # each waited for, or a thread would use a closed file
+            whole = [piece.result() for piece in pieces]  # each is waited for: threads read the open file
+            if not all(whole):
                 raise CheckpointError(f"{path}: the file ends before byte {begin + n_bytes}")
         finally:
             os.close(file)
@@ -66,7 +67,7 @@ class DeviceReader:
         lane = self._lanes.get()
         try:
             host = lane.pinned[: len(out)]
-            buffer, done = memoryview(host.numpy()), 0
+            buffer, done = host.numpy().data, 0
             while done < len(buffer):
                 count = os.preadv(file, [buffer[done:]], begin + done)
                 if not count:

@@ -19,7 +19,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class TensorStore:
-    """Tensors by name, read to one device. Opening reads the index alone; a file's header is read when one of its tensors is asked for.
+    """Tensors by name, read to one device. Opening reads the index alone; a file's header is read when one of its
+    tensors is asked for.
 
     Raises CheckpointError, naming file and tensor. Not thread-safe.
     """

@@ -178,8 +178,8 @@ def _check_count(config: Config, n_gpus: int) -> None:
     if wanted > n_gpus + 1e-6:
         raise StartError(
             f"{config.routers} routers with {config.gpus_per_router:g} GPUs each and {config.expert_workers} expert "
-            f"workers with {config.gpus_per_expert_worker:g} need {wanted:g} GPUs, {n_gpus} are here: ask for fewer, or "
-            f"smaller shares"
+            f"workers with {config.gpus_per_expert_worker:g} need {wanted:g} GPUs, {n_gpus} are here: ask for "
+            f"fewer, or smaller shares"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from cluster.config import Config
 from cluster.router.engine import Engine
+from cluster.router.grammar import GrammarCompiler
 from cluster.router.memory import check_memory, with_kv_cache
 from cluster.router.sizing import pool_blocks, step_bytes
 from workers.checkpoint import Checkpoint
@@ -49,7 +50,7 @@ def build_engine(config: Config, source: str | Path | Checkpoint, experts: Exper
     cache = KVCache(spec, n_blocks, config.block_size, dtype, device)
     model = Decoder(spec, dense, experts, cache)
     give_back()
-    return Engine(model, config)
+    return Engine(model, config, GrammarCompiler(checkpoint.path, spec.vocab_size, spec.eos_ids))
 
 
 def expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:

@@ -34,9 +34,8 @@ def cluster_dtype(config: Config, spec: ModelSpec) -> torch.dtype:
 def step_bytes(config: Config, spec: ModelSpec, dtype: torch.dtype) -> int:
     """Bytes that a step takes on a router's device at most: activations of its rows, logits of its sequences."""
     rows = config.max_batch_tokens + config.max_sequences
-    per_row = 4 * (spec.n_heads * spec.head_dim + spec.hidden_size) + spec.top_k * (
-        spec.hidden_size + 3 * spec.ffn_size
-    )
+    attention, experts = spec.n_heads * spec.head_dim, spec.top_k * (spec.hidden_size + 3 * spec.ffn_size)
+    per_row = 4 * (attention + spec.hidden_size) + experts
     return rows * per_row * dtype.itemsize + 3 * config.max_sequences * spec.vocab_size * 4
 
 
