@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.kernels.cuda.compiled import attention as kernels
-from workers.kernels.cuda.launch import capability, options, power
+from workers.kernels.cuda.launch import options, overlaps, power, to_device
 
 LOG2E = 1.4426950408889634
 SPLIT, STEP = 256, 64  # keys; the same for every batch and every row, or a row's bits would depend on its batch
@@ -44,12 +44,16 @@ def tile_rows(n_heads: int, n_kv_heads: int, head_dim: int) -> int:
 
 def who(
     sequence_T: Tensor, position_T: Tensor, block_table_SB: Tensor, q_start: tuple[int, ...], rows_a_tile: int,
-    block_size: int,
+    block_size: int, most_items: int = 0,
 ) -> Who:  # fmt: skip
-    """Of rows of sequences one after the other: those of sequence s are q_start[s]:q_start[s + 1]."""
+    """Of rows of sequences one after the other: those of sequence s are q_start[s]:q_start[s + 1].
+
+    most_items: the most splits that the rows that decode have together; 0: as many as the block table is wide.
+    """
     device, n_splits = position_T.device, -(-block_table_SB.shape[1] * block_size // SPLIT)
     if len(q_start) - 1 == q_start[-1]:
-        return Who(sequence_T, position_T, block_table_SB, None, None, q_start[-1] * n_splits)
+        most = q_start[-1] * n_splits
+        return Who(sequence_T, position_T, block_table_SB, None, None, min(most, most_items or most))
     single = [begin for begin, end in pairwise(q_start) if end - begin == 1]
     tiles = [
         (first, min(rows_a_tile, end - first))
@@ -57,8 +61,7 @@ def who(
         if end - begin > 1
         for first in range(begin, end, rows_a_tile)
     ]
-    rows_R = torch.tensor(single, dtype=torch.int32).to(device, non_blocking=True)
-    at = torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True)
+    rows_R, at = (to_device(torch.tensor(values, dtype=torch.int32), device) for values in (single, tiles))
     return Who(sequence_T, position_T, block_table_SB, rows_R, at, len(single) * n_splits)
 
 
@@ -100,7 +103,6 @@ def attend(
     out_THd, device = torch.empty_like(q_THd), q_THd.device
     d2, group = max(16, power(d)), power(h // g)
     sizes = {"H": h, "G": g, "d": d, "D2": d2, "Z": z, "WINDOW": window or 0, "SPLIT": SPLIT, "BJ": STEP}
-    roomy = capability(device) >= (9, 0)
     table_SB, b = who.block_table_SB, who.block_table_SB.shape[1]
     if items is not None:
         rows = {"ROWS": who.rows_R is not None}
@@ -119,6 +121,6 @@ def attend(
         kernels.prefill_kernel[(g, len(who.tiles))](
             q_THd, k_CZGd, v_CZGd, table_SB, who.sequence_T, who.position_T, who.tiles, out_THd, scale * LOG2E, b,
             HG2=bm // tile_rows(h, g, d), BM=bm, num_warps=8 if bm >= 128 else 4,
-            num_stages=3 if roomy and d2 <= 128 else 2, **sizes,
+            num_stages=1 if d2 > 128 else 3 if overlaps(device) else 2, **sizes,
         )  # fmt: skip
     return out_THd

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workers.kernels.cuda.compiled import experts as kernels
 from workers.kernels.cuda.compiled import route as routing
+from workers.kernels.cuda.compiled.norm import quantize_kernel
 from workers.kernels.cuda.launch import bulk_copies, descriptor, options, power
 from workers.kernels.cuda.tiles import ExpertPlan, Tile, Weights, card, expert_plan
 
@@ -115,6 +116,15 @@ def to_8_bits(weight_ND: Tensor) -> tuple[Tensor, Tensor]:
     wide_ND = weight_ND.float()
     scale_N = wide_ND.abs().amax(1).clamp_min(1e-12) / 448.0
     return (wide_ND / scale_N[:, None]).to(E4M3), scale_N
+
+
+def quantized_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in e4m3 [T, D] with a float32 scale each, [T]."""
+    (t, d), device = x_TD.shape, x_TD.device
+    x8_TD = torch.empty(t, d, dtype=E4M3, device=device)
+    scale_T = torch.empty(t, dtype=torch.float32, device=device)
+    quantize_kernel[(t,)](x_TD.contiguous(), x8_TD, scale_T, D=d, D2=power(d), num_warps=8, **options(device))
+    return x8_TD, scale_T
 
 
 def _operand(weights_SND: Tensor, tile: Tile) -> tuple[Any, dict[str, Any]]:

@@ -11,87 +11,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.gate_spec import GateSpec
 from workers.kernels.cuda.compiled import gate as gating
 from workers.kernels.cuda.compiled import norm as norms
 from workers.kernels.cuda.compiled import rotary
 from workers.kernels.cuda.launch import options, power
+from workers.kernels.ops import Delta, Unsummed
 
 MOST_FUSED = 65536  # experts times hidden size up to which the norm's program multiplies the row with the gate too
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """How experts and their weights come from the gate's logits."""
-
-    top_k: int
-    sigmoid: bool = False
-    normalize: bool = True
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Unsummed:
-    """The rows of a layer's experts, not yet added up: what follows adds them on its way."""
-
-    rows_PD: Tensor
-    place_TK: Tensor  # int32: the row of each choice, -1: its expert is not here
-    weights_TK: Tensor  # float32
-
-
-@dataclass(frozen=True, slots=True)
 class Asked:
-    """What a layer's experts are asked. x8: the rows in e4m3 with a scale each, where they travel so."""
+    """A row's norm, and what its experts are asked."""
 
     x_TD: Tensor
-    ids_TK: Tensor | None = None  # int32
+    ids_TK: Tensor | None = None  # int64
     weights_TK: Tensor | None = None  # float32
-    x8_TD: Tensor | None = None
-    x_scale_T: Tensor | None = None
 
 
 def add_norm(
     residual_TD: Tensor,
-    delta: Tensor | Unsummed | None,
+    delta: Delta | None,
     weight_D: Tensor,
     eps: float,
     scale: float = 1.0,
     gate_ED: Tensor | None = None,
-    choice: Choice | None = None,
+    spec: GateSpec | None = None,
     bias_E: Tensor | None = None,
     live: Tensor | None = None,
-    bits8: bool = False,
 ) -> Asked:
-    """`residual += scale * delta` in place, its RMSNorm, the gate's choice where one is given, the row in 8 bits.
+    """`residual += scale * delta` in place, its RMSNorm, the gate's choice where one is given.
 
     live: int32 [1], how many rows are real; the others choose nobody (id -1).
     """
     t, d = residual_TD.shape
-    device, dtype = residual_TD.device, residual_TD.dtype
+    device = residual_TD.device
     x_TD = torch.empty_like(residual_TD)
-    ids_TK = weights_TK = x8_TD = x_scale_T = None
-    if gate_ED is not None and choice is not None:
-        ids_TK = torch.empty(t, choice.top_k, dtype=torch.int32, device=device)
-        weights_TK = torch.empty(t, choice.top_k, dtype=torch.float32, device=device)
-    if bits8:
-        x8_TD = torch.empty(t, d, dtype=torch.float8_e4m3fn, device=device)
-        x_scale_T = torch.empty(t, dtype=torch.float32, device=device)
+    ids_TK = weights_TK = None
+    if gate_ED is not None and spec is not None:
+        ids_TK = torch.empty(t, spec.top_k, dtype=torch.int64, device=device)
+        weights_TK = torch.empty(t, spec.top_k, dtype=torch.float32, device=device)
     if isinstance(delta, Unsummed):
         what: tuple[Any, ...] = (delta.rows_PD, delta.place_TK, delta.weights_TK)
         kind, k = 2, delta.weights_TK.shape[1]
     else:
         what, kind, k = (delta, None, None), int(delta is not None), 1
-    rule = choice or Choice(1)
+    rule = spec or GateSpec(1)
     n_experts = 1 if gate_ED is None else len(gate_ED)
     if t:
         norms.add_norm_kernel[(t,)](
-            residual_TD, *what, weight_D, x_TD, x8_TD, x_scale_T, gate_ED, bias_E, live, ids_TK, weights_TK, eps,
+            residual_TD, *what, weight_D, x_TD, gate_ED, bias_E, live, ids_TK, weights_TK, eps,
             scale, rule.scale, D=d, D2=power(d), E=n_experts, E2=power(n_experts), K=k, K2=power(k), C=rule.top_k,
-            C2=power(rule.top_k), DELTA=kind, GATE=gate_ED is not None, SIGMOID=rule.sigmoid,
-            NORMALIZE=rule.normalize, BIAS=bias_E is not None, LIVE=live is not None, BITS8=bits8,
+            C2=power(rule.top_k), DELTA=kind, GATE=gate_ED is not None, SIGMOID=rule.score == "sigmoid",
+            NORMALIZE=rule.normalize, BIAS=bias_E is not None, LIVE=live is not None,
             num_warps=16 if gate_ED is not None else 8, **options(device),
         )  # fmt: skip
-    assert x_TD.dtype == dtype
-    return Asked(x_TD, ids_TK, weights_TK, x8_TD, x_scale_T)
+    return Asked(x_TD, ids_TK, weights_TK)
 
 
 def weighted_sum(unsummed: Unsummed, dtype: torch.dtype) -> Tensor:
@@ -107,16 +83,16 @@ def weighted_sum(unsummed: Unsummed, dtype: torch.dtype) -> Tensor:
 
 
 def choose(
-    logits_TE: Tensor, choice: Choice, bias_E: Tensor | None = None, live: Tensor | None = None
+    logits_TE: Tensor, spec: GateSpec, bias_E: Tensor | None = None, live: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The gate's choice from its logits: ids int32 [T, K], best first, and weights float32 [T, K]."""
+    """The gate's choice from its logits: ids int64 [T, K], best first, and weights float32 [T, K]."""
     t, e = logits_TE.shape
-    ids_TK = torch.empty(t, choice.top_k, dtype=torch.int32, device=logits_TE.device)
-    weights_TK = torch.empty(t, choice.top_k, dtype=torch.float32, device=logits_TE.device)
+    ids_TK = torch.empty(t, spec.top_k, dtype=torch.int64, device=logits_TE.device)
+    weights_TK = torch.empty(t, spec.top_k, dtype=torch.float32, device=logits_TE.device)
     if t:
         gating.gate_kernel[(t,)](
-            logits_TE, bias_E, live, ids_TK, weights_TK, choice.scale, E=e, E2=power(e), K=choice.top_k,
-            K2=power(choice.top_k), SIGMOID=choice.sigmoid, NORMALIZE=choice.normalize, BIAS=bias_E is not None,
+            logits_TE, bias_E, live, ids_TK, weights_TK, spec.scale, E=e, E2=power(e), K=spec.top_k,
+            K2=power(spec.top_k), SIGMOID=spec.score == "sigmoid", NORMALIZE=spec.normalize, BIAS=bias_E is not None,
             LIVE=live is not None, num_warps=1 if e <= 64 else 4, **options(logits_TE.device),
         )  # fmt: skip
     return ids_TK, weights_TK

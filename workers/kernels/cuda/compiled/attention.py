@@ -142,7 +142,7 @@ def decode_kernel(
             out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + at_head[:, None] * d + c[None, :], out, mask=q_mask)
         else:
-            at_part = item.to(tl.int64) * H + g * (H // G) + head
+            at_part = (item * H + g * (H // G) + head).to(tl.int64)
             tl.store(part_ptr + at_part[:, None] * d + c[None, :], acc, mask=q_mask)
             tl.store(stat_ptr + at_part * 2, top, mask=is_head)
             tl.store(stat_ptr + at_part * 2 + 1, divisor, mask=is_head)
@@ -165,7 +165,7 @@ def merge_kernel(
     top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
     acc = tl.zeros([1, D2], tl.float32)
     for item in range(begin, end):
-        at = item.to(tl.int64) * H + h + tl.arange(0, 1)
+        at = (item * H + h + tl.arange(0, 1)).to(tl.int64)
         part = tl.load(part_ptr + at[:, None] * d + c[None, :], mask=(c < d)[None, :], other=0.0)
         its_top, its_total = tl.load(stat_ptr + at * 2), tl.load(stat_ptr + at * 2 + 1)
         top, total, acc = merge(top, total, acc, its_top, its_total, part, scale)

@@ -1,5 +1,5 @@
 """RMSNorm of a row, with what comes right before it (a residual addition, the weighted sum of the experts' rows) and
-right after it (the gate's choice, the row in 8 bits), so that the row is read once.
+right after it (the gate's choice), so that the row is read once.
 
 Legend: T token rows, K choices a token, E experts, D hidden, P pairs in expert order.
 """
@@ -39,8 +39,6 @@ def add_norm_kernel(
     weight_TK_ptr,  # float32 [T, K], DELTA 2
     norm_ptr,  # [D]
     x_ptr,  # out [T, D]: the norm of the residual
-    x8_ptr,  # out e4m3 [T, D], with BITS8
-    x_scale_ptr,  # out float32 [T], with BITS8
     gate_ptr,  # [E, D], with GATE
     bias_ptr,  # float32 [E], with BIAS
     live_ptr,  # int32 [1], with LIVE
@@ -63,7 +61,6 @@ def add_norm_kernel(
     NORMALIZE: tl.constexpr,
     BIAS: tl.constexpr,
     LIVE: tl.constexpr,
-    BITS8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One row: residual += scale * delta, RMSNorm, and what is asked for beyond that."""
@@ -88,10 +85,6 @@ def add_norm_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(x_ptr + t * D + d, x, mask=inside)
     x = x.to(tl.float32)
-    if BITS8:
-        x_scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / 448.0
-        tl.store(x_scale_ptr + t, x_scale)
-        tl.store(x8_ptr + t * D + d, (x / x_scale).to(x8_ptr.dtype.element_ty), mask=inside)
     if GATE:
         e = tl.arange(0, E2)
         gate = tl.load(gate_ptr + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & inside[None, :], other=0.0)
@@ -113,3 +106,24 @@ def weighted_sum_kernel(
     t, d = tl.program_id(0).to(tl.int64), tl.arange(0, D2)
     total = weighted_row(rows_ptr, place_ptr + t * K, weight_ptr + t * K, d, D, K, K2)
     tl.store(y_ptr + t * D + d, total.to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr,  # [T, D]
+    x8_ptr,  # out e4m3 [T, D]
+    scale_ptr,  # out float32 [T]
+    D: tl.constexpr,
+    D2: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A row in 8 bits, its largest value the largest there is."""
+    t, d = tl.program_id(0).to(tl.int64), tl.arange(0, D2)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_ptr + t * D + d, mask=d < D, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / 448.0
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    tl.store(scale_ptr + t, scale)
+    tl.store(x8_ptr + t * D + d, (x / scale).to(x8_ptr.dtype.element_ty), mask=d < D)

@@ -19,10 +19,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 pytest.importorskip("triton", reason="needs Triton")
 
+from workers.gate_spec import GateSpec  # noqa: E402
 from workers.kernels.cuda import attention, rows, sampling  # noqa: E402
-from workers.kernels.cuda.experts import E4M3, Slots, compute, to_8_bits  # noqa: E402
+from workers.kernels.cuda.experts import E4M3, Slots, compute, quantized_rows, to_8_bits  # noqa: E402
 from workers.kernels.cuda.linear import linear  # noqa: E402
 from workers.kernels.cuda.tiles import ExpertPlan, LinearPlan, Tile  # noqa: E402
+from workers.kernels.ops import Unsummed  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16
@@ -116,7 +118,7 @@ def test_experts(seed: int) -> None:
         ids.flatten()[place >= 0].long(), minlength=len(slots.slot_E)
     ).tolist()  # fmt: skip
     weights = normal(seed + 3, *ids.shape, dtype=torch.float32)
-    summed = rows.weighted_sum(rows.Unsummed(y, place, weights), torch.float32)
+    summed = rows.weighted_sum(Unsummed(y, place, weights), torch.float32)
     close(summed, (want * weights[..., None]).sum(1))
 
 
@@ -132,18 +134,16 @@ def test_experts_of_8_bits(bits8_rows: bool) -> None:
         (w13, s13), (w2, s2) = ([torch.stack(part) for part in zip(*of, strict=True)] for of in pairs)
         slots = replace(slots, w13=w13, s13=s13, w2=w2, s2=s2, rows8=bits8_rows)
         x, ids = normal(seed, t, d), random_ids(draw, slots, t)
-        asked = rows.add_norm(x.clone(), None, normal(seed + 9, d), 1e-5, bits8=bits8_rows)
+        given, scale = quantized_rows(x) if bits8_rows else (x, None)
         up = replace(ExpertPlan(16, Tile(128, 32, 4, 2), Tile(32, 64, 4, 2)), bm=draw.choice((16, 32)))
-        given = asked.x8_TD if bits8_rows else asked.x_TD
-        assert given is not None
-        y, place = compute(given, ids, slots, asked.x_scale_T, up)
-        seen = asked.x_TD if asked.x_scale_T is None else given.float() * asked.x_scale_T[:, None]
+        y, place = compute(given, ids, slots, scale, up)
+        seen = x if scale is None else given.float() * scale[:, None]
         close(by_pair(y, place, ids), expected_rows(seen, ids, slots), 0.1 if bits8_rows else 5e-3)
         assert given.dtype == (E4M3 if bits8_rows else DTYPE)
 
 
-def expected_choice(logits: Tensor, choice: rows.Choice, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    score = torch.sigmoid(logits) if choice.sigmoid else torch.softmax(logits, -1)
+def expected_choice(logits: Tensor, choice: GateSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    score = torch.sigmoid(logits) if choice.score == "sigmoid" else torch.softmax(logits, -1)
     key = score if bias is None else score + bias
     ids = torch.sort(key, dim=-1, descending=True, stable=True).indices[:, : choice.top_k]
     weights = score.gather(1, ids)
@@ -156,7 +156,7 @@ def expected_choice(logits: Tensor, choice: rows.Choice, bias: Tensor | None) ->
 def test_norms_and_gate(seed: int) -> None:
     draw = random.Random(seed)
     t, d, e = draw.randint(1, 9), draw.randint(3, 150), draw.choice((3, 8, 20, 256))
-    choice = rows.Choice(draw.randint(1, min(e, 8)), draw.random() < 0.5, draw.random() < 0.5, draw.choice((1.0, 2.5)))
+    choice = GateSpec(draw.randint(1, min(e, 8)), draw.choice(("softmax", "sigmoid")), draw.random() < 0.5, draw.choice((1.0, 2.5)))
     bias = normal(seed + 5, e, scale=0.1, dtype=torch.float32) if draw.random() < 0.5 else None
     residual, norm, gate = normal(seed, t, d), normal(seed + 1, d), normal(seed + 2, e, d, scale=d**-0.5)
     delta = normal(seed + 3, t, d) if draw.random() < 0.7 else None
