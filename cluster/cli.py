@@ -142,4 +142,4 @@ def config(loaded: Loaded, as_json: Json = False) -> None:
 
 app.command()(generate)
 app.add_typer(model_app, name="model")
-app.add_typer(typer.Typer(cls=LazyGroup, no_args_is_help=True, help="Measure, side by side with others."), name="bench")
+app.add_typer(typer.Typer(cls=LazyGroup, no_args_is_help=True, help="Measure a running cluster."), name="bench")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- tree: scripts/tree.py writes this -->\n```\n", "```\n<!-- tree ends -->"
-FOLDERS = ("proto", "workers", "cluster", "scripts")
+FOLDERS = ("proto", "workers", "cluster", "benchmarks", "scripts")
 _WIDTH = 118
 
 

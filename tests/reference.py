@@ -19,8 +19,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from workers.checkpoint import Checkpoint
 from workers.kernels.linear import kept
 from workers.model.batch import Batch
+from workers.model.decoder import Decoder
 from workers.model.kv_cache import KVCache
-from workers.model.mixtral import Mixtral
 from workers.shard import ExpertShard, load_shard
 
 TOLERANCE = 1e-4
@@ -88,7 +88,7 @@ class Paged:
         self.cache = KVCache(spec, n_blocks, block_size, torch.float32)
         for pool in (*self.cache.k, *self.cache.v):
             pool.fill_(float("nan"))  # what was never written must never count
-        self.model = Mixtral(spec, checkpoint.dense(torch.float32, keep), shard, self.cache)
+        self.model = Decoder(spec, checkpoint.dense(torch.float32, keep), shard, self.cache)
         self.free = list(range(n_blocks))
         random.Random(0).shuffle(self.free)
         self.blocks: dict[str, list[int]] = {}

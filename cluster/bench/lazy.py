@@ -1,4 +1,4 @@
-"""The `bench` commands, each imported when it is called: some import torch, and `--help` must not wait for that."""
+"""The `bench` commands, each imported when it is called, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from typer.core import TyperGroup
 
 # Command -> what `expertmesh bench --help` says. Module and function have the command's name.
 _COMMANDS = {
-    "engine": "Tokens per second of one process, beside transformers, llama.cpp and vLLM.",
-    "exchange": "Round trips and bytes per second of dispatch and combine, beside a bare gRPC echo.",
-    "kernels": "The ways to compute an expert, at several numbers of rows.",
     "serve": "An open-loop load generator against a running gateway.",
     "chaos": "Kill processes of a running cluster under load and compare every stream.",
 }

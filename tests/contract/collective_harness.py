@@ -15,11 +15,11 @@ import torch
 from tests.contract.harness import GatedShard, gated
 from tests.contract.model import Model
 from workers.shard import ExpertShard
-from workers.transport import collective_mesh
 from workers.transport.base import Transport
-from workers.transport.collective_client import CollectiveTransport
-from workers.transport.collective_server import CollectiveServer
-from workers.transport.group import Group, host_store
+from workers.transport.collective import mesh as collective_mesh
+from workers.transport.collective.client import CollectiveTransport
+from workers.transport.collective.group import Group, host_store
+from workers.transport.collective.server import CollectiveServer
 
 _HOST = "127.0.0.1"
 _READY_S = 20

@@ -15,9 +15,9 @@ from typing import Any
 
 from cluster.router.exchange import Exchange
 from tests.contract.model import Model
-from workers.transport.collective_client import CollectiveTransport
-from workers.transport.collective_server import CollectiveServer
-from workers.transport.group import Group, host_store
+from workers.transport.collective.client import CollectiveTransport
+from workers.transport.collective.group import Group, host_store
+from workers.transport.collective.server import CollectiveServer
 
 HOST = "127.0.0.1"
 _fork = multiprocessing.get_context("forkserver")

@@ -12,8 +12,8 @@ from cluster.placement.placement import Placement
 from tests.contract.model import Model
 from workers.shard import ExpertShard
 from workers.transport.base import Transport
-from workers.transport.grpc_client import GrpcTransport
-from workers.transport.grpc_server import ExpertServer
+from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.server import ExpertServer
 from workers.transport.local import LocalTransport
 
 

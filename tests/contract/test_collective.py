@@ -22,7 +22,7 @@ from tests.contract.collective_processes import Processes
 from tests.contract.harness import LocalWorkers, start_all
 from tests.contract.model import Batch, Model, batch
 from tests.contract.test_results import run
-from workers.transport.group import host_store
+from workers.transport.collective.group import host_store
 
 MODEL = Model()
 NAMES = ("a", "b", "c")

@@ -24,9 +24,9 @@ from workers import wire
 from workers.errors import WorkerLost
 from workers.pb import experts_pb2, experts_pb2_grpc
 from workers.transport.base import Rows, Tag
-from workers.transport.grpc_client import GrpcTransport
-from workers.transport.grpc_options import EXCHANGE_METHOD
-from workers.transport.grpc_server import ExpertServer
+from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.options import EXCHANGE_METHOD
+from workers.transport.grpc.server import ExpertServer
 
 MODEL = Model()
 TAG = Tag(1, 1, 1, 0, 0, 0)

@@ -27,8 +27,8 @@ from workers import wire
 from workers.errors import WorkerLost
 from workers.pb import experts_pb2, experts_pb2_grpc
 from workers.transport.base import Rows, Tag
-from workers.transport.grpc_client import GrpcTransport
-from workers.transport.grpc_options import EXCHANGE_METHOD, split_address
+from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.options import EXCHANGE_METHOD, split_address
 from workers.wire import FRAME_BYTES, HEADER_BYTES
 
 MODEL = Model()

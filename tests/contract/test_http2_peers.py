@@ -21,10 +21,10 @@ from h2.settings import SettingCodes
 from tests.contract.harness import GrpcWorkers
 from workers import wire
 from workers.errors import WorkerLost
-from workers.transport import http2
 from workers.transport.base import Rows, Tag
-from workers.transport.grpc_client import GrpcTransport
-from workers.transport.grpc_options import EXCHANGE_METHOD, split_address
+from workers.transport.grpc import http2
+from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.options import EXCHANGE_METHOD, split_address
 from workers.wire import HEADER_BYTES
 
 TAG = Tag(1, 1, 1, 0, 0, 0)
@@ -184,7 +184,7 @@ def test_windows_that_shrink_to_nothing_hold_up_no_other_stream(workers: GrpcWor
 
 def test_replies_that_nobody_makes_room_for_are_bounded(workers: GrpcWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a worker whose memory fills with what a client asks for and never takes."""
-    monkeypatch.setattr("workers.transport.grpc_exchange._MOST_HELD_BYTES", 1 << 20)
+    monkeypatch.setattr("workers.transport.grpc.exchange._MOST_HELD_BYTES", 1 << 20)
     peer = Peer(workers.addresses["a"], window=0)
     peer.open(1)
     for _ in range(8):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from tests.contract.model import Model
-from workers.transport.grpc_server import ExpertServer
+from workers.transport.grpc.server import ExpertServer
 
 model = Model()
 shard = model.shard((layer, expert) for layer in range(model.n_layers) for expert in range(model.n_experts))

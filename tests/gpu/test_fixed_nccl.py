@@ -16,10 +16,8 @@ import torch
 from cluster.placement.placement import striped
 from tests.contract.model import Batch, Model, batch
 from workers.shard import ExpertShard
-from workers.transport.fixed_experts import FixedExperts
-from workers.transport.fixed_group import FixedGroup
-from workers.transport.fixed_worker import FixedWorker
-from workers.transport.group import Group, host_store
+from workers.transport.collective.fixed import FixedExperts, FixedGroup, FixedWorker
+from workers.transport.collective.group import Group, host_store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from fake_gateway import Served, serve
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from tests.unit.cluster.gateway.fake_gateway import Served, serve
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_gateway import Served, serve
 
 from cluster.errors import CheckpointError
 from cluster.gateway.defaults import SamplingDefaults, read_defaults
+from tests.unit.cluster.gateway.fake_gateway import Served, serve
 
 SAID: dict[str, Any] = {
     "temperature": 0.2,

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_gateway import Served
 
 from cluster.errors import RequestError
+from tests.unit.cluster.gateway.fake_gateway import Served
 
 USER: dict[str, Any] = {"role": "user", "content": "Hello"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [USER]}

@@ -10,8 +10,9 @@ from typing import Any
 
 import openai
 import pytest
-from fake_gateway import Served
 from openai.types import Completion
+
+from tests.unit.cluster.gateway.fake_gateway import Served
 
 MESSAGES: Any = [
     {"role": "developer", "content": "Be brief."},

@@ -21,8 +21,8 @@ from cluster.router.exchange import Exchange
 from cluster.router.params import SamplingParams
 from workers.checkpoint import Checkpoint
 from workers.shard import load_shard
-from workers.transport.grpc_client import GrpcTransport
-from workers.transport.grpc_server import ExpertServer
+from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.server import ExpertServer
 
 directory = Path(sys.argv[1])
 write_random(directory)

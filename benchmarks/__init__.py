@@ -1,0 +1,1 @@
+"""Comparisons with other engines and with bare transports, run by hand: `python -m benchmarks.NAME`."""

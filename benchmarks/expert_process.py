@@ -1,0 +1,38 @@
+"""One expert worker of a benchmark: a shard behind the gRPC transport, without Ray.
+
+`python -m benchmarks.expert_process CHECKPOINT WORKER N_WORKERS THREADS`; prints its address once it serves, and
+ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from cluster.placement.placement import striped
+from workers.checkpoint import Checkpoint
+from workers.shard import load_shard
+from workers.transport.grpc.server import ExpertServer
+
+
+def main(directory: str, worker: str, n_workers: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    checkpoint = Checkpoint(directory)
+    spec = checkpoint.spec
+    placement = striped(spec.n_layers, spec.n_experts, worker_names(int(n_workers)))
+    shard = load_shard(checkpoint, placement.shard(worker), torch.float32)
+    server = ExpertServer(shard, worker, "127.0.0.1")
+    server.start()
+    print(server.address, flush=True)
+    sys.stdin.read()
+    server.stop(grace_s=1.0)
+
+
+def worker_names(n: int) -> list[str]:
+    """expert-0, expert-1, ..."""
+    return [f"expert-{index}" for index in range(n)]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,115 @@
+"""The controller: one Ray actor that every process calls in a loop. It holds no connection and touches no token."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import replace
+
+import psutil
+import ray
+
+from cluster.control.client import NAME
+from cluster.control.membership import Membership
+from cluster.control.view import Member, View
+from cluster.placement.placement import Placement, striped
+
+_POLL_S = 1.0  # a call that has no news returns after this: it is the heartbeat
+_SWEEP_S = 0.25
+
+
+class Controller:
+    """Membership, health and placement epochs, behind one call. A Ray async actor.
+
+    Everything it knows comes from its constructor and from the calls of the members, so a restarted controller is
+    complete again after one round of calls.
+    """
+
+    def __init__(self, n_layers: int, n_experts: int, workers: Collection[str], expected: Collection[str]) -> None:
+        # Nanoseconds: a restarted controller starts above every version it ever gave out.
+        self._membership = Membership(
+            striped(n_layers, n_experts, tuple(workers)), expected, time.monotonic(), time.time_ns()
+        )
+        self._changed = asyncio.Condition()
+        self._processes: dict[str, psutil.Process] = {}  # of this node, by member: psutil tells a recycled pid apart
+        self._node = ray.get_runtime_context().get_node_id()
+        self._sweeper = asyncio.get_event_loop().create_task(self._sweep())
+
+    async def sync(self, member: Member, known_version: int) -> View:
+        """Register, live, acknowledge `member.epoch`, and hear of the others.
+
+        Returns as soon as the view is another than `known_version`, else after a second with the same one.
+        """
+        self._membership.report(member, time.monotonic())
+        self._remember(member)
+        async with self._changed:
+            self._changed.notify_all()
+        return await self._news(known_version)
+
+    async def watch(self, known_version: int) -> View:
+        """The view with the controller itself among the members, as soon as it differs, else after a second."""
+        view = await self._news(known_version)
+        myself = Member("controller", NAME, os.getpid(), self._node, "ready", "")
+        return replace(view, members=(*view.members, myself))
+
+    async def publish(self, placement: Placement) -> None:
+        """Put the next placement in force."""
+        self._membership.publish(placement)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def acknowledged(self) -> int:
+        """The newest epoch that every live router works with."""
+        return self._membership.acknowledged()
+
+    async def drain(self) -> None:
+        """Tell every member that the cluster is being stopped."""
+        self._membership.drain()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _news(self, known_version: int) -> View:
+        deadline = time.monotonic() + _POLL_S
+        while True:
+            settled = self._membership.settled(time.monotonic())
+            if settled and self._membership.view.version != known_version:
+                return self._membership.view
+            remaining = deadline - time.monotonic()
+            if settled and remaining <= 0:
+                return self._membership.view
+            try:
+                async with asyncio.timeout(remaining if settled else _SWEEP_S), self._changed:
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            before = self._membership.view.version
+            self._membership.sweep(time.monotonic(), self._is_dead)
+            for member in self._membership.hung(time.monotonic()):
+                self._end(member)
+            if self._membership.view.version != before:
+                async with self._changed:
+                    self._changed.notify_all()
+
+    def _remember(self, member: Member) -> None:
+        known = self._processes.get(member.id)
+        if member.node == self._node and (known is None or known.pid != member.pid):
+            with suppress(psutil.Error):
+                self._processes[member.id] = psutil.Process(member.pid)
+
+    def _end(self, member: Member) -> None:
+        """Kill a process of this node that hangs. Ray starts it again."""
+        process = self._processes.get(member.id)
+        if process is not None and process.pid == member.pid:
+            with suppress(psutil.Error):
+                process.kill()
+
+    def _is_dead(self, member: Member) -> bool:
+        """Whether a process of this node is gone; those of other nodes are judged by their silence."""
+        return member.node == self._node and not psutil.pid_exists(member.pid)

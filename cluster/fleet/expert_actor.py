@@ -1,0 +1,114 @@
+"""ExpertWorker: the thin Ray shell around a shard and its server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+import ray
+import torch
+
+from cluster.config import Config
+from cluster.control.client import ControllerClient
+from cluster.control.view import Member, State, View
+from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.placement.placement import Placement
+from workers.checkpoint import Checkpoint
+from workers.device import Capacity, capacity, compute_dtype, describe, pick
+from workers.kernels.threads import set_threads
+from workers.shard import ExpertShard, load_shard
+from workers.transport.collective.group import Group
+from workers.transport.collective.server import CollectiveServer
+from workers.transport.grpc.server import ExpertServer
+from workers.transport.interface import bind_address
+
+
+class ExpertWorker:
+    """A Ray async actor that holds a shard, serves it, and tells the controller where.
+
+    The constructor's arguments and the controller's placement say everything: Ray restarts the actor with the same
+    ones, and it comes back with the same experts at a new address.
+    """
+
+    def __init__(self, worker: str, config: Config, checkpoint: str, threads: int, controller: Any) -> None:
+        """`checkpoint` is a directory; `controller` the handle of the actor that has `sync`. Returns at once."""
+        logging.basicConfig(level=config.log_level.upper())
+        set_threads(threads)
+        self._worker = worker
+        self._config = config
+        self._checkpoint = checkpoint
+        self._node = ray.get_runtime_context().get_node_id()
+        self._gpu_ids = ray.get_gpu_ids()
+        self._source: Checkpoint | None = None  # while it loads
+        self._capacity = Capacity()
+        self._device = torch.device("cpu")
+        self._state: State = "starting"
+        self._epoch = 0
+        self._group: Group | None = None
+        self._server: ExpertServer | CollectiveServer | None = None
+        self._placed: asyncio.Future[Placement] = asyncio.get_event_loop().create_future()
+        self._membership = ControllerClient(controller, self._member, self._on_view)
+        self._started = start_or_end(self._start(), worker)
+
+    async def ready(self) -> str:
+        """The address it serves at, once the shard is loaded; raises what went wrong, CheckpointError above all."""
+        return await asyncio.shield(self._started)
+
+    async def _start(self) -> str:
+        placement = await self._placed
+        self._server = await asyncio.to_thread(self._load, placement)
+        self._source = None
+        self._epoch, self._state = placement.epoch, "ready"
+        self._membership.tell()
+        return self._server.address
+
+    def _load(self, placement: Placement) -> ExpertServer | CollectiveServer:
+        config = self._config
+        self._device = device = pick(config.expert_device, self._gpu_ids)
+        self._source = source = Checkpoint(self._checkpoint, device)
+        dtype = compute_dtype(config.dtype, source.spec.dtype, device, config.router_device)
+        shard = load_shard(source, placement.shard(self._worker), dtype)
+        share = config.gpus_per_expert_worker * config.gpu_memory_utilization
+        self._capacity = capacity(device, share, shard.expert_bytes)
+        server = self._make_server(shard)
+        server.start()
+        return server
+
+    def _make_server(self, shard: ExpertShard) -> ExpertServer | CollectiveServer:
+        config = self._config
+        if config.transport == "grpc":
+            return ExpertServer(shard, self._worker, node_address())
+        host = bind_address(config.collective_interface, config.trusted_network, node_address())
+        return CollectiveServer(
+            shard, self._worker, host, deadline_s=config.collective_deadline_s, on_change=self._membership.tell
+        )
+
+    def _on_view(self, view: View) -> None:
+        self._group = view.group
+        if isinstance(self._server, CollectiveServer):
+            self._server.join(view.group)
+        if not self._placed.done() and self._worker in view.placement.workers:
+            self._placed.set_result(view.placement)
+        if view.draining and self._state == "ready":
+            self._state = "draining"
+            assert self._server is not None
+            self._server.drain()
+
+    def _member(self) -> Member:
+        server = self._server
+        return Member(
+            role="expert",
+            id=self._worker,
+            pid=os.getpid(),
+            node=self._node,
+            state=self._state,
+            address="" if server is None else server.address,
+            epoch=self._epoch,
+            group=self._group,
+            broken=server.broken if isinstance(server, CollectiveServer) else 0,
+            slots=self._capacity.slots,
+            bytes_per_s=self._capacity.bytes_per_s,
+            detail=describe(self._device) | loading(self._source) | ({} if server is None else server.numbers()),
+        )

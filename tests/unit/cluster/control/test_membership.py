@@ -1,0 +1,123 @@
+"""Catches a lost member that is not noticed, news that wakes nobody or everybody, an epoch acknowledged too early."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.control.membership import HUNG_AFTER_S, LOST_AFTER_S, REBUILD_S, Membership
+from cluster.control.view import Member
+from cluster.placement.placement import striped
+
+ROUTER = Member("router", "router-0", 10, "n", "ready", "127.0.0.1:1", epoch=1)
+OTHER = Member("router", "router-1", 11, "n", "ready", "127.0.0.1:2", epoch=1)
+EXPERT = Member("expert", "expert-0", 12, "n", "ready", "127.0.0.1:3")
+
+
+def membership(expected: tuple[str, ...] = ()) -> Membership:
+    return Membership(striped(2, 4, ["expert-0"]), expected, now=0.0, first_version=100)
+
+
+def test_news_changes_the_version_and_numbers_for_people_do_not() -> None:
+    m = membership()
+    m.report(EXPERT, 1.0)
+    version = m.view.version
+    assert version > 100
+    m.report(replace(EXPERT, detail={"rows": 5}), 2.0)
+    assert m.view.version == version
+    assert m.view.members[0].detail == {"rows": 5}
+    m.report(replace(EXPERT, address="127.0.0.1:9"), 3.0)
+    assert m.view.version > version
+    assert m.view.addresses("expert") == {"expert-0": "127.0.0.1:9"}
+
+
+def test_a_silent_member_is_lost_and_comes_back() -> None:
+    m = membership()
+    m.report(EXPERT, 0.0)
+    m.report(ROUTER, LOST_AFTER_S)
+    version = m.view.version
+    m.sweep(LOST_AFTER_S + 0.1, lambda member: False)
+    assert {member.id: member.state for member in m.view.members} == {"expert-0": "lost", "router-0": "ready"}
+    assert m.view.version > version
+    assert m.view.addresses("expert") == {}
+    m.report(replace(EXPERT, pid=99), LOST_AFTER_S + 0.2)
+    assert m.view.addresses("expert") == {"expert-0": "127.0.0.1:3"}
+
+
+def test_a_dead_process_is_lost_at_once() -> None:
+    m = membership()
+    m.report(EXPERT, 0.0)
+    m.report(ROUTER, 0.0)
+    m.sweep(0.1, lambda member: member.pid == EXPERT.pid)
+    assert m.view.addresses("expert") == {}
+    assert m.view.addresses("router") == {"router-0": "127.0.0.1:1"}
+
+
+def sweep(m: Membership, first: int, last: int) -> list[str]:
+    """A sweep every second; who is to be ended."""
+    hung = []
+    for now in range(first, last + 1):
+        m.sweep(now, lambda member: False)
+        hung += [member.id for member in m.hung(now)]
+    return hung
+
+
+def test_a_member_that_hangs_is_ended_once_and_one_that_loads_is_not() -> None:
+    m = membership()
+    m.report(EXPERT, 0.0)
+    m.report(replace(ROUTER, state="starting"), 0.0)
+    assert sweep(m, 1, int(HUNG_AFTER_S) - 1) == []
+    assert sweep(m, int(HUNG_AFTER_S), 100) == ["expert-0"]
+    m.report(replace(EXPERT, pid=99), 100)
+    assert sweep(m, 101, 101 + int(HUNG_AFTER_S)) == ["expert-0"]
+
+
+def test_a_controller_that_stood_still_itself_ends_nobody() -> None:
+    m = membership()
+    m.report(EXPERT, 0.0)
+    assert sweep(m, 1, 2) == []
+    assert sweep(m, 1000, 1001) == []
+    m.report(EXPERT, 1001)
+    assert sweep(m, 1002, 1000 + int(HUNG_AFTER_S)) == []
+
+
+def test_an_epoch_is_acknowledged_by_all_live_routers() -> None:
+    m = membership()
+    m.report(ROUTER, 0.0)
+    m.report(OTHER, 0.0)
+    m.publish(striped(2, 4, ["expert-0"], epoch=2))
+    m.report(replace(ROUTER, epoch=2), 0.0)
+    assert m.acknowledged() == 1
+    m.report(replace(OTHER, epoch=2), 0.0)
+    assert m.acknowledged() == 2
+
+
+def test_a_lost_router_does_not_hold_an_epoch_back() -> None:
+    m = membership()
+    m.report(replace(ROUTER, epoch=2), 0.0)
+    m.report(OTHER, 0.0)
+    assert m.acknowledged() == 1
+    m.sweep(0.1, lambda member: member.id == "router-1")
+    assert m.acknowledged() == 2
+
+
+def test_epochs_follow_each_other() -> None:
+    m = membership()
+    with pytest.raises(ValueError, match="epoch 3 does not follow epoch 1"):
+        m.publish(striped(2, 4, ["expert-0"], epoch=3))
+
+
+def test_a_restarted_controller_shows_nothing_before_it_heard_everybody() -> None:
+    m = membership(("expert-0", "router-0"))
+    m.report(EXPERT, 0.1)
+    assert not m.settled(0.2)
+    m.report(ROUTER, 0.3)
+    assert m.settled(0.3)
+    assert membership(("never-comes",)).settled(REBUILD_S)
+
+
+def test_draining_is_news() -> None:
+    m = membership()
+    version = m.view.version
+    m.drain()
+    assert m.view.draining
+    assert m.view.version > version

@@ -1,0 +1,156 @@
+"""Would catch: sequences that outlive their client, open doors, wrong readiness, broken framing, missing metrics."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.unit.cluster.gateway.fake_gateway import Served, serve
+
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+def wait_until_idle(served: Served) -> None:
+    deadline = time.monotonic() + 1.0
+    while served.session.open and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert served.session.open == 0
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_stream_whose_client_leaves_ends_its_sequences(served: Served, n: int) -> None:
+    served.session.pause_s = 0.02
+    body = CHAT | {"stream": True, "n": n, "ignore_eos": True}
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert served.session.open == n
+    wait_until_idle(served)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_the_first_token_ends_its_sequence(served: Served, stream: bool) -> None:
+    served.session.pause_s = 60
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/chat/completions", json=CHAT | {"stream": stream}, timeout=0.3)
+    assert len(served.session.asked) == 1
+    wait_until_idle(served)
+
+
+def test_a_body_that_never_ends_leaves_nothing_behind(served: Served) -> None:
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert served.session.asked == []
+
+
+def test_a_stop_string_cancels_the_sequence(served: Served) -> None:
+    served.session.say(*served.tokenizer.encode("on and on. "))
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 100, "stop": ".", "stream": True}
+    text = httpx.post(f"{served.url}/v1/completions", json=body).text
+    assert served.session.open == 0
+    assert "." not in "".join(json.loads(e[6:])["choices"][0]["text"] for e in text.split("\n\n")[:-2])
+
+
+def test_events_are_framed_as_clients_read_them(served: Served) -> None:
+    # Python's splitlines, which some clients use, takes U+0085 and U+2028 for line ends too.
+    served.session.say(*served.tokenizer.encode('a\n\r"\\\u0085\u2028🙂'), 2)
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=CHAT | {"stream": True}) as response:
+        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert response.headers["cache-control"] == "no-cache"
+        lines = response.read().decode().splitlines()
+    assert lines[1::2] == [""] * (len(lines) // 2)
+    assert lines[-2] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2:2]]
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == 'a\n\r"\\\u0085\u2028🙂'
+
+
+def test_alive_is_not_ready(served: Served) -> None:
+    assert httpx.get(f"{served.url}/ready").status_code == 200
+    served.session.is_ready = False
+    response = httpx.get(f"{served.url}/ready")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+    assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_version_is_the_packages(served: Served) -> None:
+    assert httpx.get(f"{served.url}/version").json() == {"version": served.app.version}
+
+
+def test_tokenize_and_detokenize_are_inverse(served: Served) -> None:
+    answer = httpx.post(f"{served.url}/tokenize", json={"prompt": "naïve 🙂", "return_token_strs": True}).json()
+    assert answer["tokens"] == served.tokenizer.encode("naïve 🙂")
+    assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), 256)
+    assert len(answer["token_strs"]) == answer["count"]
+    back = httpx.post(f"{served.url}/detokenize", json={"model": "tiny", "tokens": answer["tokens"]})
+    assert back.json() == {"prompt": "naïve 🙂"}
+    assert httpx.post(f"{served.url}/detokenize", json={"tokens": [340]}).json()["error"]["param"] == "tokens"
+
+
+def test_tokenize_messages_is_what_chat_sends(served: Served) -> None:
+    answer = httpx.post(f"{served.url}/tokenize", json={"messages": CHAT["messages"]}).json()
+    httpx.post(f"{served.url}/v1/chat/completions", json=CHAT | {"max_tokens": 1})
+    assert served.session.asked[0][0] == answer["tokens"]
+    both = httpx.post(f"{served.url}/tokenize", json={"prompt": "x", "messages": CHAT["messages"]})
+    assert (both.status_code, both.json()["error"]["code"]) == (400, "invalid_value")
+    assert httpx.post(f"{served.url}/tokenize", json={}).json()["error"]["code"] == "missing_required_parameter"
+
+
+def samples(served: Served) -> dict[str, float]:
+    response = httpx.get(f"{served.url}/metrics")
+    families = text_string_to_metric_families(response.text)
+    return {
+        s.name + "".join(f" {s.labels[k]}" for k in ("route", "status") if k in s.labels): s.value
+        for family in families
+        for s in family.samples
+        if "le" not in s.labels
+    }
+
+
+def test_metrics_count_requests_tokens_and_times(served: Served) -> None:
+    before = samples(served)
+    body = CHAT | {"max_tokens": 5, "ignore_eos": True}
+    httpx.post(f"{served.url}/v1/chat/completions", json=body)
+    httpx.post(f"{served.url}/v1/chat/completions", json=body | {"n": 0})
+    httpx.get(f"{served.url}/nowhere/{time.monotonic()}")
+    after = samples(served)
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown["expertmesh_gateway_requests_total /v1/chat/completions 200"] == 1
+    assert grown["expertmesh_gateway_requests_total /v1/chat/completions 400"] == 1
+    assert grown["expertmesh_gateway_requests_total other 404"] == 1
+    assert grown["expertmesh_gateway_tokens_total"] == 5
+    assert grown["expertmesh_gateway_prompt_tokens_total"] == len(served.session.asked[0][0])
+    assert grown["expertmesh_gateway_first_token_seconds_count"] == 1
+    assert grown["expertmesh_gateway_next_token_seconds_count"] == 4
+    assert after["expertmesh_gateway_open_sequences"] == 0
+
+
+def test_keys_close_everything_that_shows_or_costs_something(byte_level_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("good-key\n")
+    with serve(byte_level_path, api_keys_file=file) as served:
+        for path in ("/health", "/ready", "/version", "/metrics", "/openapi.json"):
+            assert httpx.get(served.url + path).status_code == 200
+        for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("POST", "/tokenize"),
+                             ("POST", "/detokenize"), ("GET", "/v1/nothing"), ("GET", "//health")):  # fmt: skip
+            for headers in ({}, {"authorization": "Bearer bad-key"}):
+                response = httpx.request(method, served.url + path, headers=headers, json=CHAT)
+                assert response.status_code == 401
+                assert response.json()["error"]["code"] == "invalid_api_key"
+                assert response.headers["www-authenticate"] == "Bearer"
+        headers = {"authorization": "Bearer good-key"}
+        assert httpx.get(f"{served.url}/v1/models", headers=headers).status_code == 200
+        assert "HTTPBearer" in str(httpx.get(f"{served.url}/openapi.json").json()["components"]["securitySchemes"])
+
+
+def test_a_long_prompt_does_not_hold_up_other_requests(served: Served) -> None:
+    response = httpx.post(f"{served.url}/tokenize", json={"prompt": "word " * 15_000})
+    assert response.json()["count"] == len(served.tokenizer.encode("word " * 15_000))

@@ -1,0 +1,101 @@
+"""A decoder-only transformer whose experts are an argument, so that they can be anywhere.
+
+Shape legend: T rows of a micro-batch, D hidden size, R rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workers.checkpoint import DenseWeights
+from workers.kernels.ops import AttentionMetadata, Ops
+from workers.kernels.select import ops_for
+from workers.model.batch import Batch
+from workers.model.captured import CapturedStep, CapturedSteps
+from workers.model.experts import Experts
+from workers.model.kv_cache import KVCache
+from workers.model.layer import DecoderLayer
+from workers.model.micro_batch import MicroBatch
+from workers.model.rope import Rope
+from workers.spec import ModelSpec
+
+Asked = tuple[Tensor, Tensor, Tensor]  # what a layer's experts are asked: rows, expert ids, weights
+
+
+class Decoder:
+    """The model of a router. It computes where the cache lives, in the dtype of the norms.
+
+    Not thread-safe: one step loop owns it.
+    """
+
+    def __init__(self, spec: ModelSpec, dense: DenseWeights, experts: Experts, cache: KVCache) -> None:
+        self.spec = spec
+        self.experts = experts
+        self.cache = cache
+        self._ops = ops_for(cache.device, cache.dtype)
+        self._rope = Rope(spec.head_dim, spec.rope_theta, cache.device)
+        self._embed_VD = dense.embed_VD.to(cache.device)
+        self._layers = [
+            DecoderLayer(index, spec, weights, cache, self._ops) for index, weights in enumerate(dense.layers)
+        ]
+        self._norm_D = dense.norm_D.to(cache.device)
+        self._captured = CapturedSteps[Asked](self._ops)
+        self._head = self._ops.matrix(dense.head_VD)
+
+    @torch.no_grad()
+    def forward(self, batches: Sequence[Batch]) -> Tensor:
+        """One step over one or more micro-batches. Returns the wanted logits, float32 [R, V], batch after batch.
+
+        While the experts compute one micro-batch, the attention of the next one runs. A sequence may lie in several
+        micro-batches, in the order of its rows.
+        """
+        begun = [self._begin(batch) for batch in batches]
+        steps = [self._captured.step(batch, number) for number, batch in enumerate(begun)]
+        flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
+        for layer in self._layers:
+            for batch, step in flights:
+                delta_TD = None if batch.handle is None else self.experts.combine(batch.handle)
+                batch.handle = self.experts.dispatch(layer.index, *self._attend(layer, batch, step, delta_TD))
+        logits = [self._logits(batch, self.experts.combine(batch.handle)) for batch, _ in flights]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
+
+    def _attend(
+        self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep[Asked] | None, delta_TD: Tensor | None
+    ) -> Asked:
+        if step is None:
+            return layer.attend(self._ops, batch, delta_TD)
+        if delta_TD is None:
+            return step.run(layer.index, lambda ops: layer.attend(ops, batch, None))
+        step.delta_TD.copy_(delta_TD)
+        return step.run(layer.index, lambda ops: layer.attend(ops, batch, step.delta_TD))
+
+    def _begin(self, batch: Batch) -> MicroBatch:
+        """Everything that is the same in all layers."""
+        device, n_rows = self.cache.device, batch.n_rows
+        positions_T = batch.positions_T.to(device)
+        cos_Tr, sin_Tr = self._rope.angles(positions_T)
+        q_start = torch.tensor(batch.q_start)
+        n_sequences = len(q_start) - 1
+        sequence_T = torch.arange(n_sequences)
+        if n_rows != n_sequences:
+            sequence_T = sequence_T.repeat_interleave(q_start.diff())
+        return MicroBatch(
+            x_TD=self._embed_VD.index_select(0, batch.token_ids_T.to(device)).to(self._norm_D.dtype),
+            metadata=AttentionMetadata(
+                block_table_SB=batch.block_table_SB.to(device, torch.int32).contiguous(),
+                sequence_T=sequence_T.to(device),
+                position_T=positions_T.contiguous(),
+                slot_T=batch.slots_T.to(device).contiguous(),
+                q_start=batch.q_start,
+            ),
+            cos_Tr=cos_Tr,
+            sin_Tr=sin_Tr,
+            logit_rows_R=None if len(batch.logit_rows_R) == n_rows else batch.logit_rows_R.to(device),
+        )
+
+    def _logits(self, batch: MicroBatch, delta_RD: Tensor) -> Tensor:
+        ops = self._ops
+        return ops.linear(ops.add_rms_norm(batch.x_TD, delta_RD, self._norm_D, self.spec.norm_eps), self._head).float()
