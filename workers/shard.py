@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workers.errors import ExpertNotHeld
 from workers.kernels.memory import empty_weights, give_back
+from workers.kernels.ops import Delta
 from workers.kernels.select import ops_for
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -63,6 +64,7 @@ class ExpertShard:
             for _ in range(spec.n_layers)
         ]
         self._answers = self._ops.answers(self._layers)
+        self.only_launches = self.device.type == "cuda" and self._ops.exact_rows
         self._lock = threading.Lock()  # held while a layer computes, or changes what it holds
 
     @property
@@ -127,7 +129,7 @@ class ExpertShard:
     def begin_step(self, step: int) -> None:
         """Nothing to do: nothing outlives a dispatch in one process."""
 
-    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Delta:
         """Compute the experts of `layer` at once; the handle is the result. See `workers.model.experts.Experts`."""
         with self._lock:
             try:
@@ -135,7 +137,7 @@ class ExpertShard:
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
 
-    def combine(self, handle: Tensor) -> Tensor:
+    def combine(self, handle: Delta) -> Delta:
         """y_TD, in the dtype of the dispatched rows: the weighted sum, added in expert order in float32."""
         return handle
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -20,8 +21,7 @@ class LayerExperts:
         self.hidden_size = hidden_size
         self.ffn_size = ffn_size
         self.format = weight_format
-        #: int64 [E], on the host: the rows each expert computed since its weights came.
-        self.rows_E = torch.zeros(n_experts, dtype=torch.int64)
+        self._rows_E = torch.zeros(n_experts, dtype=torch.int64)
         #: int64 [E, 2], on the host: the addresses of w13 and w2; 0: not held.
         self.address_E2 = torch.zeros(n_experts, 2, dtype=torch.int64)
         self._weights: dict[int, tuple[Matrix, Matrix]] = {}
@@ -31,6 +31,11 @@ class LayerExperts:
         """Bytes of one expert."""
         d, f = self.hidden_size, self.ffn_size
         return self.format.bytes(2 * f, d) + self.format.bytes(d, f)
+
+    @property
+    def rows_E(self) -> Tensor:
+        """int64 [E], on the host: the rows each expert computed since its weights came."""
+        return self._rows_E
 
     @property
     def held(self) -> frozenset[int]:
@@ -53,6 +58,6 @@ class LayerExperts:
         del self._weights[expert]
         self.address_E2[expert] = 0
 
-    def missing(self, expert_ids: torch.Tensor) -> list[int]:
+    def missing(self, expert_ids: Tensor) -> list[int]:
         """The experts among `expert_ids` that have no weights here, ascending."""
         return sorted(set(expert_ids.flatten().tolist()) - self.held)

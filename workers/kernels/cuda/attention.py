@@ -12,8 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from workers.device import to_device
 from workers.kernels.cuda.compiled import attention as kernels
-from workers.kernels.cuda.launch import options, overlaps, power, to_device
+from workers.kernels.cuda.launch import options, overlaps, power
 
 LOG2E = 1.4426950408889634
 SPLIT, STEP = 256, 64  # keys; the same for every batch and every row, or a row's bits would depend on its batch

@@ -41,9 +41,3 @@ def power(n: int) -> int:
     """The smallest power of two that is not smaller."""
     return 1 << max(n - 1, 0).bit_length()
 
-
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that nobody waits for."""
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)

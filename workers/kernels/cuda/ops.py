@@ -26,7 +26,6 @@ from workers.kernels.weights import Matrix, WeightFormat
 class CudaOps(TorchOps):
     """For rows of 16 bits. Everything only launches, but for `experts`, whose experts are checked on the host."""
 
-    capture_rows = 256
     exact_rows = True
 
     def __init__(self, device: torch.device, dtype: torch.dtype, live: Tensor | None = None, most_items: int = 0) -> None:
