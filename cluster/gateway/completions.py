@@ -102,8 +102,8 @@ class CompletionForm:
             fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, _HOLE), _HOLE)
         return fast.event(delta.text)
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        return self._head | {"choices": [], "usage": usage}
+    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
+        return event(self._head | {"choices": [], "usage": usage}) if wanted else b""
 
     def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
         return self._head | {"choices": [self._choice(answer) for answer in answers], "usage": usage}

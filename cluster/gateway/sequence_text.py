@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.gateway.detokenizer import Detokenizer
+from cluster.gateway.parsers.parts import Part
 from cluster.gateway.stops import StopFinder
 from cluster.router.params import StepOutput, TokenLogprobs
 
@@ -30,6 +31,7 @@ class Delta:
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    parts: list[Part] = field(default_factory=list)  # of `text`, where function calls or reasoning are looked for
 
 
 class SequenceText:

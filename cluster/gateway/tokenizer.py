@@ -92,9 +92,9 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self, *, after_text: bool = False) -> Detokenizer:
-        """For the tokens of one sequence as they come; see `Detokenizer`."""
-        return Detokenizer(self.pieces, after_text=after_text)
+    def detokenizer(self, *, after_text: bool = False, special: bool = False) -> Detokenizer:
+        """For the tokens of one sequence as they come. `special`: special tokens are shown by their names."""
+        return Detokenizer(self.pieces, after_text=after_text, special=special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, special tokens by their name; may be no whole character."""
