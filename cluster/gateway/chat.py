@@ -14,7 +14,6 @@ from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import Conversation, converse
 from cluster.gateway.generation import Answer, Choice, respond
-from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.parsers.parts import CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import Written, call_id
 from cluster.gateway.schemas import ChatRequest
@@ -52,9 +51,11 @@ class ChatForm:
         usage_in_chunks: bool,
         reasons: bool | None,
     ):
-        self._names = TokenNames(gateway.tokenizer)
+        self._names = gateway.names
         self._legacy = conversation.tools.legacy
-        self._ends_with_calls = "stop" if conversation.tools.named else "function_call" if self._legacy else "tool_calls"
+        self._ends_with_calls = (
+            "stop" if conversation.tools.named else "function_call" if self._legacy else "tool_calls"
+        )
         self._reasons = reasons is not False
         self._logprobs = logprobs
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": gateway.model.id}

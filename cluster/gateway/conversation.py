@@ -78,9 +78,7 @@ def render(gateway: Gateway, request: ChatRequest, tools: Toolbox) -> str:
         messages, described = taught(messages, described), None
     generate = request.add_generation_prompt is not False
     if not request.continue_final_message:
-        return gateway.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=generate, tools=described, **more
-        )
+        return gateway.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tools=described, **more)
     last = messages[-1]["content"].strip()
     if request.add_generation_prompt or messages[-1]["role"] != "assistant" or not last:
         message = "'continue_final_message' needs an assistant's text last, and no 'add_generation_prompt'"

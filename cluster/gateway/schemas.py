@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from cluster.router import limits
 
@@ -38,6 +38,19 @@ def _at_most(n: int, what: str) -> Callable[[Any], Any]:
     return check
 
 
+def _boolean(value: Any) -> Any:
+    """To Python 0 is False; to JSON it is not."""
+    if not isinstance(value, bool):
+        raise ValueError("must be false")
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be 1")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 Integer = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
@@ -53,6 +66,8 @@ Biases = Annotated[
 Penalty = Annotated[float, Field(ge=-limits.MAX_PENALTY, le=limits.MAX_PENALTY)]
 NTop = Annotated[Integer, Field(ge=0, le=limits.MAX_LOGPROBS)]
 MaxTokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
+One = Annotated[Literal[1], BeforeValidator(_number)]
 Empty = Annotated[list[Any], Field(max_length=0)]
 JsonObject = dict[str, Any]
 FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
@@ -75,7 +90,7 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: Annotated[bool | None, Field(description="Send one more chunk, with the usage, at the end")] = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
     continuous_usage_stats: Annotated[bool | None, Field(description="Send the usage so far with every chunk")] = None
 
 
@@ -115,7 +130,8 @@ class SamplingFields(Body):
     guided_choice: Annotated[list[Stop], Field(fail_fast=True, min_length=1, max_length=1000)] | None = None
     guided_grammar: Text | None = None
     allowed_token_ids: Annotated[
-        Annotated[list[TokenId], Field(fail_fast=True, min_length=1)] | None, Field(description="No other token is sampled")
+        Annotated[list[TokenId], Field(fail_fast=True, min_length=1)] | None,
+        Field(description="No other token is sampled"),
     ] = None
     skip_special_tokens: Annotated[bool | None, Field(description="false: their names are part of the text")] = None
     spaces_between_special_tokens: bool | None = None
@@ -149,7 +165,8 @@ class Message(Body):
         Field(description="`developer` is the same as `system`, `function` the older name of `tool`"),
     ]
     content: Annotated[
-        Text | Annotated[list[TextPart], Field(fail_fast=True)] | None, Field(description="null: an assistant that only calls")
+        Text | Annotated[list[TextPart], Field(fail_fast=True)] | None,
+        Field(description="null: an assistant that only calls"),
     ] = None
     name: Text | None = None
     tool_call_id: Text | None = None
@@ -228,11 +245,12 @@ class ChatRequest(SamplingFields):
     add_special_tokens: bool | None = None
     chat_template_kwargs: Annotated[JsonObject | None, Field(description="More names for the chat template")] = None
     documents: Annotated[
-        Annotated[list[JsonObject], Field(max_length=1024, fail_fast=True)] | None, Field(description="For templates that know documents")
+        Annotated[list[JsonObject], Field(max_length=1024, fail_fast=True)] | None,
+        Field(description="For templates that know documents"),
     ] = None
     include_reasoning: Annotated[bool | None, Field(description="false: reasoning is not part of the answer")] = None
     service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
@@ -249,7 +267,7 @@ class CompletionRequest(SamplingFields):
         None
     )
     logprobs: NTop | None = None
-    best_of: Literal[1] | None = None
+    best_of: One | None = None
     suffix: Literal[""] | None = None
 
 

@@ -11,7 +11,7 @@ from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
 from cluster.gateway.parsers.formats import DEFAULT_FORMAT, END_THINK, THINK, TOOL_FORMATS
 from cluster.gateway.parsers.message_parser import MessageParser
-from cluster.gateway.schemas import ChatRequest, Function, JsonObject, NamedFunction, NamedTool, Tool
+from cluster.gateway.schemas import ChatRequest, Function, JsonObject, NamedFunction, NamedTool
 from cluster.gateway.structured import ANY_OBJECT, compiled
 from cluster.router import grammar
 
@@ -36,7 +36,9 @@ class Toolbox:
         """For a chat template; None without any that the model may call."""
         if self.choice == "none" or not self.functions:
             return None
-        functions = [function.model_dump(exclude_none=True, exclude=set(function.unknown())) for function in self.functions]
+        functions = [
+            function.model_dump(exclude_none=True, exclude=set(function.unknown())) for function in self.functions
+        ]
         return [{"type": "function", "function": function} for function in functions]
 
     @property
@@ -120,7 +122,9 @@ def taught(messages: Sequence[dict[str, Any]], tools: Sequence[JsonObject]) -> l
             told.append({"role": "user", "content": f"<tool_response>{content}</tool_response>"})
         elif message.get("tool_calls"):
             calls = [json.dumps(call["function"]) for call in message["tool_calls"]]
-            told.append({"role": "assistant", "content": content + "".join(f"<tool_call>{c}</tool_call>" for c in calls)})
+            told.append(
+                {"role": "assistant", "content": content + "".join(f"<tool_call>{c}</tool_call>" for c in calls)}
+            )
         else:
             told.append(message)
     if told and told[0]["role"] == "system":

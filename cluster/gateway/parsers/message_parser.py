@@ -70,7 +70,7 @@ class MessageParser:
     def _first(self, text: str, parts: list[Part]) -> str:
         """Before the first visible character."""
         seen = text.lstrip()
-        if self._thinks and seen and len(seen) < len(THINK) and THINK.startswith(seen) or not seen:
+        if (self._thinks and seen and len(seen) < len(THINK) and THINK.startswith(seen)) or not seen:
             self._held = text
             return ""
         if self._thinks and seen.startswith(THINK):
