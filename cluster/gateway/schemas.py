@@ -1,8 +1,8 @@
 """Request bodies: a field of another type or out of its range is refused; null is the same as absent.
 
 `NEUTRAL` fields are there because clients send them with the only value that is served; another value is refused as
-unsupported. `UNSUPPORTED` are the names that other servers know and this one does not: refused by name, unless null. Any
-other unknown field is ignored, or refused with `strict_fields`.
+unsupported. `UNSUPPORTED` are the names that other servers know and this one does not: refused by name, unless null.
+Any other unknown field is ignored, or refused with `strict_fields`.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from cluster.router import grammar
 
 _TAUGHT = (
     "You can call functions to help the user. They are described here, as JSON:\n{tools}\n"
-    'To call one, answer with <tool_call>{{"name": NAME, "arguments": ARGUMENTS}}</tool_call>, where ARGUMENTS is a JSON '
-    "object that its parameters describe."
+    'To call one, answer with <tool_call>{{"name": NAME, "arguments": ARGUMENTS}}</tool_call>, where ARGUMENTS is a '
+    "JSON object that its parameters describe."
 )
 
 

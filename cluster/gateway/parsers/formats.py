@@ -16,7 +16,7 @@ class ToolFormat:
 
 
 TOOL_FORMATS = {
-    # Mistral and Mixtral Instruct v0.3 on: [TOOL_CALLS] [{"name": ..., "arguments": {...}}], later [TOOL_CALLS]name{...}
+    # Mistral and Mixtral Instruct: [TOOL_CALLS] [{"name": ..., "arguments": {...}}], later [TOOL_CALLS]name{...}
     "mistral": ToolFormat("[TOOL_CALLS]"),
     # Hermes, Qwen 2.5, Qwen3, SmolLM2: <tool_call>{"name": ..., "arguments": {...}}</tool_call>
     "hermes": ToolFormat("<tool_call>", "</tool_call>"),

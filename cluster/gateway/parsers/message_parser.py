@@ -164,7 +164,7 @@ class MessageParser:
 
 
 def _split(text: str, markers: Sequence[str]) -> tuple[str, str, str]:
-    """Text before the first marker, the marker, what follows; without one: text, "", what may be a marker's beginning."""
+    """Text before the first marker, the marker, what follows; without one: text, "", what may be one's beginning."""
     found = [(at, marker) for marker in markers if (at := text.find(marker)) >= 0]
     if found:
         at, marker = min(found)
