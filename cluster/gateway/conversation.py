@@ -11,7 +11,7 @@ from cluster.errors import RequestError
 from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Choice
-from cluster.gateway.prompts import encode
+from cluster.gateway.prompts import check_length, encode
 from cluster.gateway.schemas import ChatRequest, FunctionCall, Message
 from cluster.gateway.sequence_text import SequenceText
 from cluster.gateway.structured import grammar_of
@@ -99,7 +99,8 @@ async def converse(gateway: Gateway, request: ChatRequest, *, logprobs: int | No
             raise RequestError(message, code="invalid_value", param="tool_choice")
         grammar = asked
     prompt = render(gateway, request, tools)
-    prompt_ids = await encode(gateway, prompt, add_special_tokens=bool(request.add_special_tokens), param="messages")
+    check_length(gateway, prompt, "messages")
+    prompt_ids = await encode(gateway, prompt, add_special_tokens=bool(request.add_special_tokens))
     limit = request.max_completion_tokens
     name = "max_tokens" if limit is None else "max_completion_tokens"
     limit = request.max_tokens if limit is None else limit
