@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels, on torch's own OpenMP threads: a second pool beside it would spin on the same cores."""
+"""Calls of the compiled kernels, on torch's own OpenMP threads: a second pool would spin on the same cores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import struct
 from array import array
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 
@@ -48,7 +48,7 @@ class Kernel(Generic[Values]):
         """`brief`: one thread keeps the GIL, for waiting to get it back would take longer than the work."""
         self.name = name
         self._brief = brief
-        self._floats = [i for i, kind in enumerate(fields.__annotations__.values()) if kind == "float"]
+        self._floats = [i for i, kind in enumerate(get_type_hints(fields).values()) if kind is float]
 
     @functools.cached_property
     def address(self) -> int:

@@ -31,10 +31,10 @@ class CpuOps:
     capture_rows = 32
     exact_rows = True
 
-    @property
-    def stored_dtypes(self) -> frozenset[torch.dtype]:
-        narrow = {torch.bfloat16, torch.float16} if kernel.widens_float16() else {torch.bfloat16}
-        return frozenset(narrow)
+    def __init__(self) -> None:
+        self.stored_dtypes = frozenset(
+            (torch.bfloat16, torch.float16) if kernel.widens_float16() else (torch.bfloat16,)
+        )
 
     def matrix(self, weight_ND: Tensor, bias_N: Tensor | None = None) -> Matrix:
         if weight_ND.dtype not in self.stored_dtypes:
@@ -93,7 +93,7 @@ class CpuOps:
         eps: float,
         scale: float,
     ) -> None:
-        assert x_TD.stride(1) == 1, "rows are changed in place"
+        assert x_TD.stride(1) == 1 or x_TD.numel() == 0, "rows are changed in place"
         values = arguments.Norm(
             x=x_TD.data_ptr(),
             x_stride=4 * x_TD.stride(0),
@@ -186,6 +186,7 @@ class CpuOps:
         logits_TE = _with_unit_stride(logits_TE)
         n_rows, n_experts = logits_TE.shape
         ids_TK, weights_TK = self._empty(n_rows, spec.top_k, dtype=torch.int64), self._empty(n_rows, spec.top_k)
+        scores_E = self._empty(n_experts)
         values = arguments.Gate(
             logits=logits_TE.data_ptr(),
             logits_stride=4 * logits_TE.stride(0),
@@ -197,7 +198,7 @@ class CpuOps:
             k=spec.top_k,
             sigmoid=spec.score == "sigmoid",
             normalize=spec.normalize,
-            scores=self._empty(n_experts).data_ptr(),
+            scores=scores_E.data_ptr(),
             scale=spec.scale,
         )
         self._run(kernel.gate, 1, values)
@@ -208,8 +209,10 @@ class CpuOps:
         hidden_TF = self._linear(x_TD, w13.rows(0, ffn_size), w13.rows(ffn_size, 2 * ffn_size))
         y_TD = self._linear(hidden_TF, w2)
         if gate is not None:
-            logits = self._linear(x_TD, gate).data_ptr()
-            values = arguments.GateRows(y=y_TD.data_ptr(), logits=logits, n_rows=len(y_TD), d=y_TD.shape[1])
+            logits_T1 = self._linear(x_TD, gate)
+            values = arguments.GateRows(
+                y=y_TD.data_ptr(), logits=logits_T1.data_ptr(), n_rows=len(y_TD), d=y_TD.shape[1]
+            )
             self._run(kernel.gate_rows, kernel.team(y_TD.nbytes), values)
         return y_TD
 
@@ -238,7 +241,7 @@ class CpuOps:
         self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, missing_1: Tensor
     ) -> Tensor:
         x_TD, ids_TK, weights_TK = _with_unit_stride(x_TD), ids_TK.contiguous(), weights_TK.contiguous()
-        plan = Plan(*ids_TK.shape, layer.n_experts, 1)
+        plan = Plan(len(ids_TK), ids_TK.shape[1], layer.n_experts, 1)
         self._plan(plan, ids_TK, weights_TK, 0, 0, None)
         y_PD = self._experts(layer, x_TD, plan.pairs_address, plan.n_pairs, missing_1)
         return self.weighted_sum(y_PD, plan)
@@ -278,7 +281,7 @@ class CpuOps:
         if pack_TD is not None:
             pack_TD = _with_unit_stride(pack_TD)
             row_bytes = 4 * pack_TD.shape[1]
-        plan = Plan(*ids_TK.shape, len(owner_E), n_workers, row_bytes)
+        plan = Plan(len(ids_TK), ids_TK.shape[1], len(owner_E), n_workers, row_bytes)
         ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
         self._plan(plan, ids_TK, weights_TK, address(owner_E), address(counter_E), pack_TD)
         return plan
@@ -341,6 +344,7 @@ class _Capturing(CpuOps):
     """Notes the calls instead, and keeps what they point into."""
 
     def __init__(self, graph: CpuGraph) -> None:
+        super().__init__()
         self._graph = graph
 
     def experts_combined(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
