@@ -6,6 +6,7 @@ Legend: T token rows, P (token, expert) pairs, K choices a token, D hidden, F ff
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -84,6 +85,11 @@ class ExpertShard:
         """Bytes of expert weights resident on the device."""
         return self.expert_bytes * sum(len(layer.held) for layer in self._layers)
 
+    def reserve(self, layer: int, n_experts: int) -> None:
+        """Say how many experts of `layer` are to be held, so that their memory is taken once."""
+        with self._lock:
+            self._layers[layer].reserve(n_experts)
+
     def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         """Put a replica of `(layer, expert)` on the device, as `weight_dtype`; replaces one that is there."""
         f, d = self.ffn_size, self.hidden_size
@@ -151,7 +157,10 @@ def load_shard(source: Checkpoint, experts: Iterable[tuple[int, int]], dtype: to
     Raises CheckpointError.
     """
     shard = ExpertShard(source.spec, source.device, dtype, source.expert_dtype)
-    for layer, expert in experts:
+    wanted = tuple(experts)
+    for layer, n_experts in Counter(layer for layer, _ in wanted).items():
+        shard.reserve(layer, n_experts)
+    for layer, expert in wanted:
         shard.load(layer, expert, source.expert(layer, expert, shard.weight_dtype))
     give_back()
     return shard

@@ -47,6 +47,9 @@ class LayerExperts:
         """w13 and w2 of the experts that have weights here."""
         return self._weights
 
+    def reserve(self, n_experts: int) -> None:
+        """Take memory for so many experts, where they lie in one piece."""
+
     def put(self, expert: int, w13: Matrix, w2: Matrix) -> None:
         """Give `expert` its weights: w1 (gate) over w3 (up) [2F, D], and w2 (down) [D, F]; kept, not copied."""
         self._weights[expert] = (w13, w2)

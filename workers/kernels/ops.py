@@ -61,6 +61,12 @@ class Unsummed(NamedTuple):
 Delta = Tensor | Unsummed  #: What is added to the residual stream.
 
 
+def summed(delta: Delta) -> Tensor:
+    """The delta, of operations that never leave rows unsummed."""
+    assert isinstance(delta, Tensor), "rows that are not added up are for the operations that made them"
+    return delta
+
+
 class Graph(Protocol):
     """Calls that were captured."""
 
@@ -190,11 +196,6 @@ class Ops(Protocol):
 
     def weighted_sum(self, rows_PD: Tensor, plan: Plan) -> Tensor:
         """`y[t] = sum over k of weights[t, k] * rows[place[t, k]]`, added in the order of k in float32. [T, D]."""
-
-    def padded(self, live: Tensor, most_items: int) -> Ops:
-        """The operations of a step in which only the first `live` rows (int [1] on the device) are real; the others have
-        position and slot -1 and ask no expert. most_items: splits of keys (`cuda.attention`) that its rows have at
-        most together."""
 
     def answers(self, layers: Sequence[LayerExperts]) -> Answers | None:
         """How requests are answered without Python, with the experts of `layers`; None: not on this device."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.device import to_device
+from workers.kernels.cuda.ops import CudaOps
 from workers.kernels.ops import AttentionMetadata, Graph, Ops
 from workers.model.batch import Batch
 from workers.model.decoder import Decoder
@@ -41,7 +42,8 @@ class DecodeGraphs:
     """
 
     def __init__(self, model: Decoder, n_seats: int, max_context: int) -> None:
-        self._model = model
+        assert isinstance(model.ops, CudaOps)
+        self._model, self._ops = model, model.ops
         device, size = model.cache.device, model.cache.block_size
         self.last_N = torch.zeros(n_seats + 1, dtype=torch.int32, device=device)  # the last seat is nobody's
         self._n_seats, self._n_blocks = n_seats, -(-max_context // size)
@@ -104,7 +106,7 @@ class DecodeGraphs:
         def compute(ops: Ops) -> Tensor:
             return self._model.compute(ops, self.known(inputs_5T[_TOKEN], inputs_5T[_SEAT]), metadata)
 
-        ops = self._model.ops.padded(inputs_5T[_LIVE], self._most_items)
+        ops = self._ops.padded(inputs_5T[_LIVE], self._most_items)
         compute(ops)  # compiles what is not compiled yet
         torch.cuda.synchronize(device)
         graph, logits_TV = ops.capture(compute)

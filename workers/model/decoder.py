@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import DenseWeights
-from workers.kernels.ops import AttentionMetadata
+from workers.device import to_device
+from workers.kernels.ops import AttentionMetadata, Delta, Ops
 from workers.kernels.select import ops_for
 from workers.model.batch import Batch
 from workers.model.captured import CapturedStep, CapturedSteps
@@ -66,8 +67,8 @@ class Decoder:
     def compute(
         self, ops: Ops, token_T: Tensor, metadata: AttentionMetadata, logit_rows_R: Tensor | None = None
     ) -> Tensor:
-        """One micro-batch by `ops`, layer after layer: the wanted logits, float32 [R, V]. Everything is on the device, so
-        that all of it only launches where the experts do.
+        """One micro-batch by `ops`, layer after layer: the wanted logits, float32 [R, V]. Everything is on the
+        device, so that all of it only launches where the experts do.
 
         token_T: int64. logit_rows_R: None means all rows.
         """

@@ -99,7 +99,7 @@ def attend(
 ) -> Tensor:
     """A row sees the keys of its sequence up to its own position, of which the last `window` when there is one; they
     are written already. Rows that are padding are left as they come. Returns a new [T, H, d]."""
-    t, h, d = q_THd.shape
+    _, h, d = q_THd.shape
     _, z, g, _ = k_CZGd.shape
     out_THd, device = torch.empty_like(q_THd), q_THd.device
     d2, group = max(16, power(d)), power(h // g)

@@ -56,7 +56,7 @@ class Routed:
 def compute(
     x_TD: Tensor, ids_TK: Tensor, slots: Slots, x_scale_T: Tensor | None = None, plan: ExpertPlan | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The unweighted rows of all pairs in expert order, y [P, D], and where each pair's row is, int32 [P] (-1: not here).
+    """The unweighted rows of all pairs in expert order, y [P, D], and where each pair's is, int32 [P] (-1: not here).
 
     x: of the dtype of the weights, or e4m3 with `x_scale_T` where rows travel in 8 bits. y: bfloat16 or float16, as x;
     with 8 bits bfloat16.
@@ -107,7 +107,9 @@ def route(ids_TK: Tensor, slot_E: Tensor, count_E: Tensor, bm: int, n_blocks: in
         chunks, slot_E, blocks_3M, count_E, n_chunks, n_blocks, C2=max(8192 // e2, 1), M2=max(8192 // e2, 1), BM=bm,
         **sizes,
     )  # fmt: skip
-    routing.place_kernel[(n_chunks,)](ids_TK, slot_E, chunks, order_P, place_P, n_pairs, n_chunks, CHUNK=_CHUNK, **sizes)
+    routing.place_kernel[(n_chunks,)](
+        ids_TK, slot_E, chunks, order_P, place_P, n_pairs, n_chunks, CHUNK=_CHUNK, **sizes
+    )
     return Routed(order_P, place_P, blocks_3M)
 
 

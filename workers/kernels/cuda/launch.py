@@ -40,4 +40,3 @@ def descriptor(matrix_ND: Tensor, rows: int, columns: int) -> TensorDescriptor:
 def power(n: int) -> int:
     """The smallest power of two that is not smaller."""
     return 1 << max(n - 1, 0).bit_length()
-

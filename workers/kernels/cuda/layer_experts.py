@@ -1,4 +1,4 @@
-"""The experts of one layer in a GPU's memory: slots that products find by a table, so that a captured step follows it."""
+"""The experts of one layer in a GPU's memory: slots that products find by a table, which a captured step follows."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class CudaLayerExperts(LayerExperts):
         w13, w2, s13, s2 = self._memory
         return Slots(w13, w2, self._slot_E, self._count_E, s13, s2, self.format.rows)
 
-    def reserve(self, n_slots: int) -> None:
-        """Room for `n_slots` experts, so that as many can be put without an allocation."""
+    def reserve(self, n_experts: int) -> None:
+        """Room for so many experts, so that as many can be put without an allocation."""
         w13, w2, s13, s2 = self._memory
-        if n_slots <= len(w13):
+        if n_experts <= len(w13):
             return
-        self._memory = larger = self._allocated(n_slots)
+        self._memory = larger = self._allocated(n_experts)
         for old, new in zip((w13, w2, s13, s2), larger, strict=True):
             if old is not None and new is not None:
                 new[: len(old)] = old
@@ -71,7 +71,8 @@ class CudaLayerExperts(LayerExperts):
             if place.scale_N is not None and scale is not None:
                 place.scale_N.copy_(scale)
         self._count_E[expert] = 0
-        torch.cuda.current_stream(self.device).synchronize()  # the weights are there before anybody is sent to them
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # the weights are there before anybody is sent to them
         self._slot_of[expert] = slot
         self._slot_E[expert] = slot
         self._weights[expert] = self._views(slot)

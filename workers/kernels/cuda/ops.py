@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +29,16 @@ class CudaOps(TorchOps):
 
     exact_rows = True
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, live: Tensor | None = None, most_items: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, live: Tensor | None = None, most_items: int = 0
+    ) -> None:
         """live: int [1] on the device, how many rows are real, for steps with rows that are padding. most_items: how
         many splits (`attention`) the rows that decode have at most, where less is known than their tables' width."""
         super().__init__(device, dtype)
         self._live = live
         self._most_items = most_items
         self._step: _AttentionStep | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def padded(self, live: Tensor, most_items: int) -> CudaOps:
         """The operations of a step in which only the first `live` rows are real."""
@@ -53,9 +56,9 @@ class CudaOps(TorchOps):
         return rows.add_norm(residual_TD, delta, weight_D, eps, scale).x_TD
 
     def add(self, residual_TD: Tensor, delta: Delta, scale: float = 1.0) -> None:
-        super().add(residual_TD, self.summed(delta), scale)
+        super().add(residual_TD, self._summed(delta), scale)
 
-    def summed(self, delta: Delta) -> Tensor:
+    def _summed(self, delta: Delta) -> Tensor:
         return rows.weighted_sum(delta, self.dtype) if isinstance(delta, Unsummed) else delta
 
     def add_norm_gate(

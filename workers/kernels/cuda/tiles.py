@@ -1,7 +1,7 @@
 """Which tiles a product is computed in: measured ones for known cards and shapes, a default that is right everywhere.
 
-Tiles change the speed of a product and never its bits. `tiles.json` has the rows; `python -m benchmarks.gpu_tune` writes
-new ones.
+Tiles change the speed of a product and never its bits. `tiles.json` has the rows; `python -m benchmarks.gpu_tune`
+writes new ones.
 """
 
 from __future__ import annotations

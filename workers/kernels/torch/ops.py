@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.gate_spec import GateSpec
 from workers.kernels.dispatch import Ints, Plan
 from workers.kernels.experts import LayerExperts
-from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result
+from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, summed
 from workers.kernels.weights import Matrix, WeightFormat
 
 
@@ -67,8 +67,7 @@ class TorchOps:
         return x_TD, *self.gate(self.linear(x_TD, gate), spec, bias_E)
 
     def add(self, residual_TD: Tensor, delta: Delta, scale: float = 1.0) -> None:
-        assert isinstance(delta, Tensor), "only operations that leave rows unsummed take such"
-        residual_TD.add_(delta, alpha=scale)
+        residual_TD.add_(summed(delta), alpha=scale)
 
     def rotary_write(
         self,
@@ -207,9 +206,6 @@ class TorchOps:
         for k in range(1, plan.n_choices):
             total_TD += rows_PD.index_select(0, place_TK[:, k]).float().mul_(weights_TK[:, k : k + 1])
         return total_TD.to(rows_PD.dtype)
-
-    def padded(self, live: Tensor, most_items: int) -> Ops:
-        raise NotImplementedError("plain torch captures nothing")
 
     def answers(self, layers: Sequence[LayerExperts]) -> Answers | None:
         """None: requests are parsed."""

@@ -85,4 +85,5 @@ def gate_kernel(
         is_row = t < tl.load(live_ptr)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    choose(logits, bias_ptr, is_row, ids_ptr + t * K, weights_ptr + t * K, E, E2, K, K2, SIGMOID, NORMALIZE, BIAS, scale)
+    at_ids, at_weights = ids_ptr + t * K, weights_ptr + t * K
+    choose(logits, bias_ptr, is_row, at_ids, at_weights, E, E2, K, K2, SIGMOID, NORMALIZE, BIAS, scale)

@@ -74,7 +74,8 @@ def draw_kernel(
     """The next token of a row."""
     r = tl.program_id(0)
     row_at = logits_ptr + tl.load(row_ptr + r).to(tl.int64) * V
-    best, where, odd = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    where, odd = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
         x = tl.load(row_at + v, mask=v < V, other=float("-inf"))

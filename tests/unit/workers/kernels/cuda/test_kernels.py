@@ -19,12 +19,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 pytest.importorskip("triton", reason="needs Triton")
 
-from workers.gate_spec import GateSpec  # noqa: E402
-from workers.kernels.cuda import attention, rows, sampling  # noqa: E402
-from workers.kernels.cuda.experts import E4M3, Slots, compute, quantized_rows, to_8_bits  # noqa: E402
-from workers.kernels.cuda.linear import linear  # noqa: E402
-from workers.kernels.cuda.tiles import ExpertPlan, LinearPlan, Tile  # noqa: E402
-from workers.kernels.ops import Unsummed  # noqa: E402
+from workers.gate_spec import GateSpec
+from workers.kernels.cuda import attention, rows, sampling
+from workers.kernels.cuda.experts import E4M3, Slots, compute, quantized_rows, to_8_bits
+from workers.kernels.cuda.linear import linear
+from workers.kernels.cuda.tiles import ExpertPlan, LinearPlan, Tile
+from workers.kernels.ops import Unsummed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16
@@ -156,7 +156,8 @@ def expected_choice(logits: Tensor, choice: GateSpec, bias: Tensor | None) -> tu
 def test_norms_and_gate(seed: int) -> None:
     draw = random.Random(seed)
     t, d, e = draw.randint(1, 9), draw.randint(3, 150), draw.choice((3, 8, 20, 256))
-    choice = GateSpec(draw.randint(1, min(e, 8)), draw.choice(("softmax", "sigmoid")), draw.random() < 0.5, draw.choice((1.0, 2.5)))
+    score = draw.choice(("softmax", "sigmoid"))
+    choice = GateSpec(draw.randint(1, min(e, 8)), score, draw.random() < 0.5, draw.choice((1.0, 2.5)))
     bias = normal(seed + 5, e, scale=0.1, dtype=torch.float32) if draw.random() < 0.5 else None
     residual, norm, gate = normal(seed, t, d), normal(seed + 1, d), normal(seed + 2, e, d, scale=d**-0.5)
     delta = normal(seed + 3, t, d) if draw.random() < 0.7 else None
@@ -217,7 +218,8 @@ def test_rotary_write(seed: int) -> None:
 def test_attention(seed: int) -> None:
     """Rows that decode and rows of prompts with a past, mixed; and the same bits one row at a time."""
     draw = random.Random(seed)
-    d, g, z = draw.choice((64, 80, 96, 128, 256) if seed < 15 else (6, 16, 32)), draw.randint(1, 2), draw.choice((4, 16))
+    d = draw.choice((64, 80, 96, 128, 256) if seed < 15 else (6, 16, 32))
+    g, z = draw.randint(1, 2), draw.choice((4, 16))
     h, window = g * draw.choice((1, 2, 3, 4)), draw.choice((None, 3, 100, 300))
     n_S = [draw.choice((1, 1, 2, 5, 40)) for _ in range(draw.randint(1, 3))]
     if seed % 5 == 0:
@@ -244,9 +246,7 @@ def test_attention(seed: int) -> None:
     for t, (s, p) in enumerate(zip(sequence.tolist(), position.tolist(), strict=True)):
         first = 0 if window is None else max(0, p + 1 - window)
         blocks = table[s, : p // z + 1].long().to(DEVICE)
-        keys, values = (
-            x[blocks].reshape(-1, g, d)[first : p + 1].repeat_interleave(h // g, 1).float() for x in (k, v)
-        )
+        keys, values = (x[blocks].reshape(-1, g, d)[first : p + 1].repeat_interleave(h // g, 1).float() for x in (k, v))
         scores = torch.einsum("hd,jhd->hj", q[t].float(), keys) * d**-0.5
         want[t] = torch.einsum("hj,jhd->hd", scores.softmax(-1), values)
     close(out, want)
