@@ -109,7 +109,7 @@ def test_experts(seed: int) -> None:
     t, d, f = draw.choice((1, 3, 17, 40)), 8 * draw.randint(2, 12), 8 * draw.randint(2, 12)
     slots = random_slots(draw, seed, d, f)
     x, ids = normal(seed, t, d), random_ids(draw, slots, t)
-    plan = ExpertPlan(draw.choice((16, 32)), tile(draw, (16, 32), (16, 32)), tile(draw, (16, 32), (16, 32)))
+    plan = ExpertPlan(draw.choice((16, 32, 128)), tile(draw, (16, 32), (16, 32)), tile(draw, (16, 32), (16, 32)))
     y, place = compute(x, ids, slots, plan=plan)
     want = expected_rows(x, ids, slots)
     close(by_pair(y, place, ids), want)
