@@ -23,7 +23,6 @@ class Ceilings:
         b = torch.empty_like(a)
         copy_us = min(median_us(lambda: b.copy_(a)) for _ in range(3))
         n_bytes = 2 * a.nbytes
-        del a, b
         x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         product_us = min(median_us(lambda: x @ y) for _ in range(3))
         torch.cuda.empty_cache()

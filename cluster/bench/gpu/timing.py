@@ -10,7 +10,7 @@ import torch
 
 def event_us(work: Callable[[], object]) -> float:
     """Microseconds on the device from before to after what `work` launches."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     work()
     end.record()

@@ -114,7 +114,8 @@ def attend(
         rows = {"ROWS": who.rows_R is not None}
         kernels.decode_kernel[(min(who.most_items, max(_PROGRAMS // g, who.n_decode)), g)](
             q_THd, k_CZGd, v_CZGd, table_SB, who.rows_R, items.base, items.items, out_THd, items.part, items.stat,
-            scale * LOG2E, who.n_decode, b, HG2=max(16, group), num_warps=4, num_stages=2 if capability(device) != (8, 9) else 1, **sizes,
+            scale * LOG2E, who.n_decode, b, HG2=max(16, group),
+            num_warps=4, num_stages=2 if capability(device) != (8, 9) else 1, **sizes,
             **rows, **options(device),
         )  # fmt: skip
         if who.most_items > who.n_decode:

@@ -88,7 +88,8 @@ def compute(
     )  # fmt: skip
     down, how = _operand(slots.w2, plan.down)
     kernels.down_kernel[(m * -(-d // plan.down.bn),)](
-        descriptor(h_PF, plan.bm, plan.down.bk) if together else h_PF, h_scale, down, slots.s2, y_PD, routed.blocks_3M, m, D=d, F=f, HN=_H_SCALE, BM=plan.bm, X_TMA=together, W8=bits8,
+        descriptor(h_PF, plan.bm, plan.down.bk) if together else h_PF, h_scale, down, slots.s2, y_PD,
+        routed.blocks_3M, m, D=d, F=f, HN=_H_SCALE, BM=plan.bm, X_TMA=together, W8=bits8,
         A8=slots.rows8, **how,
     )  # fmt: skip
     return y_PD, routed.place_P
