@@ -16,6 +16,7 @@ from cluster.fleet.devices import Needs, Use, arrange, kinds
 from cluster.gateway.defaults import SamplingDefaults, read_defaults
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.tokenizer import Tokenizer
+from cluster.gateway.vocabulary import check_rows
 from cluster.router import memory
 from cluster.router.build import dense_bytes, expert_bytes
 from cluster.router.sizing import cluster_dtype, context_limit, pool_blocks, step_bytes
@@ -107,11 +108,16 @@ def model_name(config: Config, checkpoint: Path) -> str:
     return config.model.rsplit("/", 1)[-1]
 
 
-def check_gateway(config: Config, checkpoint: Path) -> None:
-    """Read what only the gateways need. Raises CheckpointError naming the tokenizer's file, ConfigError on the keys."""
-    _ = Tokenizer(checkpoint).chat_template
+def check_gateway(config: Config, checkpoint: Path, vocab_size: int) -> str:
+    """Read what only the gateways need; what to tell the user of it, or "".
+
+    Raises CheckpointError naming the tokenizer's file, ConfigError on the keys.
+    """
+    tokenizer = Tokenizer(checkpoint)
+    _ = tokenizer.chat_template
     if config.api_keys_file is not None:
         ApiKeys.from_file(config.api_keys_file)
+    return check_rows(tokenizer, vocab_size)
 
 
 def check_memory(plan: Plan) -> None:

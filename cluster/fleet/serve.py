@@ -40,7 +40,9 @@ def serve(config: Config, console: Console) -> None:
         checkpoint = resolve(config.model)
         with console.status(f"checking {checkpoint}"):
             plan = preflight.plan(config, checkpoint)
-            preflight.check_gateway(config, checkpoint)
+            note = preflight.check_gateway(config, checkpoint, plan.vocab_size)
+        if note:
+            console.print(f"note: {note}", style="yellow", highlight=False)
         if config.ray_address is None:
             preflight.check_memory(plan)
         config = plan.config
