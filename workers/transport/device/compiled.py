@@ -14,10 +14,11 @@ from triton.language.extra.cuda import globaltimer
 
 
 @triton.jit(do_not_specialize=["layer"])
-def signal_kernel(flag_ptr, step_ptr, layer):
-    """The flag says `layer` of the step, after everything that was launched before has been written."""
+def signal_kernel(flag_ptr, step_ptr, status_ptr, layer):
+    """The flag says `layer` of the step, after everything that was launched before has been written. Of a step that is
+    void nothing more is said, so that nobody takes what the memory holds for rows."""
     step = tl.load(step_ptr)
-    if step >= 0:
+    if (step >= 0) & (tl.load(status_ptr) == 0):
         tl.atomic_xchg(flag_ptr, step + layer, sem="release", scope="sys")
 
 

@@ -17,8 +17,10 @@ STRIDE = 4096  # more than layers
 class Launch(Protocol):
     """What both sides do with the memory that they share, in the order of one stream."""
 
-    def ask(self, rows: StepRows, step: Tensor, layer: int, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor) -> Tensor:
-        """The router's rows and choices, and the word that they are there; where each choice's row will be, int32 [T, K].
+    def ask(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor
+    ) -> Tensor:
+        """The router's rows and choices, and that they are there. int32 [T, K]: where each choice's row will be.
 
         owner_E: int32, the worker of each expert. `layer` counts from 1.
         """
@@ -31,7 +33,9 @@ class Launch(Protocol):
     ) -> None:
         """Until the router has asked; then its rows and, of its choices, the experts of `worker`, -1 elsewhere."""
 
-    def give(self, rows: StepRows, step: Tensor, layer: int, worker: int, y_PD: Tensor, place_P: Tensor) -> None:
+    def give(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, y_PD: Tensor, place_P: Tensor
+    ) -> None:
         """The rows of the pairs that have a place, and the word that they are there."""
 
 
@@ -45,14 +49,16 @@ class CudaLaunch:
         self._kernels = compiled
         self._limit_ns = int(limit_s * 1e9)
 
-    def ask(self, rows: StepRows, step: Tensor, layer: int, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor) -> Tensor:
+    def ask(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor
+    ) -> Tensor:
         (n_rows, top_k), d = ids_TK.shape, rows.layout.hidden_size
         place_TK = ids_TK.new_empty(ids_TK.shape, dtype=owner_E.dtype)
         self._kernels.ask_kernel[(rows.layout.n_rows,)](
             x_TD, ids_TK, owner_E, rows.x_TD, rows.word_P, place_TK, n_rows, D=d, BD=_block(d), K=top_k,
             K2=_power(top_k), num_warps=4,
         )  # fmt: skip
-        self._kernels.signal_kernel[(1,)](rows.asked, step, layer, num_warps=1)
+        self._kernels.signal_kernel[(1,)](rows.asked, step, status, layer, num_warps=1)
         return place_TK
 
     def await_done(self, rows: StepRows, step: Tensor, status: Tensor, layer: int) -> None:
@@ -72,10 +78,12 @@ class CudaLaunch:
             num_warps=4,
         )  # fmt: skip
 
-    def give(self, rows: StepRows, step: Tensor, layer: int, worker: int, y_PD: Tensor, place_P: Tensor) -> None:
+    def give(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, y_PD: Tensor, place_P: Tensor
+    ) -> None:
         d = rows.layout.hidden_size
         self._kernels.give_kernel[(len(place_P),)](y_PD, place_P, rows.y_PD, D=d, BD=_block(d), num_warps=4)
-        self._kernels.signal_kernel[(1,)](rows.done[worker], step, layer, num_warps=1)
+        self._kernels.signal_kernel[(1,)](rows.done[worker], step, status, layer, num_warps=1)
 
 
 def _power(n: int) -> int:

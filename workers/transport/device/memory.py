@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from workers.errors import DeviceError
+from workers.transport.device.host import HostLaunch, OwnHostMemory, PeerHostMemory
+from workers.transport.device.launch import CudaLaunch, Launch
+
+
+class Memory(Protocol):
+    """Bytes that processes share."""
+
+    bytes: Tensor  # uint8
+
+    def close(self) -> None: ...
+
+
+class Own(Memory, Protocol):
+    """Those that this process allocated."""
+
+    name: str  # what a peer needs to map them
+
+
+def own(n_bytes: int, device: torch.device) -> Own:
+    """Zeroed memory of `device` to share. Raises DeviceError."""
+    return OwnMemory(n_bytes, device) if device.type == "cuda" else OwnHostMemory(n_bytes)
+
+
+def peer(name: str, n_bytes: int, device: torch.device) -> Memory:
+    """Memory that a peer allocated, mapped for `device`. Raises DeviceError."""
+    return PeerMemory(name, n_bytes, device) if device.type == "cuda" else PeerHostMemory(name, n_bytes)
+
+
+def launch(device: torch.device, limit_s: float) -> Launch:
+    """The exchange's kernels on `device`."""
+    return CudaLaunch(limit_s) if device.type == "cuda" else HostLaunch(limit_s)
 
 
 _HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
@@ -55,7 +86,7 @@ class PeerMemory:
     """Memory of another process, on this process's GPU or one that it reaches directly."""
 
     def __init__(self, name: str, n_bytes: int, device: torch.device) -> None:
-        """`name` as the owner says it; `device`: that of this process. Raises DeviceError saying why it cannot be used."""
+        """`name` as the owner says it; `device`: that of this process. Raises DeviceError saying why not."""
         handle_hex, uuid = name.split()
         owner = _device_of(uuid)
         if owner is None:

@@ -45,7 +45,9 @@ class StepExperts:
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Sent:
         """Let the workers have the rows; see `workers.model.experts.Experts`. An id below 0 is nobody's."""
-        place_TK = self._launch.ask(self._rows, self._step, layer + 1, x_TD, expert_ids_TK, self.owner_LE[layer])
+        place_TK = self._launch.ask(
+            self._rows, self._step, self.status, layer + 1, x_TD, expert_ids_TK, self.owner_LE[layer]
+        )
         return Sent(layer, place_TK, weights_TK)
 
     def collect(self, handle: Sent) -> tuple[Tensor, Tensor, Tensor]:

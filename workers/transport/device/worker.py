@@ -22,6 +22,7 @@ class Shard(Protocol):
     """What the worker computes with; of `workers.shard.ExpertShard`."""
 
     n_layers: int
+    n_experts: int
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
@@ -40,6 +41,11 @@ class StepWorker:
         self._step_M = torch.full((n_routers,), _NO_PART, dtype=torch.int64, device=device)
         self._x = torch.zeros(n_routers * n_rows, shard.hidden_size, dtype=shard.dtype, device=device)
         self._ids = torch.full((n_routers * n_rows, top_k), -1, dtype=torch.int32, device=device)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether launches can be captured."""
+        return self.status.is_cuda
 
     def begin_step(self, step: int, taking_part: Sequence[int]) -> None:
         """Number the step that follows, and name the routers that have rows in it."""
@@ -67,4 +73,4 @@ class StepWorker:
                 rows, me = routers[number]
                 pairs = slice(at * n_rows * self._top_k, (at + 1) * n_rows * self._top_k)
                 step = self._step_M[number : number + 1]
-                self._launch.give(rows, step, layer + 1, me, y_PD, place_P[pairs])
+                self._launch.give(rows, step, self.status, layer + 1, me, y_PD, place_P[pairs])
