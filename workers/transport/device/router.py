@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from workers.kernels.ops import Delta, Unsummed
 from workers.transport.device.launch import STRIDE, Launch
 from workers.transport.device.rows import StepRows
 
@@ -29,6 +30,8 @@ class StepExperts:
     two steps: a captured step follows. `status`, int32 [1] on the device, is above 0 after a step in which a worker did
     not answer in time: what the step gave is worth nothing.
     """
+
+    only_launches = True
 
     def __init__(self, rows: StepRows, owner_LE: Tensor, launch: Launch) -> None:
         device = rows.x_TD.device
@@ -50,24 +53,25 @@ class StepExperts:
         )
         return Sent(layer, place_TK, weights_TK)
 
-    def collect(self, handle: Sent) -> tuple[Tensor, Tensor, Tensor]:
-        """The unweighted rows of all pairs [P, D], where each choice's row is, int32 [T, K] (-1: it has none), and the
-        weights [T, K]: for whoever adds them up together with what comes after."""
+    def combine(self, handle: Sent) -> Delta:
+        """What the workers gave: on a GPU not added up yet, elsewhere y_TD, in the dtype of the rows."""
         self._launch.await_done(self._rows, self._step, self.status, handle.layer + 1)
-        return self._rows.y_PD[: handle.place_TK.numel()], handle.place_TK, handle.weights_TK
-
-    def combine(self, handle: Sent) -> Tensor:
-        """y_TD, in the dtype of the rows: the weighted sum, added in expert order in float32."""
-        rows_PD, place_TK, weights_TK = self.collect(handle)
-        place_TK, order_TK = place_TK.sort(dim=1)  # rows lie in expert order
-        weights_TK = weights_TK.gather(1, order_TK).where(place_TK >= 0, 0.0)
-        y_TD = torch.zeros(len(place_TK), rows_PD.shape[1], dtype=torch.float32, device=rows_PD.device)
-        for k in range(place_TK.shape[1]):
-            # A row that nobody wrote may be anything, also not a number.
-            row_TD = rows_PD.index_select(0, place_TK[:, k].clamp_min(0)).float()
-            y_TD += torch.where(place_TK[:, k : k + 1] >= 0, row_TD, 0.0) * weights_TK[:, k : k + 1]
-        return y_TD.to(rows_PD.dtype)
+        rows_PD = self._rows.y_PD[: handle.place_TK.numel()]
+        unsummed = Unsummed(rows_PD, handle.place_TK, handle.weights_TK)
+        return unsummed if rows_PD.is_cuda else added_up(unsummed)
 
     def micro_batches(self, n_rows: int) -> int:
         """One: both sides go through the layers together."""
         return 1
+
+
+def added_up(delta: Unsummed) -> Tensor:
+    """y_TD: the weighted sum of each token's rows, added in expert order in float32."""
+    rows_PD, place_TK, weights_TK = delta
+    place_TK, order_TK = place_TK.sort(dim=1)
+    weights_TK = weights_TK.gather(1, order_TK)
+    y_TD = torch.zeros(len(place_TK), rows_PD.shape[1])
+    for k in range(place_TK.shape[1]):
+        row_TD = rows_PD.index_select(0, place_TK[:, k].clamp_min(0)).float() * weights_TK[:, k : k + 1]
+        y_TD += torch.where(place_TK[:, k : k + 1] >= 0, row_TD, 0.0)  # a row that nobody wrote may be anything
+    return y_TD.to(rows_PD.dtype)

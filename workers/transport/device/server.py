@@ -21,7 +21,7 @@ from workers.transport.device.offer import Offer, Shape
 from workers.transport.device.rows import StepRows
 from workers.transport.device.way import words
 from workers.transport.device.worker import Shard, StepWorker
-from workers.transport.shm.memory import OwnMemory, PeerMemory
+from workers.transport.shm.memory import NotShared, OwnMemory, PeerMemory
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class DeviceServer:
         self._thread.start()
 
     def accept(self, offer: str, router: str) -> Accepted:
-        """Map the rows of `router`. Raises DeviceError, NotShared saying why not."""
+        """Map the rows of `router`. Raises DeviceError saying why not."""
         said = Offer.parse(offer)
         shape, shard = said.shape, self._shard
         ours = Shape(shard.n_layers, shard.n_experts, shape.top_k, shard.hidden_size, shard.dtype, shape.n_rows)
@@ -72,7 +72,10 @@ class DeviceServer:
             raise DeviceError(f"router {router} has another model, or another dtype")
         if said.device != shard.device.type:
             raise DeviceError(f"rows are in the memory of a {said.device}, experts on a {shard.device.type}")
-        page = PeerMemory(said.page, PAGE_BYTES)
+        try:
+            page = PeerMemory(said.page, PAGE_BYTES)
+        except NotShared as error:
+            raise DeviceError(str(error)) from None
         mapped = memory.peer(said.rows, shape.layout.n_bytes, shard.device)
         joined = Joined(said.router, said.worker, page, mapped, StepRows(mapped.bytes, shape.layout))
         return Accepted(self, joined, self._page.name)
