@@ -37,7 +37,7 @@ class StepExperts:
         device = rows.x_TD.device
         self.owner_LE = owner_LE
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._step = torch.full((1,), -1, dtype=torch.int64, device=device)  # before the first, nobody is asked
         self._rows = rows
         self._launch = launch
 
