@@ -65,17 +65,23 @@ class Decoder:
 
     @torch.no_grad()
     def compute(
-        self, ops: Ops, token_T: Tensor, metadata: AttentionMetadata, logit_rows_R: Tensor | None = None
+        self,
+        ops: Ops,
+        token_T: Tensor,
+        metadata: AttentionMetadata,
+        logit_rows_R: Tensor | None = None,
+        experts: Experts | None = None,
     ) -> Tensor:
         """One micro-batch by `ops`, layer after layer: the wanted logits, float32 [R, V]. Everything is on the
         device, so that all of it only launches where the experts do.
 
-        token_T: int64. logit_rows_R: None means all rows.
+        token_T: int64. logit_rows_R: None means all rows. experts: None means the model's.
         """
+        experts = self.experts if experts is None else experts
         batch, delta = self._micro_batch(token_T, metadata, logit_rows_R), None
         for layer in self._layers:
-            handle = self.experts.dispatch(layer.index, *layer.attend(ops, batch, delta))
-            delta = self.experts.combine(handle)
+            handle = experts.dispatch(layer.index, *layer.attend(ops, batch, delta))
+            delta = experts.combine(handle)
         assert delta is not None
         return self._logits(ops, batch, delta)
 
