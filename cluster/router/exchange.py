@@ -80,6 +80,8 @@ class Exchange:
     within `combine`: the same rows go to another replica, or wait until there is one.
     """
 
+    only_launches = False
+
     def __init__(
         self,
         placement: Placement,
