@@ -68,15 +68,20 @@ class Decoder:
 
     @torch.no_grad()
     def compute(
-        self, ops: Ops, token_T: Tensor, metadata: AttentionMetadata, logit_rows_R: Tensor | None = None
+        self,
+        ops: Ops,
+        token_T: Tensor,
+        metadata: AttentionMetadata,
+        logit_rows_R: Tensor | None = None,
+        experts: Experts | None = None,
     ) -> Tensor:
         """One micro-batch by `ops`, layer after layer: the wanted logits, float32 [R, V]. Everything is on the
         device, so that all of it only launches where the experts do.
 
-        token_T: int64. logit_rows_R: None means all rows.
+        token_T: int64. logit_rows_R: None means all rows. experts: None means the model's.
         """
         batch = self._micro_batch(token_T, metadata, logit_rows_R)
-        return self._logits(ops, batch, self._through_layers(ops, self.experts, batch))
+        return self._logits(ops, batch, self._through_layers(ops, experts or self.experts, batch))
 
     def _through_layers(self, ops: Ops, experts: Experts | None, batch: MicroBatch) -> Delta:
         """What the experts of the last layer give."""
