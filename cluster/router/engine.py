@@ -42,6 +42,7 @@ class EngineStats:
     tokens: int  # emitted
     rows: int  # token rows computed: prompts, decoding and recomputation
     preemptions: int
+    cached_tokens: int  # of prompts, that were in the KV cache already
 
 
 @dataclass(slots=True)
@@ -104,6 +105,7 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             max_sequences=config.max_sequences,
             max_queue=config.max_queue,
+            shares_prefixes=config.prefix_cache,
         )
         self._compute = compute or HostCompute(model)
         self._flight: _Flight | None = None
@@ -112,7 +114,7 @@ class Engine:
         # Held while the scheduler's state is looked at or changed, and not while the model computes. Blocks that are
         # freed meanwhile are still written by that step; nobody can get them before it has ended.
         self._lock = threading.Lock()
-        self._steps = self._tokens = self._rows = 0
+        self._steps = self._tokens = self._rows = self._cached = 0
 
     def submit(
         self, request_id: str, prompt_ids: Items[int], params: SamplingParams, emitted_ids: Items[int] = ()
@@ -185,6 +187,7 @@ class Engine:
             tokens=self._tokens,
             rows=self._rows,
             preemptions=self._scheduler.preemptions,
+            cached_tokens=self._cached,
         )
 
     def _start(self, outputs: list[StepOutput]) -> _Flight | None:
@@ -237,11 +240,18 @@ class Engine:
             given = next(tokens) if completes and sequence.params.max_tokens > 0 else None
             if sequence.state is State.ENDED:
                 continue
+<<<<<<< HEAD
             if sequence.wants_prompt_logprobs and sequence.prompt_logprobs is not None:
                 score_prompt(sequence, sequence.prompt_logprobs, computed.logits(end - wanted, end))
             if given is not None:
                 outputs.append(self._emit(sequence, given))
             elif completes:  # only the scores of its prompt were wanted
+=======
+            if sequence.prompt_logprobs is not None:
+                score_prompt(sequence, sequence.prompt_logprobs, logits_RV[end - wanted : end])
+            self._scheduler.commit(sequence, chunk.n)
+            if completes and sequence.params.max_tokens == 0:  # only the scores of its prompt were wanted
+>>>>>>> main
                 outputs.append(self._end(sequence, "length"))
 
     def _await_grammar(self) -> None:
@@ -261,8 +271,16 @@ class Engine:
         finish = sequence.finish()
         if finish is not None:
             self._close(sequence.request_id)
+<<<<<<< HEAD
         logprobs = () if given.logprobs is None else (given.logprobs,)
         return StepOutput(sequence.request_id, (given.token,), logprobs, scores, finish)
+=======
+        n_top = sequence.params.logprobs
+        logprobs = () if n_top is None else (token_logprobs(logits_V, token, n_top),)
+        cached = sequence.cached if sequence.n_emitted == 1 else 0
+        self._cached += cached
+        return StepOutput(sequence.request_id, (token,), logprobs, scores, finish, cached_tokens=cached)
+>>>>>>> main
 
     def _end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> StepOutput:
         """End a sequence without a further token."""
