@@ -69,15 +69,6 @@ class _Flight:
         """Whether the step after it can be started before it is complete."""
         return all(chunk.sequence.is_free for chunk in self.chunks)
 
-    def depart(self, runs_ahead: bool) -> None:
-        """What it computes counts from here on, and is on its way where that is not known at once."""
-        for sequence, n in self.chunks:
-            if sequence.state is State.RUNNING:
-                sequence.computed += n
-        if runs_ahead:
-            for index, draw in enumerate(self.draws):
-                draw.sequence.ahead = index
-
 
 class Engine:
     """Serves many sequences with one model.
@@ -169,8 +160,7 @@ class Engine:
         started = self._start(outputs)
         self._land(outputs)
         if started is not None:
-            with self._lock:
-                started.depart(self._compute.runs_ahead)
+            self._depart(started)
         self._flight = started
         if not self._compute.runs_ahead:
             self._land(outputs)
@@ -213,6 +203,19 @@ class Engine:
                 outputs += self._fail([chunk.sequence for chunk in chunks] or list(self._open.values()), error)
             return None
 
+    def _depart(self, flight: _Flight) -> None:
+        """What a step computes counts from here on, and its tokens are on their way where they are not known at once.
+
+        After the step before it has landed, so that every token it computes with is known.
+        """
+        with self._lock:
+            for sequence, n in flight.chunks:
+                if sequence.state is State.RUNNING:
+                    self._scheduler.commit(sequence, n)
+            if self._compute.runs_ahead:
+                for index, draw in enumerate(flight.draws):
+                    draw.sequence.ahead = index
+
     def _land(self, outputs: list[StepOutput]) -> None:
         """Wait for the step under way, if there is one, and commit what it gave."""
         flight, self._flight = self._flight, None
@@ -240,18 +243,11 @@ class Engine:
             given = next(tokens) if completes and sequence.params.max_tokens > 0 else None
             if sequence.state is State.ENDED:
                 continue
-<<<<<<< HEAD
             if sequence.wants_prompt_logprobs and sequence.prompt_logprobs is not None:
                 score_prompt(sequence, sequence.prompt_logprobs, computed.logits(end - wanted, end))
             if given is not None:
                 outputs.append(self._emit(sequence, given))
             elif completes:  # only the scores of its prompt were wanted
-=======
-            if sequence.prompt_logprobs is not None:
-                score_prompt(sequence, sequence.prompt_logprobs, logits_RV[end - wanted : end])
-            self._scheduler.commit(sequence, chunk.n)
-            if completes and sequence.params.max_tokens == 0:  # only the scores of its prompt were wanted
->>>>>>> main
                 outputs.append(self._end(sequence, "length"))
 
     def _await_grammar(self) -> None:
@@ -271,16 +267,10 @@ class Engine:
         finish = sequence.finish()
         if finish is not None:
             self._close(sequence.request_id)
-<<<<<<< HEAD
         logprobs = () if given.logprobs is None else (given.logprobs,)
-        return StepOutput(sequence.request_id, (given.token,), logprobs, scores, finish)
-=======
-        n_top = sequence.params.logprobs
-        logprobs = () if n_top is None else (token_logprobs(logits_V, token, n_top),)
         cached = sequence.cached if sequence.n_emitted == 1 else 0
         self._cached += cached
-        return StepOutput(sequence.request_id, (token,), logprobs, scores, finish, cached_tokens=cached)
->>>>>>> main
+        return StepOutput(sequence.request_id, (given.token,), logprobs, scores, finish, cached_tokens=cached)
 
     def _end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> StepOutput:
         """End a sequence without a further token."""
