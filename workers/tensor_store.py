@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from workers.errors import CheckpointError
-from workers.spec import Shape, read_json
+from workers.families.config import read_json
+from workers.families.tensors import Shape
 from workers.tensor_file import TensorFile
 
 _SINGLE = "model.safetensors"

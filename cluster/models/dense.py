@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cluster.errors import CheckpointError
-from workers.spec import Shape, read_json
+from workers.families.config import read_json
+from workers.families.tensors import Shape
 from workers.tensor_store import TensorStore
 
 # What goes along unchanged: the tokenizer in all its forms, the chat template, the generation defaults.
