@@ -14,14 +14,15 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.config import Config
+from cluster.control.client import NAME, NAMESPACE, ControllerByName
+from cluster.control.controller import Controller
+from cluster.control.view import View
 from cluster.errors import ExpertMeshError, RayGone, StartError
 from cluster.fleet import gateway, local_ray
-from cluster.fleet.controller import NAME, NAMESPACE, Controller, ControllerByName
-from cluster.fleet.membership import View
+from cluster.fleet.expert_actor import ExpertWorker
 from cluster.fleet.preflight import Plan
 from cluster.fleet.router_actor import Router
 from cluster.gateway.context import ModelCard
-from workers.actor import ExpertWorker
 from workers.kernels.threads import process_environment
 
 _TICK_S = 0.1

@@ -130,7 +130,7 @@ def _claim_serve(address: str) -> None:
     """
     from ray import serve
 
-    from cluster.fleet.controller import NAME, NAMESPACE
+    from cluster.control.client import NAME, NAMESPACE
 
     if _exists(NAME, NAMESPACE):
         raise StartError(f"Ray at {address} runs an ExpertMesh already")

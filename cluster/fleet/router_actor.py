@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 
 from cluster.config import Config
-from cluster.fleet.membership import View
-from workers.member import Member, State
-from workers.membership import MembershipLoop, node_address, start_or_end
+from cluster.control.client import ControllerClient
+from cluster.control.view import Member, State, View
+from cluster.fleet.actor import node_address, start_or_end
 
 if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already being told that this router is there
     from cluster.router.engine import Engine
@@ -42,7 +42,7 @@ class Router:
         self._store_address = ""
         self._service: GenerationService | None = None
         self._loop = asyncio.get_event_loop()
-        self._membership = MembershipLoop(controller, self._member, self._on_view)
+        self._membership = ControllerClient(controller, self._member, self._on_view)
         self._started = start_or_end(self._start(), router_id)
 
     async def ready(self) -> str:
@@ -128,11 +128,9 @@ class Router:
         """
         if self._service is None or self._view is None or self._service.state != "starting":
             return
-        experts = [member for member in self._view.members if member.role == "expert"]
-        serving = {member.id for member in experts if member.state in ("ready", "draining")}
         if self._collective is not None and not self._collective.ready:
             return
-        if self._exchange is None or serving.issuperset(self._view.placement.workers):
+        if self._exchange is None or self._view.complete:
             await self._service.set_state("ready")
             self._membership.tell()
 

@@ -22,8 +22,8 @@ from cluster.fleet.watch import Watch
 from cluster.models import resolve
 
 if TYPE_CHECKING:  # Ray is imported once its environment is in force
+    from cluster.control.view import View
     from cluster.fleet.launch import Cluster
-    from cluster.fleet.membership import View
 
 _GONE_AFTER_S = 30.0  # without a word of the controller, Ray itself must be gone
 _TICK_S = 0.1

@@ -9,6 +9,7 @@ import torch
 
 from cluster.config import Config
 from cluster.router.engine import Engine
+from cluster.router.grammar import GrammarCompiler
 from cluster.router.memory import check_memory
 from cluster.router.sizing import pool_blocks
 from workers.checkpoint import Checkpoint
@@ -47,7 +48,7 @@ def build_engine(config: Config, path: str | Path, experts: Experts | None = Non
         experts = load_shard(checkpoint, product(range(spec.n_layers), range(spec.n_experts)), dtype)
     model = Decoder(spec, dense, experts, cache)
     give_back()
-    return Engine(model, config)
+    return Engine(model, config, GrammarCompiler(path, spec.vocab_size, spec.eos_ids))
 
 
 def expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

@@ -17,6 +17,7 @@ from cluster.config import Config
 from cluster.errors import ExpertMeshError, RequestError
 from cluster.router import limits
 from cluster.router.batching import logits_wanted, make_batch
+from cluster.router.grammar import Grammar, GrammarCompiler
 from cluster.router.kv_blocks import KVBlocks
 from cluster.router.logprobs import token_logprobs
 from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
@@ -28,6 +29,8 @@ from workers.model.batch import Batch
 from workers.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
+
+_GRAMMAR_WAIT_S = 0.005  # commands wait as long
 
 Logits = NDArray[np.float32]
 
@@ -54,8 +57,10 @@ class Engine:
     business.
     """
 
-    def __init__(self, model: Decoder, config: Config) -> None:
+    def __init__(self, model: Decoder, config: Config, grammars: GrammarCompiler | None = None) -> None:
+        """`grammars`: for the model's tokenizer; None: requests with a grammar are refused."""
         self.model = model
+        self._grammars = grammars
         self._blocks = KVBlocks(model.cache.n_blocks, model.cache.block_size)
         self.max_context = context_limit(config, model.spec, self._blocks.n_blocks)
         self._scheduler = Scheduler(
@@ -84,7 +89,14 @@ class Engine:
         spec = self.model.spec
         limits.check(prompt_ids, params, vocab_size=spec.vocab_size, max_context=self.max_context)
         limits.check_emitted(emitted_ids, params, vocab_size=spec.vocab_size)
-        sequence = Sequence(request_id, prompt_ids, params, eos_ids=spec.eos_ids, emitted_ids=emitted_ids)
+        grammar = None
+        if params.grammar:
+            if self._grammars is None:
+                raise RequestError("this router has no tokenizer", code="unsupported_parameter", param="grammar")
+            grammar = Grammar(self._grammars.compile(params.grammar), emitted_ids)
+        sequence = Sequence(
+            request_id, prompt_ids, params, eos_ids=spec.eos_ids, emitted_ids=emitted_ids, grammar=grammar
+        )
         finish = sequence.finish()
         if finish is not None and not sequence.wants_prompt_logprobs:
             # Its router died between last token and end; or one prompt token is to be scored, and the first has none.
@@ -115,6 +127,7 @@ class Engine:
         with self._lock:
             chunks = self._scheduler.schedule()
             if not chunks:
+                self._await_grammar()
                 return outputs
             wanted_S = [logits_wanted(chunk) for chunk in chunks]
             batch = make_batch(chunks, wanted_S, self._blocks.block_size)
@@ -175,10 +188,17 @@ class Engine:
             outputs += map(self._emit, sequences, self._sampler.sample(logits_SV, sequences), logits_SV)
         return outputs
 
-    def _emit(self, sequence: Sequence, token: int, logits_V: Logits) -> StepOutput:
+    def _await_grammar(self) -> None:
+        """Nothing can be computed because every grammar is still being compiled: let that have the time."""
+        for sequence in self._scheduler.waiting:
+            if sequence.sampling.grammar is not None:
+                sequence.sampling.grammar.wait(_GRAMMAR_WAIT_S)
+                return
+
+    def _emit(self, sequence: Sequence, token: int | RequestError, logits_V: Logits) -> StepOutput:
         """Commit `token`, and end the sequence with it if it is the last."""
-        if token < 0:
-            return self._end(sequence, "error", "the model gave logits that are not finite")
+        if isinstance(token, RequestError):
+            return self._end(sequence, "error", str(token))
         scores = sequence.take_prompt_logprobs()
         sequence.append(token)
         self._tokens += 1

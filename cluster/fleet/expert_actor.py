@@ -5,60 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
+from cluster.config import Config
+from cluster.control.client import ControllerClient
+from cluster.control.view import Member, State, View
+from cluster.fleet.actor import node_address, start_or_end
+from cluster.placement.placement import Placement
 from workers.checkpoint import Checkpoint
 from workers.kernels.threads import set_threads
-from workers.member import Member, State
-from workers.membership import MembershipLoop, node_address, start_or_end
 from workers.shard import ExpertShard, load_shard
 from workers.spec import compute_dtype
 from workers.transport.collective.group import Group
 from workers.transport.collective.server import CollectiveServer
 from workers.transport.grpc.server import ExpertServer
 from workers.transport.interface import bind_address
-
-
-class Config(Protocol):
-    """What an expert worker reads of the cluster's configuration."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def log_level(self) -> str: ...
-    @property
-    def transport(self) -> str: ...
-    @property
-    def collective_interface(self) -> str | None: ...
-    @property
-    def collective_deadline_s(self) -> float: ...
-    @property
-    def trusted_network(self) -> bool: ...
-
-
-class Placement(Protocol):
-    """What an expert worker reads of the placement."""
-
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def workers(self) -> tuple[str, ...]: ...
-    def shard(self, worker: str) -> tuple[tuple[int, int], ...]: ...
-
-
-class View(Protocol):
-    """What an expert worker reads of the controller's view."""
-
-    @property
-    def version(self) -> int: ...
-    @property
-    def placement(self) -> Placement: ...
-    @property
-    def group(self) -> Group | None: ...
-    @property
-    def draining(self) -> bool: ...
 
 
 class ExpertWorker:
@@ -81,7 +44,7 @@ class ExpertWorker:
         self._group: Group | None = None
         self._server: ExpertServer | CollectiveServer | None = None
         self._placed: asyncio.Future[Placement] = asyncio.get_event_loop().create_future()
-        self._membership = MembershipLoop(controller, self._member, self._on_view)
+        self._membership = ControllerClient(controller, self._member, self._on_view)
         self._started = start_or_end(self._start(), worker)
 
     async def ready(self) -> str:
