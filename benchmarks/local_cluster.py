@@ -14,15 +14,15 @@ from cluster.config import Config
 from cluster.errors import StartError
 from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
+from workers.families.registry import read_spec
 from workers.kernels.threads import process_environment
-from workers.spec import ModelSpec
 from workers.transport.grpc.client import GrpcTransport
 
 
 @contextmanager
 def local_cluster(directory: Path, n_workers: int, threads: int) -> Iterator[Exchange]:
     """An exchange with `n_workers` processes of `threads` threads each, over gRPC. They end with the context."""
-    spec, config, names = ModelSpec.from_config(directory), Config(), worker_names(n_workers)
+    spec, config, names = read_spec(directory), Config(), worker_names(n_workers)
     with ExitStack() as stack:
         processes = [stack.enter_context(_expert_process(directory, name, n_workers, threads)) for name in names]
         addresses = {name: _address(process) for name, process in zip(names, processes, strict=True)}

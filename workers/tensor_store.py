@@ -31,7 +31,7 @@ class TensorStore:
         self._files: dict[str, TensorFile] = {}
         self._index = self._read_index()
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in (self._file(name).tensors if self._index is None else self._index)
 
     def check(self, name: str, shape: Shape) -> torch.dtype:

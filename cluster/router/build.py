@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -40,12 +39,12 @@ def build_engine(config: Config, path: str | Path, experts: Experts | None = Non
         "work": _WORKING_BYTES,
     }
     if experts is None:
-        wanted["experts"] = expert_bytes(checkpoint, dtype) * spec.n_layers * spec.n_experts
+        wanted["experts"] = expert_bytes(checkpoint, dtype) * len(spec.experts)
     check_memory(wanted)
     dense = checkpoint.dense(dtype, kept(dtype))
     cache = KVCache(spec, n_blocks, config.block_size, dtype)
     if experts is None:
-        experts = load_shard(checkpoint, product(range(spec.n_layers), range(spec.n_experts)), dtype)
+        experts = load_shard(checkpoint, spec.experts, dtype)
     model = Decoder(spec, dense, experts, cache)
     give_back()
     return Engine(model, config, GrammarCompiler(path, spec.vocab_size, spec.eos_ids))

@@ -26,7 +26,8 @@ _DECISIVE: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,), "qkv_bias": (False,), "mlp_bias": (False,), "use_bias": (False,), "bias": (False,),
     "add_bias_linear": (False,), "add_qkv_bias": (False,), "attention_out_bias": (False,), "lm_head_bias": (False,),
     # attention
-    "clip_qkv": (), "use_qk_norm": (False,), "qk_layernorm": (False,), "qk_norm": (False,), "attn_output_gate": (False,),
+    "clip_qkv": (), "use_qk_norm": (False,), "qk_layernorm": (False,), "qk_norm": (False,),
+    "attn_output_gate": (False,),
     "sliding_window": (0,), "use_sliding_window": (False,), "layer_types": (), "attention_chunk_size": (0,),
     "attn_logit_softcapping": (0,), "attention_multiplier": (1.0,), "query_pre_attn_scalar": (), "alibi": (False,),
     "use_alibi": (False,), "parallel_attn": (False,), "use_parallel_residual": (False,), "attention_sink": (False,),

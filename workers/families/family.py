@@ -24,6 +24,7 @@ class Family:
     layouts: tuple[Layout, ...]  # how its tensors may be named; the first is how they are written
     read: Callable[[Config, int], dict[str, Any]]  # of the configuration and the number of layers
     write: Callable[[ModelSpec], dict[str, Any]]
+    typical: Callable[[ModelSpec], dict[str, Any]]  # fields in which its models differ from a Mixtral of these sizes
     rope_theta: float = 1e4  # these where the file is silent
     norm_eps: float = 1e-6
     max_context: int | None = None  # None: it has to say

@@ -37,6 +37,10 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def _typical(spec: ModelSpec) -> dict[str, Any]:
+    return {"attention_scale": 0.1, "embed_scale": 12.0, "residual_scale": 0.22, "logits_scaling": 6.0}
+
+
 GRANITE_MOE = Family(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
@@ -52,5 +56,6 @@ GRANITE_MOE = Family(
     ),
     read=_read,
     write=_write,
+    typical=_typical,
     max_context=2048,
 )

@@ -21,6 +21,18 @@ def read_dense(config: Config, n_layers: int) -> dict[str, Any]:
     }
 
 
+def typical_dense(spec: ModelSpec) -> dict[str, Any]:
+    """A token takes as many parameters as in the mixture of the sizes of `spec`."""
+    layers = frozenset(range(spec.n_layers))
+    return {
+        "ffn_size": 0,
+        "n_experts": 0,
+        "top_k": 0,
+        "dense_layers": layers,
+        "dense_ffn_size": spec.ffn_size * spec.top_k,
+    }
+
+
 def _read(config: Config, n_layers: int) -> dict[str, Any]:
     config.skip("sliding_window")  # a leftover: transformers' Llama does not look at it
     return read_dense(config, n_layers) | {"sliding_window": None}
@@ -30,4 +42,4 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return {"intermediate_size": spec.dense_ffn_size}
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", (Layout(),), _read, _write, max_context=2048)
+LLAMA = Family("llama", "LlamaForCausalLM", (Layout(),), _read, _write, typical_dense, max_context=2048)

@@ -6,7 +6,7 @@ from typing import Any
 
 from workers.families.config import Config
 from workers.families.family import Family
-from workers.families.llama import read_dense
+from workers.families.llama import read_dense, typical_dense
 from workers.families.tensors import Layout
 from workers.spec import ModelSpec
 
@@ -20,4 +20,4 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return {"intermediate_size": spec.dense_ffn_size, "sliding_window": spec.sliding_window}
 
 
-MISTRAL = Family("mistral", "MistralForCausalLM", (Layout(),), _read, _write, max_context=131072)
+MISTRAL = Family("mistral", "MistralForCausalLM", (Layout(),), _read, _write, typical_dense, max_context=131072)

@@ -42,6 +42,7 @@ MIXTRAL = Family(
     ),
     read=_read,
     write=_write,
+    typical=lambda spec: {},
     rope_theta=1e6,
     norm_eps=1e-5,
 )

@@ -30,4 +30,10 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-OLMOE = Family("olmoe", "OlmoeForCausalLM", (PER_EXPERT, FUSED), _read, _write, norm_eps=1e-5, max_context=4096)
+def _typical(spec: ModelSpec) -> dict[str, Any]:
+    return {"qk_norm": "row", "gate_normalize": False}
+
+
+OLMOE = Family(
+    "olmoe", "OlmoeForCausalLM", (PER_EXPERT, FUSED), _read, _write, _typical, norm_eps=1e-5, max_context=4096
+)

@@ -46,4 +46,8 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-QWEN2_MOE = Family("qwen2_moe", "Qwen2MoeForCausalLM", (PER_EXPERT, FUSED), _read, _write, max_context=32768)
+def _typical(spec: ModelSpec) -> dict[str, Any]:
+    return {"gate_normalize": False, "qkv_bias": True, "shared_ffn_size": 2 * spec.ffn_size, "shared_gate": True}
+
+
+QWEN2_MOE = Family("qwen2_moe", "Qwen2MoeForCausalLM", (PER_EXPERT, FUSED), _read, _write, _typical, max_context=32768)

@@ -19,4 +19,8 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return write_experts(spec) | write_window(spec)
 
 
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", (PER_EXPERT, FUSED), _read, _write, max_context=32768)
+def _typical(spec: ModelSpec) -> dict[str, Any]:
+    return {"qk_norm": "head"}
+
+
+QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", (PER_EXPERT, FUSED), _read, _write, _typical, max_context=32768)

@@ -62,9 +62,7 @@ def spec_of(values: Mapping[str, Any], origin: Path) -> ModelSpec:
         bos_id=next(iter(config.token_ids("bos_token_id")), None),
         eos_ids=config.token_ids("eos_token_id"),
         dtype=_dtype(config),
-        **read_rope(
-            config, theta=family.rope_theta, head_dim=head_dim, context=context, partial=family.rotary_share
-        ),
+        **read_rope(config, theta=family.rope_theta, head_dim=head_dim, context=context, partial=family.rotary_share),
         **family.read(config, n_layers),
     )
     config.refuse_unread()
@@ -103,11 +101,11 @@ def tensor_names(spec: ModelSpec, *, fused: bool = False) -> TensorNames:
 
 def layout_in(spec: ModelSpec, names: Container[str]) -> Layout:
     """The layout in which the experts of a checkpoint with the tensors `names` are; the usual one where none fits."""
-    layouts, layer = FAMILIES[spec.family].layouts, next(iter(spec.sparse_layers), None)
-    for layout in layouts if layer is not None else ():
-        tensors = TensorNames(spec, layout)
+    layouts = FAMILIES[spec.family].layouts
+    for layout in layouts if spec.sparse_layers else ():
+        tensors, layer = TensorNames(spec, layout), spec.sparse_layers[0]
         first = tensors.fused_experts(layer) or tensors.expert(layer, 0)
-        if all(name in names for name, _ in first.values()):
+        if any(name in names for name, _ in first.values()):
             return layout
     return layouts[0]
 

@@ -61,7 +61,7 @@ def read_rope(
 
 
 def write_rope(spec: ModelSpec) -> dict[str, Any]:
-    """The keys of `config.json` that `read_rope` reads, in the newer form; the top level repeats the base for others."""
+    """The keys of `config.json` that `read_rope` reads, in the newer form; the base also in the older."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rope_theta}
     scaling, context = spec.rope_scaling, spec.max_context
     if scaling is not None:

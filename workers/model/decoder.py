@@ -34,7 +34,7 @@ class Decoder:
         self.spec = spec
         self.experts = experts
         self.cache = cache
-        self._rope = Rope(spec.head_dim, spec.rope_theta, cache.device)
+        self._rope = Rope(spec, cache.device)
         self._embed_VD = dense.embed_VD.to(cache.device)
         self._layers = [DecoderLayer(index, spec, weights, cache) for index, weights in enumerate(dense.layers)]
         self._norm_D = dense.norm_D.to(cache.device)

@@ -34,6 +34,7 @@ class DecoderLayer:
         self._post_norm_D = weights.post_norm_D.to(device)
         self._qkv = PackedLinear(torch.cat((weights.q, weights.k, weights.v)).to(device))
         self._o = PackedLinear(weights.o.to(device))
+        assert weights.gate_ED is not None
         self._gate = PackedLinear(weights.gate_ED.to(device))
 
     def attend(self, flow: Flow, delta_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
