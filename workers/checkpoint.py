@@ -66,14 +66,20 @@ class Checkpoint:
     before anything is served. Not thread-safe.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+        """`device`: where tensors are read to."""
         self.path = Path(path)
         spec = read_spec(self.path)
-        self._store = TensorStore(self.path)
+        self._store = TensorStore(self.path, torch.device(device))
         # The files know their dtype better than `config.json`, in which it is optional.
-        names = TensorNames(spec, layout_in(spec, self._store))
+        names = TensorNames(spec, layout_in(spec, lambda name: name in self._store))
         self.spec = dataclasses.replace(spec, dtype=self._store.check(*names.embed()))
         self._names = TensorNames(self.spec, names.layout)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are read to."""
+        return self._store.device
 
     @property
     def bytes_read(self) -> int:
@@ -103,6 +109,12 @@ class Checkpoint:
         """Bytes of what `dense` gives, by the headers alone."""
         tensors = self._names.dense()
         return sum(prod(shape) * self._dtype_of(name, shape, dtype, keep).itemsize for name, shape in tensors)
+
+    def stored_bytes(self, routers: int) -> int:
+        """Bytes that so many routers and workers with one replica of each expert read in all."""
+        spec, every = self.spec, frozenset((torch.float32, torch.bfloat16, torch.float16))
+        expert = 3 * spec.hidden_size * spec.ffn_size * self.expert_dtype.itemsize
+        return routers * self.dense_bytes(spec.dtype, every) + len(spec.experts) * expert
 
     @property
     def expert_dtype(self) -> torch.dtype:

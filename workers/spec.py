@@ -13,11 +13,6 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def compute_dtype(name: str) -> torch.dtype:
-    """The dtype that routers and expert workers compute in: `name`, or for "auto" what a CPU is fast at."""
-    return torch.float32 if name == "auto" else DTYPES[name]
-
-
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
     """How the frequencies of the rotary embedding are stretched for contexts longer than those of the training.

@@ -28,6 +28,8 @@ class Member:
     store: str = ""  # of a router that takes part in collective groups: host:port of the store it hosts, once loaded
     group: Group | None = None  # the one it was told last
     broken: int = 0  # number of the newest group that broke under it
+    slots: int = 0  # of an expert worker: experts it has memory for, those it holds among them; 0: not known
+    bytes_per_s: int = 0  # of an expert worker: what its memory gives, which is what decoding takes; 0: not known
     detail: dict[str, object] = field(default_factory=dict)  # numbers for people: experts held, blocks free
 
 

@@ -88,5 +88,6 @@ def random(
         max_context=max_context, sliding_window=sliding_window, rope_theta=rope_theta,
         tie_embeddings=tie_embeddings, dtype=getattr(torch, dtype),
     )  # fmt: skip
+    shard_bytes = shard_mb * 2**20 if shard_mb else None
     with one_line_errors():
-        write_random(dest, of_family(spec, family), seed=seed, fused=fused, shard_bytes=shard_mb * 2**20 if shard_mb else None)
+        write_random(dest, of_family(spec, family), seed=seed, fused=fused, shard_bytes=shard_bytes)

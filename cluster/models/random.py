@@ -45,8 +45,10 @@ def write_random(
     if spec_of(config, dest) != spec:
         raise ValueError(f"a {spec.family} cannot have all of {spec}")
     usual, names = _roles(spec), tensor_names(spec, fused=fused)
-    layers = range(spec.n_layers)
-    roles = {tensor[0]: usual.layer(layer)[field][0] for layer in layers for field, tensor in names.layer(layer).items()}
+    roles: dict[str, str] = {}
+    for layer in range(spec.n_layers):
+        drawn = usual.layer(layer)
+        roles |= {name: drawn[field][0] for field, (name, _) in names.layer(layer).items()}
     parts = {
         names.fused_experts(layer)[field][0]: (layer, fields)
         for layer in spec.sparse_layers if names.layout.fused

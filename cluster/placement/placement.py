@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`workers[replicas[layer][expert][i]]` holds replica i of expert `expert` of layer `layer`."""
+    """`workers[replicas[layer][expert][i]]` holds replica i of expert `expert` of layer `layer`.
+
+    A layer without experts has none here; all others have as many.
+    """
 
     epoch: int
     workers: tuple[str, ...]
     replicas: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @property
+    def n_experts(self) -> int:
+        """Of a layer that has any."""
+        return max(map(len, self.replicas), default=0)
 
     def holders(self, layer: int, expert: int) -> tuple[str, ...]:
         """The workers that hold `(layer, expert)`, in a fixed order."""
@@ -29,12 +37,18 @@ class Placement:
         )
 
 
-def striped(n_layers: int, n_experts: int, workers: Sequence[str], epoch: int = 1) -> Placement:
+def striped(
+    n_layers: int, n_experts: int, workers: Sequence[str], epoch: int = 1, dense_layers: Collection[int] = ()
+) -> Placement:
     """One replica each, dealt out like cards: expert e of layer l goes to worker (e + l) mod N.
 
     The shift by layer keeps a worker from holding the same expert index everywhere, so that N which does not divide
-    the number of experts still gives shards within one replica of each other over all layers.
+    the number of experts still gives shards within one replica of each other over all layers. The `dense_layers` have
+    no experts.
     """
     n = len(workers)
-    replicas = tuple(tuple(((expert + layer) % n,) for expert in range(n_experts)) for layer in range(n_layers))
+    replicas = tuple(
+        tuple(((expert + layer) % n,) for expert in range(0 if layer in dense_layers else n_experts))
+        for layer in range(n_layers)
+    )
     return Placement(epoch=epoch, workers=tuple(workers), replicas=replicas)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,13 +99,13 @@ def tensor_names(spec: ModelSpec, *, fused: bool = False) -> TensorNames:
     return TensorNames(spec, next((layout for layout in layouts if fused and layout.fused), layouts[0]))
 
 
-def layout_in(spec: ModelSpec, names: Container[str]) -> Layout:
-    """The layout in which the experts of a checkpoint with the tensors `names` are; the usual one where none fits."""
+def layout_in(spec: ModelSpec, holds: Callable[[str], bool]) -> Layout:
+    """The layout of a checkpoint that `holds` some tensor names, by its experts'; the usual one where none fits."""
     layouts = FAMILIES[spec.family].layouts
     for layout in layouts if spec.sparse_layers else ():
         tensors, layer = TensorNames(spec, layout), spec.sparse_layers[0]
         first = tensors.fused_experts(layer) or tensors.expert(layer, 0)
-        if any(name in names for name, _ in first.values()):
+        if any(holds(name) for name, _ in first.values()):
             return layout
     return layouts[0]
 
