@@ -120,24 +120,26 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """One forward pass over what the scheduler chose; what it gave, request by request.
 
-        Nothing is committed before every layer of the whole batch is complete. When the model fails, the requests of
-        this batch end with an error and the engine lives on.
+        Nothing is committed before every layer of the whole batch is complete. Whatever fails, the engine lives on: the
+        requests of the batch end with an error, or all that are open when there was no batch yet.
         """
         outputs, self._outbox = self._outbox, []
-        with self._lock:
-            chunks = self._scheduler.schedule()
-            if not chunks:
-                self._await_grammar()
-                return outputs
-            wanted_S = [logits_wanted(chunk) for chunk in chunks]
-            batch = make_batch(chunks, wanted_S, self._blocks.block_size)
+        chunks: list[Chunk] = []
         try:
+            with self._lock:
+                chunks = self._scheduler.schedule()
+                if not chunks:
+                    self._await_grammar()
+                    return outputs
+                wanted_S = [logits_wanted(chunk) for chunk in chunks]
+                batch = make_batch(chunks, wanted_S, self._blocks.block_size)
             logits_RV = self._forward(batch)
+            with self._lock:
+                self._commit(chunks, wanted_S, logits_RV, outputs)
         except Exception as error:
             with self._lock:
-                return outputs + self._abandon(chunks, error)
-        with self._lock:
-            return outputs + self._commit(chunks, wanted_S, logits_RV)
+                outputs += self._fail([chunk.sequence for chunk in chunks] or list(self._open.values()), error)
+        return outputs
 
     def stats(self) -> EngineStats:
         """Safe to call from any thread, also during a step."""
@@ -161,12 +163,11 @@ class Engine:
         self._rows += batch.n_rows
         return logits_RV
 
-    def _commit(self, chunks: Items[Chunk], wanted_S: Items[int], logits_RV: Logits) -> list[StepOutput]:
-        """What is computed counts from here on; the sequences with nothing pending get their next token.
+    def _commit(self, chunks: Items[Chunk], wanted_S: Items[int], logits_RV: Logits, outputs: list[StepOutput]) -> None:
+        """What is computed counts from here on; the sequences with nothing pending get their next token in `outputs`.
 
         Those that were cancelled while the model computed get nothing any more.
         """
-        outputs: list[StepOutput] = []
         sequences: list[Sequence] = []
         rows: list[int] = []
         end = 0
@@ -186,7 +187,6 @@ class Engine:
         if sequences:
             logits_SV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
             outputs += map(self._emit, sequences, self._sampler.sample(logits_SV, sequences), logits_SV)
-        return outputs
 
     def _await_grammar(self) -> None:
         """Nothing can be computed because every grammar is still being compiled: let that have the time."""
@@ -214,15 +214,13 @@ class Engine:
         self._close(sequence.request_id)
         return StepOutput(sequence.request_id, (), (), sequence.take_prompt_logprobs(), finish, error)
 
-    def _abandon(self, chunks: Items[Chunk], error: Exception) -> list[StepOutput]:
-        """End the sequences of a step that failed. They could be tried again, but whoever waits has waited enough."""
-        if isinstance(error, ExpertMeshError):
-            log.error("a step of %d sequences failed: %s", len(chunks), error)
-        else:
-            log.exception("a step of %d sequences failed", len(chunks))
-        reason = str(error) if isinstance(error, ExpertMeshError) else f"{type(error).__name__}: {error}"
-        lost = [chunk.sequence for chunk in chunks if chunk.sequence.state is not State.ENDED]
-        return [self._end(sequence, "error", reason) for sequence in lost]
+    def _fail(self, sequences: Items[Sequence], error: Exception) -> list[StepOutput]:
+        """End `sequences` with an error. They could be tried again, but whoever waits has waited enough, and which of
+        them is to blame is not known."""
+        expected = isinstance(error, ExpertMeshError)
+        log.error("a step of %d sequences failed: %s", len(sequences), error, exc_info=None if expected else error)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        return [self._end(each, "error", reason) for each in sequences if each.state is not State.ENDED]
 
     def _close(self, request_id: str) -> None:
         """Forget an open request and free its blocks."""
