@@ -197,9 +197,9 @@ def refused(source: Path, dest: Path, *parts: str, n_experts: int = 8) -> None:
     [
         ({"model_type": "qwen2"}, "cannot upcycle architecture 'qwen2'"),
         ({"model_type": "mixtral"}, "cannot upcycle architecture 'mixtral'"),
-        ({"attention_bias": True}, "`attention_bias` is on"),
-        ({"mlp_bias": True}, "`mlp_bias` is on"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rotary scaling 'llama3'"),
+        ({"attention_bias": True}, "unsupported `attention_bias` True"),
+        ({"mlp_bias": True}, "unsupported `mlp_bias` True"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rotary scaling 'longrope'"),
         ({"hidden_act": "gelu"}, "`hidden_act` 'gelu'"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ({"intermediate_size": 95}, "mlp.gate_proj.weight has shape [96, 64]"),
