@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 # Keys that change what some family computes, and the values that change nothing. Whatever a family does not read and
 # finds at another value is refused, since it would be computed wrongly rather than exactly.
-_DECISIVE: dict[str, tuple[Any, ...]] = {
+DECISIVE: dict[str, tuple[Any, ...]] = {
     # weights of another form, models of another shape
     "quantization_config": (), "compression_config": (), "is_encoder_decoder": (False,), "text_config": (),
     "vision_config": (), "audio_config": (), "kv_lora_rank": (), "q_lora_rank": (), "num_kv_shared_layers": (0,),
@@ -148,7 +148,7 @@ class Config:
         """Raise CheckpointError for a key that nobody read and that changes the result; log one that is unknown."""
         unread = [key for key, value in self.values.items() if key not in self.read and value is not None]
         for key in unread:
-            if key in _DECISIVE:
-                self.allow(key, *_DECISIVE[key])
+            if key in DECISIVE:
+                self.allow(key, *DECISIVE[key])
             elif key not in _HARMLESS and key not in known:
                 log.warning("%s: `%s` is not known here and has no effect", self.path, key)

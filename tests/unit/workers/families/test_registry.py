@@ -1,4 +1,4 @@
-"""ModelSpec: what a `config.json` says is what is computed, and what cannot be computed exactly is refused."""
+"""Registry: what a `config.json` says is what is computed, in every family, and what cannot be is refused by name."""
 
 from __future__ import annotations
 
