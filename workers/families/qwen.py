@@ -16,6 +16,7 @@ def read_experts(config: Config, n_layers: int) -> dict[str, Any]:
         raise CheckpointError(f"{config.path}: `decoder_sparse_step` is {step}, not positive")
     only_dense = config.integers("mlp_only_layers")
     dense = frozenset(layer for layer in range(n_layers) if layer in only_dense or (layer + 1) % step)
+    config.skip("intermediate_size")  # where all layers have experts it means nothing
     experts = "num_experts" if config.has("num_experts") else "num_local_experts"  # what newer files say
     return {
         "ffn_size": config.get("moe_intermediate_size", int),
