@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from workers.gate_spec import GateSpec
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,6 +79,11 @@ class ModelSpec:
     embed_scale: float = 1.0  # of the embedding
     residual_scale: float = 1.0  # of what attention and FFN add to the residual stream
     logits_scaling: float = 1.0  # what the logits are divided by
+
+    @property
+    def gate(self) -> GateSpec:
+        """How a token's experts are chosen and weighted."""
+        return GateSpec(self.top_k, self.gate_score, self.gate_normalize, self.gate_scale)
 
     @property
     def scale(self) -> float:

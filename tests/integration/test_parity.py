@@ -107,9 +107,7 @@ def test_same_as_the_reference(family: str, shape: str, tmp_path: Path, processe
     addresses = {worker: answer["address"] for worker, answer in served.items()}
     prompts = [random_tokens(model.config.vocab_size, 3 + 5 * i, seed=i) for i in range(8)]
     asked = {"checkpoint": checkpoint, "addresses": addresses, "steps": STEPS}
-    answers = processes.tell(
-        {router: asked | {"prompts": prompts[number::2]} for number, router in enumerate(ROUTERS)}
-    )
+    answers = processes.tell({router: asked | {"prompts": prompts[number::2]} for number, router in enumerate(ROUTERS)})
     for number, router in enumerate(ROUTERS):
         for prompt, (ids, tops) in zip(prompts[number::2], answers[router]["answers"], strict=True):
             check(model, prompt, ids, torch.stack([dense_row(top) for top in tops]), STEPS)
@@ -128,7 +126,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def complete(cluster: RunningCluster, prompt: Sequence[int]) -> tuple[list[int], Tensor]:
-    """A greedy continuation: the ids of prompt and answer, and the log-probabilities [T - 1, V] of all but the first."""
+    """A greedy continuation: ids of prompt and answer, and the log-probabilities [T - 1, V] of all but the first."""
     body = {
         "model": cluster.model, "prompt": list(prompt), "max_tokens": STEPS, "temperature": 0, "ignore_eos": True,
         "logprobs": VOCABULARY, "echo": True,

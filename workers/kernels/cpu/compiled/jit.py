@@ -1,18 +1,21 @@
-"""What numba lacks for the CPU kernels: addresses as arrays, atomic counters, calls of machine code.
+"""What numba lacks for the CPU kernels: named arguments, addresses as arrays, atomic counters, calls of machine code.
 
-Addresses are int64 throughout: a kernel reads its arguments from one array of them.
+Addresses are int64 throughout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import numba
 import numba.extending
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+
+from workers.kernels.cpu.compiled import vector
+from workers.kernels.cpu.kernel import HEAD
 
 intrinsic: Callable[[Callable[..., Any]], Any] = numba.extending.intrinsic
 
@@ -79,17 +82,32 @@ def bits_as_float32(_context: Any, bits: Any) -> Any:
     return types.float32(bits), codegen
 
 
-def _unary(name: str) -> Any:
+def reader(fields: Any) -> Any:
+    """A function that gives the arguments of a kernel, by the names that `cpu.arguments` defines."""
+    names = [
+        f"bits_as_float32(a[{HEAD + i}])" if kind is float else f"a[{HEAD + i}]"
+        for i, kind in enumerate(get_type_hints(fields).values())
+    ]
+    scope = {"as_int64": as_int64, "bits_as_float32": bits_as_float32, "Fields": fields}
+    exec(f"def read(args):\n    a = as_int64(args)\n    return Fields({', '.join(names)})", scope)
+    return numba.njit(scope["read"])
+
+
+def _unary(emit: Callable[[Any, Any], Any]) -> Any:
     @intrinsic
     def function(_context: Any, _x: Any) -> Any:
         def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
-            return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(_F32, [_F32]), name), args)
+            return emit(b, args[0])
 
         return types.float32(types.float32), codegen
 
     return function
 
 
-# math.floor and math.sqrt would be calls of the C library, which no loop around them survives.
-floor = _unary("llvm.floor.f32")
-sqrt = _unary("llvm.sqrt.f32")
+def _emit_sqrt(b: Any, x: Any) -> Any:
+    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(_F32, [_F32]), "llvm.sqrt.f32"), [x])
+
+
+# math's would be calls of the C library, which no loop around them survives.
+exp = _unary(vector.exp)
+sqrt = _unary(_emit_sqrt)
