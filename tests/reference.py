@@ -82,7 +82,7 @@ CASES: dict[str, FamilyCase] = {
             "head_dim_smaller_than_share": {"head_dim": 6, "num_attention_heads": 6, "num_key_value_heads": 3},
             "window_of_one_block_tied": {"sliding_window": 4, "tie_word_embeddings": True, "num_key_value_heads": 1},
             "window": {"sliding_window": 7},
-            "yarn": {"rope_parameters": YARN},
+            "yarn": {"rope_parameters": YARN, "head_dim": 16},
         },
     ),
     "qwen3_moe": FamilyCase(
