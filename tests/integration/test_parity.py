@@ -101,7 +101,7 @@ def dense_row(top: Sequence[tuple[int, float]]) -> Tensor:
 @pytest.mark.parametrize(("family", "shape"), EVERY_SHAPE, ids=["-".join(case) for case in EVERY_SHAPE])
 def test_same_as_the_reference(family: str, shape: str, tmp_path: Path, processes: Processes) -> None:
     """Both routers send to the same workers at the same time."""
-    model = save_shape(tmp_path, family, shape, seed=7)
+    model = save_shape(tmp_path, family, shape, seed=7, vocab_size=VOCABULARY)
     checkpoint = str(tmp_path)
     served = processes.tell({worker: {"checkpoint": checkpoint} for worker in WORKERS})
     addresses = {worker: answer["address"] for worker, answer in served.items()}
