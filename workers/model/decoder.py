@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import DenseWeights
-from workers.kernels.ops import AttentionMetadata
+from workers.device import to_device
+from workers.kernels.ops import AttentionMetadata, Delta, Ops
 from workers.kernels.select import ops_for
 from workers.model.batch import Batch
 from workers.model.captured import CapturedStep, CapturedSteps
@@ -57,22 +58,45 @@ class Decoder:
         flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
         for layer in self._layers:
             for batch, step in flights:
-                asked = self._attend(layer, batch, step)
-                if asked is None:
+                if (asked := self._attend(layer, batch, step)) is None:
                     continue
                 batch.handle = self.experts.dispatch(layer.index, *asked)
                 if layer.ffn is not None:  # while the experts compute
                     self._feed_forward(layer, batch, step, asked[0])
-        logits = [self._logits(batch) for batch, _ in flights]
+        logits = [self._logits(self._ops, batch) for batch, _ in flights]
         return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
 
+    @torch.no_grad()
+    def compute(
+        self, ops: Ops, token_T: Tensor, metadata: AttentionMetadata, logit_rows_R: Tensor | None = None
+    ) -> Tensor:
+        """One micro-batch by `ops`, layer after layer: the wanted logits, float32 [R, V]. Everything is on the
+        device, so that all of it only launches where the experts do.
+
+        token_T: int64. logit_rows_R: None means all rows.
+        """
+        batch = self._micro_batch(token_T, metadata, logit_rows_R)
+        for layer in self._layers:
+            if (asked := layer.attend(ops, batch, self._combine(batch))) is None:
+                continue
+            batch.handle = self.experts.dispatch(layer.index, *asked)
+            if layer.ffn is not None:
+                layer.feed_forward(ops, batch, asked[0])
+        return self._logits(ops, batch)
+
+    @property
+    def ops(self) -> Ops:
+        """The operations of its device."""
+        return self._ops
+
     def _attend(self, layer: DecoderLayer, batch: MicroBatch, step: Step | None) -> Asked | None:
-        delta_TD = self._combine(batch)
+        delta = self._combine(batch)
         if step is None:
-            return layer.attend(self._ops, batch, delta_TD)
-        if delta_TD is None:
+            return layer.attend(self._ops, batch, delta)
+        if delta is None:
             return step.run(layer.index, lambda ops: layer.attend(ops, batch, None))
-        step.delta_TD.copy_(delta_TD)
+        assert isinstance(delta, Tensor)
+        step.delta_TD.copy_(delta)
         return step.run(layer.index, lambda ops: layer.attend(ops, batch, step.delta_TD))
 
     def _feed_forward(self, layer: DecoderLayer, batch: MicroBatch, step: Step | None, x_TD: Tensor) -> None:
@@ -81,41 +105,43 @@ class Decoder:
         else:
             step.run((layer.index, "ffn"), lambda ops: layer.feed_forward(ops, batch, x_TD))
 
-    def _combine(self, batch: MicroBatch) -> Tensor | None:
-        """What the experts of the last layer that has any gave; None when that is taken already."""
+    def _combine(self, batch: MicroBatch) -> Delta | None:
+        """What the experts of the last layer that has any gave; None where that is taken already."""
         handle, batch.handle = batch.handle, None
         return None if handle is None else self.experts.combine(handle)
 
     def _begin(self, batch: Batch) -> MicroBatch:
-        """Everything that is the same in all layers."""
+        """A micro-batch whose inputs are on the device."""
         device, n_rows = self.cache.device, batch.n_rows
-        positions_T = batch.positions_T.to(device)
-        cos_Tr, sin_Tr = self._rope.angles(positions_T)
-        x_TD = self._embed_VD.index_select(0, batch.token_ids_T.to(device)).to(self._norm_D.dtype)
         q_start = torch.tensor(batch.q_start)
         n_sequences = len(q_start) - 1
         sequence_T = torch.arange(n_sequences)
         if n_rows != n_sequences:
             sequence_T = sequence_T.repeat_interleave(q_start.diff())
-        return MicroBatch(
-            x_TD=x_TD if self.spec.embed_scale == 1 else x_TD * self.spec.embed_scale,
-            metadata=AttentionMetadata(
-                block_table_SB=batch.block_table_SB.to(device, torch.int32).contiguous(),
-                sequence_T=sequence_T.to(device),
-                position_T=positions_T.contiguous(),
-                slot_T=batch.slots_T.to(device).contiguous(),
-                q_start=batch.q_start,
-            ),
-            cos_Tr=cos_Tr,
-            sin_Tr=sin_Tr,
-            logit_rows_R=None if len(batch.logit_rows_R) == n_rows else batch.logit_rows_R.to(device),
+        metadata = AttentionMetadata(
+            block_table_SB=to_device(batch.block_table_SB.to(torch.int32), device).contiguous(),
+            sequence_T=to_device(sequence_T, device),
+            position_T=to_device(batch.positions_T, device).contiguous(),
+            slot_T=to_device(batch.slots_T, device).contiguous(),
+            q_start=batch.q_start,
         )
+        every = len(batch.logit_rows_R) == n_rows
+        logit_rows_R = None if every else to_device(batch.logit_rows_R, device)
+        return self._micro_batch(to_device(batch.token_ids_T, device), metadata, logit_rows_R)
 
-    def _logits(self, batch: MicroBatch) -> Tensor:
-        ops, spec, delta_RD = self._ops, self.spec, self._combine(batch)
-        if delta_RD is None:
+    def _micro_batch(self, token_T: Tensor, metadata: AttentionMetadata, logit_rows_R: Tensor | None) -> MicroBatch:
+        """Everything that is the same in all layers."""
+        cos_Tr, sin_Tr = self._rope.angles(metadata.position_T)
+        x_TD = self._embed_VD.index_select(0, token_T).to(self._norm_D.dtype)
+        if self.spec.embed_scale != 1:
+            x_TD = x_TD * self.spec.embed_scale
+        return MicroBatch(x_TD=x_TD, metadata=metadata, cos_Tr=cos_Tr, sin_Tr=sin_Tr, logit_rows_R=logit_rows_R)
+
+    def _logits(self, ops: Ops, batch: MicroBatch) -> Tensor:
+        spec, delta = self.spec, self._combine(batch)
+        if delta is None:
             x_RD = ops.rms_norm(batch.x_TD, self._norm_D, spec.norm_eps)
         else:
-            x_RD = ops.add_rms_norm(batch.x_TD, delta_RD, self._norm_D, spec.norm_eps, spec.residual_scale)
+            x_RD = ops.add_rms_norm(batch.x_TD, delta, self._norm_D, spec.norm_eps, spec.residual_scale)
         logits_RV = ops.linear(x_RD, self._head).float()
         return logits_RV if spec.logits_scaling == 1 else logits_RV / spec.logits_scaling

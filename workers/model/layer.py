@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import DenseLayer
-from workers.kernels.ops import Ops, QKNorm
+from workers.kernels.ops import Delta, Ops, QKNorm
 from workers.model.ffn import FFN
 from workers.model.kv_cache import KVCache
 from workers.model.micro_batch import MicroBatch
@@ -40,28 +40,31 @@ class DecoderLayer:
         self._gate_bias_E = None if weights.gate_bias_E is None else weights.gate_bias_E.to(cache.device)
         self.ffn = None if weights.ffn is None else FFN(weights.ffn, weights.shared_gate_1D, ops)
 
-    def attend(self, ops: Ops, batch: MicroBatch, delta_TD: Tensor | None) -> Asked | None:
+    def attend(self, ops: Ops, batch: MicroBatch, delta: Delta | None) -> Asked | None:
         """Add `delta`, what the experts of the layer before gave, to the residual stream, then attention.
 
         Returns what the experts of this layer are asked. A layer without any does its FFN too and returns None.
         After the last layer's attention only the rows whose logits are wanted go on.
         """
-        if delta_TD is None:
+        if delta is None:
             x_TD = ops.rms_norm(batch.x_TD, self._input_norm_D, self._eps)
         else:
-            x_TD = ops.add_rms_norm(batch.x_TD, delta_TD, self._input_norm_D, self._eps, self._residual_scale)
+            x_TD = ops.add_rms_norm(batch.x_TD, delta, self._input_norm_D, self._eps, self._residual_scale)
         qkv_TX, metadata, caches = ops.linear(x_TD, self._qkv), batch.metadata, (self._k_cache, self._v_cache)
         q_THd = ops.rotary_write(qkv_TX, metadata, batch.cos_Tr, batch.sin_Tr, *caches, self._qk_norm)
         attention_TC = ops.attention(q_THd, *caches, metadata, self._scale, self._window).flatten(1)
         if self._last and batch.logit_rows_R is not None:
             attention_TC = attention_TC.index_select(0, batch.logit_rows_R)
             batch.x_TD = batch.x_TD.index_select(0, batch.logit_rows_R)
-        o_TD = ops.linear(attention_TC, self._o)
-        x_TD = ops.add_rms_norm(batch.x_TD, o_TD, self._post_norm_D, self._eps, self._residual_scale)
+        delta_TD, weight_D = ops.linear(attention_TC, self._o), self._post_norm_D
         if self._gate is None:
+            x_TD = ops.add_rms_norm(batch.x_TD, delta_TD, weight_D, self._eps, self._residual_scale)
             self.feed_forward(ops, batch, x_TD)
             return None
-        return x_TD, *ops.gate(ops.linear(x_TD, self._gate), self._gate_spec, self._gate_bias_E)
+        return ops.add_norm_gate(
+            batch.x_TD, delta_TD, weight_D, self._eps, self._gate, self._gate_spec, self._gate_bias_E,
+            self._residual_scale,
+        )  # fmt: skip
 
     def feed_forward(self, ops: Ops, batch: MicroBatch, x_TD: Tensor) -> None:
         """Add to the residual stream what the FFN makes of `x`: of a layer without experts, or beside them."""
