@@ -63,26 +63,31 @@ class Decoder:
                 batch.handle = self.experts.dispatch(layer.index, *asked)
                 if layer.ffn is not None:  # while the experts compute
                     self._feed_forward(layer, batch, step, asked[0])
-        logits = [self._logits(self._ops, batch) for batch, _ in flights]
+        logits = [self._logits(self._ops, batch, _combine(self.experts, batch)) for batch, _ in flights]
         return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
 
     @torch.no_grad()
     def compute(
-        self, ops: Ops, token_T: Tensor, metadata: AttentionMetadata, logit_rows_R: Tensor | None = None
+        self,
+        ops: Ops,
+        token_T: Tensor,
+        metadata: AttentionMetadata,
+        logit_rows_R: Tensor | None = None,
+        experts: Experts | None = None,
     ) -> Tensor:
         """One micro-batch by `ops`, layer after layer: the wanted logits, float32 [R, V]. Everything is on the
         device, so that all of it only launches where the experts do.
 
-        token_T: int64. logit_rows_R: None means all rows.
+        token_T: int64. logit_rows_R: None means all rows. experts: None means the model's.
         """
-        batch = self._micro_batch(token_T, metadata, logit_rows_R)
+        experts, batch = experts or self.experts, self._micro_batch(token_T, metadata, logit_rows_R)
         for layer in self._layers:
-            if (asked := layer.attend(ops, batch, self._combine(batch))) is None:
+            if (asked := layer.attend(ops, batch, _combine(experts, batch))) is None:
                 continue
-            batch.handle = self.experts.dispatch(layer.index, *asked)
+            batch.handle = experts.dispatch(layer.index, *asked)
             if layer.ffn is not None:
                 layer.feed_forward(ops, batch, asked[0])
-        return self._logits(ops, batch)
+        return self._logits(ops, batch, _combine(experts, batch))
 
     @property
     def ops(self) -> Ops:
@@ -90,7 +95,7 @@ class Decoder:
         return self._ops
 
     def _attend(self, layer: DecoderLayer, batch: MicroBatch, step: Step | None) -> Asked | None:
-        delta = self._combine(batch)
+        delta = _combine(self.experts, batch)
         if step is None:
             return layer.attend(self._ops, batch, delta)
         if delta is None:
@@ -104,11 +109,6 @@ class Decoder:
             layer.feed_forward(self._ops, batch, x_TD)
         else:
             step.run((layer.index, "ffn"), lambda ops: layer.feed_forward(ops, batch, x_TD))
-
-    def _combine(self, batch: MicroBatch) -> Delta | None:
-        """What the experts of the last layer that has any gave; None where that is taken already."""
-        handle, batch.handle = batch.handle, None
-        return None if handle is None else self.experts.combine(handle)
 
     def _begin(self, batch: Batch) -> MicroBatch:
         """A micro-batch whose inputs are on the device."""
@@ -137,11 +137,18 @@ class Decoder:
             x_TD = x_TD * self.spec.embed_scale
         return MicroBatch(x_TD=x_TD, metadata=metadata, cos_Tr=cos_Tr, sin_Tr=sin_Tr, logit_rows_R=logit_rows_R)
 
-    def _logits(self, ops: Ops, batch: MicroBatch) -> Tensor:
-        spec, delta = self.spec, self._combine(batch)
+    def _logits(self, ops: Ops, batch: MicroBatch, delta: Delta | None) -> Tensor:
+        spec = self.spec
         if delta is None:
             x_RD = ops.rms_norm(batch.x_TD, self._norm_D, spec.norm_eps)
         else:
             x_RD = ops.add_rms_norm(batch.x_TD, delta, self._norm_D, spec.norm_eps, spec.residual_scale)
         logits_RV = ops.linear(x_RD, self._head).float()
         return logits_RV if spec.logits_scaling == 1 else logits_RV / spec.logits_scaling
+
+
+def _combine(experts: Experts, batch: MicroBatch) -> Delta | None:
+    """What the experts of the last layer that has any gave; None where that is taken already."""
+    handle, batch.handle = batch.handle, None
+    delta: Delta | None = None if handle is None else experts.combine(handle)
+    return delta
