@@ -286,6 +286,8 @@ def gate_margins(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
             margins.append(best_TE[:, top_k - 1] - best_TE[:, top_k])
 
     gates = [module for name, module in model.named_modules() if name.endswith((".mlp.gate", ".router"))]
+    if not gates:
+        return torch.full((len(token_ids),), torch.inf)
     hooks = [gate.register_forward_hook(note) for gate in gates]
     model(torch.tensor([list(token_ids)]), use_cache=False)
     for hook in hooks:
