@@ -23,8 +23,6 @@ from workers.model.micro_batch import MicroBatch
 from workers.model.rope import Rope
 from workers.spec import ModelSpec
 
-Step = CapturedStep[Asked | None]
-
 
 class Decoder:
     """The model of a router. It computes where the cache lives, in the dtype of the norms.
@@ -43,7 +41,7 @@ class Decoder:
             DecoderLayer(index, spec, weights, cache, self._ops) for index, weights in enumerate(dense.layers)
         ]
         self._norm_D = dense.norm_D.to(cache.device)
-        self._captured = CapturedSteps[Asked | None](self._ops)
+        self._captured = CapturedSteps(self._ops)
         self._head = self._ops.matrix(dense.head_VD)
 
     @torch.no_grad()
@@ -55,6 +53,9 @@ class Decoder:
         """
         begun = [self._begin(batch) for batch in batches]
         steps = [self._captured.step(batch, number) for number, batch in enumerate(begun)]
+        if len(steps) == 1 and (whole := steps[0]) is not None and self.experts.by(self._ops) is not None:
+            delta = whole.run("layers", lambda ops: self._through_layers(ops, self.experts.by(ops), whole.batch))
+            return self._logits(self._ops, whole.batch, delta)
         flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
         for layer in self._layers:
             for batch, step in flights:
@@ -80,21 +81,26 @@ class Decoder:
 
         token_T: int64. logit_rows_R: None means all rows. experts: None means the model's.
         """
-        experts, batch = experts or self.experts, self._micro_batch(token_T, metadata, logit_rows_R)
+        batch = self._micro_batch(token_T, metadata, logit_rows_R)
+        return self._logits(ops, batch, self._through_layers(ops, experts or self.experts, batch))
+
+    def _through_layers(self, ops: Ops, experts: Experts | None, batch: MicroBatch) -> Delta | None:
+        """What the experts of the last layer give; None where it has none."""
+        assert experts is not None
         for layer in self._layers:
             if (asked := layer.attend(ops, batch, _combine(experts, batch))) is None:
                 continue
             batch.handle = experts.dispatch(layer.index, *asked)
             if layer.ffn is not None:
                 layer.feed_forward(ops, batch, asked[0])
-        return self._logits(ops, batch, _combine(experts, batch))
+        return _combine(experts, batch)
 
     @property
     def ops(self) -> Ops:
         """The operations of its device."""
         return self._ops
 
-    def _attend(self, layer: DecoderLayer, batch: MicroBatch, step: Step | None) -> Asked | None:
+    def _attend(self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep | None) -> Asked | None:
         delta = _combine(self.experts, batch)
         if step is None:
             return layer.attend(self._ops, batch, delta)
@@ -104,7 +110,7 @@ class Decoder:
         step.delta_TD.copy_(delta)
         return step.run(layer.index, lambda ops: layer.attend(ops, batch, step.delta_TD))
 
-    def _feed_forward(self, layer: DecoderLayer, batch: MicroBatch, step: Step | None, x_TD: Tensor) -> None:
+    def _feed_forward(self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep | None, x_TD: Tensor) -> None:
         if step is None:
             layer.feed_forward(self._ops, batch, x_TD)
         else:
