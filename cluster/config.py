@@ -39,20 +39,38 @@ class Config:
     trusted_network: bool = option(
         False, "let the collective transport use an interface that others reach: it neither authenticates nor encrypts"
     )
-    expert_workers: int = option(
-        2, "number of expert worker processes; 0: the router holds the experts itself", at_least=0
+    expert_workers: int | None = option(
+        None,
+        "number of expert worker processes; 0: the router holds the experts itself; default: 2 on CPUs, "
+        "on GPUs one for each that no router has, with a single GPU 0",
+        at_least=0,
     )
     routers: int = option(1, "number of router processes", at_least=1)
     gateways: int = option(1, "number of gateway processes", at_least=1)
     generation_defaults: bool = option(
         True, "take what a request leaves open (temperature, top_p, ...) from the checkpoint's generation_config.json"
     )
+    router_device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "what routers compute on; auto: a GPU if there is one"
+    )
+    expert_device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "what expert workers compute on; auto: a GPU if there is one"
+    )
+    gpus_per_router: float = option(
+        0.0, "share of a GPU of each router; 0: a whole one, less where there are too few", at_least=0, at_most=1
+    )
+    gpus_per_expert_worker: float = option(
+        0.0, "share of a GPU of each expert worker; 0: a whole one, less where there are too few", at_least=0, at_most=1
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "share of a GPU's memory that is taken: what weights leave of it is KV cache", at_least=0.05, at_most=1.0
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "compute dtype of routers and expert workers; auto: float32, from weights as stored"
+        "auto", "compute dtype of routers and expert workers; auto: the checkpoint's on a GPU, float32 on a CPU"
     )
     router_threads: int = option(0, "CPU threads of a router; 0: an even share of the cores", at_least=0)
     worker_threads: int = option(0, "CPU threads of an expert worker; 0: a share of the cores", at_least=0)
-    kv_cache_mb: int = option(512, "KV cache of each router, MiB", at_least=1)
+    kv_cache_mb: int = option(0, "KV cache of each router, MiB; 0: what its GPU has left, 512 on a CPU", at_least=0)
     block_size: int = option(16, "tokens per KV block", at_least=1, at_most=4096)
     max_context: int = option(0, "longest prompt + answer in tokens; 0: what the model allows", at_least=0)
     max_batch_tokens: int = option(

@@ -149,9 +149,9 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
     def refuse(name: str, why: str) -> ConfigError:
         return ConfigError(f"{name} ({origins[name]}): {getattr(config, name)!r} {why}")
 
-    if (config.transport == "local" or not config.expert_workers) and config.routers != 1:
+    if (config.transport == "local" or config.expert_workers == 0) and config.routers != 1:
         raise refuse("routers", "needs expert workers: without them the one router holds all experts")
-    if config.transport in ("grpc", "collective") and not config.expert_workers:
+    if config.transport in ("grpc", "collective") and config.expert_workers == 0:
         raise refuse("transport", "needs expert workers")
     if config.transport == "collective":
         _check_interface(config, refuse)

@@ -1,7 +1,7 @@
 """The errors a user can meet, as one tree.
 
 ExpertMeshError (workers.errors)
-├── CheckpointError, WireError, WorkerLost (workers.errors)
+├── CheckpointError, DeviceError, WireError, WorkerLost (workers.errors)
 ├── ConfigError       an option that does not fit: names the option and where its value came from
 ├── StartError        a cluster that cannot start: port taken, memory short, a worker died
 ├── RayGone           Ray, or the controller in it, does not answer
@@ -10,11 +10,11 @@ ExpertMeshError (workers.errors)
 
 from __future__ import annotations
 
-from workers.errors import CheckpointError, ExpertMeshError, WireError, WorkerLost
+from workers.errors import CheckpointError, DeviceError, ExpertMeshError, WireError, WorkerLost
 
 __all__ = [
-    "CheckpointError", "ConfigError", "ExpertMeshError", "RayGone", "RequestError", "StartError", "WireError",
-    "WorkerLost",
+    "CheckpointError", "ConfigError", "DeviceError", "ExpertMeshError", "RayGone", "RequestError", "StartError",
+    "WireError", "WorkerLost",
 ]  # fmt: skip
 
 

@@ -56,7 +56,9 @@ def generate(
         os.environ.update(process_environment(threads))  # before torch is imported
         from cluster.gateway.defaults import SamplingDefaults, read_defaults
         from cluster.gateway.tokenizer import Tokenizer
+        from cluster.gateway.vocabulary import check_rows
         from cluster.router.build import build_engine
+        from workers.checkpoint import Checkpoint
 
         defaults = read_defaults(directory) if settings.generation_defaults else SamplingDefaults()
         asked = SamplingDefaults(
@@ -65,6 +67,9 @@ def generate(
         )  # fmt: skip
         sampling = {"max_new_tokens": 256, "temperature": 0.0} | defaults.named() | asked.named()
         tokenizer = Tokenizer(directory)
+        rows = Checkpoint(directory).spec.vocab_size
+        if note := check_rows(tokenizer, rows):
+            print(f"note: {note}", file=sys.stderr)
         prompt_ids, raw = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw)
         set_threads(threads)
         engine = build_engine(settings, directory)
@@ -72,7 +77,7 @@ def generate(
             max_tokens=max(1, min(sampling.pop("max_new_tokens"), engine.max_context - len(prompt_ids))),
             **sampling,
             seed=secrets.randbits(63) if seed is None else seed,
-            stop_ids=() if ignore_eos else tuple(sorted(tokenizer.eos_ids)),
+            stop_ids=() if ignore_eos else tuple(sorted(i for i in tokenizer.eos_ids if i < rows)),
             ignore_eos=ignore_eos,
         )
         show = (lambda text: None) if as_json else (lambda text: print(text, end="", flush=True))

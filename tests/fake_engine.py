@@ -76,7 +76,9 @@ class FakeEngine:
             time.sleep(self.step_s)
         if self.fail_next_step:
             self.fail_next_step = False
-            raise ValueError("the engine broke")
+            with self.lock:
+                failed, self.sequences = list(self.sequences), {}
+            return [StepOutput(request_id, (), finish="error", error="the engine broke") for request_id in failed]
         self.steps += 1
         with self.lock:
             return [self._advance(request_id) for request_id in list(self.sequences)]

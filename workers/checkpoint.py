@@ -57,13 +57,19 @@ class Checkpoint:
     is served. Not thread-safe.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+        """`device`: where tensors are read to."""
         self.path = Path(path)
         spec = ModelSpec.from_config(self.path)
-        self._store = TensorStore(self.path)
+        self._store = TensorStore(self.path, torch.device(device))
         self._fused = spec.tensor_names.fused_experts(0)["gate_up"][0] in self._store
         # The files know their dtype better than `config.json`, in which it is optional.
         self.spec = dataclasses.replace(spec, dtype=self._store.check(*spec.tensor_names.embed()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are read to."""
+        return self._store.device
 
     @property
     def bytes_read(self) -> int:
@@ -104,6 +110,12 @@ class Checkpoint:
         for layer in range(self.spec.n_layers):
             tensors += names.layer(layer, fused=self._fused).values()
         return sum(prod(shape) * self._dtype_of(name, shape, dtype, keep).itemsize for name, shape in tensors)
+
+    def stored_bytes(self, routers: int) -> int:
+        """Bytes that so many routers and workers with one replica of each expert read in all."""
+        spec, every = self.spec, frozenset((torch.float32, torch.bfloat16, torch.float16))
+        expert = 3 * spec.hidden_size * spec.ffn_size * self.expert_dtype.itemsize
+        return routers * self.dense_bytes(spec.dtype, every) + spec.n_layers * spec.n_experts * expert
 
     @property
     def expert_dtype(self) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 ExpertMeshError
 ├── CheckpointError   a checkpoint that cannot be served: names the file and the tensor
+├── DeviceError       a GPU that was asked for and cannot be used
 ├── WireError         bytes of another process that do not follow the wire format
 ├── WorkerLost        an expert worker's stream broke, or its reply is late
 │   └── GroupLost     it was lost with its group: another one may be to blame
@@ -19,6 +20,10 @@ class ExpertMeshError(Exception):
 
 class CheckpointError(ExpertMeshError):
     """A checkpoint that cannot be served. The message names the file and the tensor."""
+
+
+class DeviceError(ExpertMeshError):
+    """A GPU that was asked for and is not there, or has too little memory."""
 
 
 class WireError(ExpertMeshError):

@@ -144,11 +144,12 @@ class ExpertShard:
 
 
 def load_shard(source: Checkpoint, experts: Iterable[tuple[int, int]], dtype: torch.dtype) -> ExpertShard:
-    """A shard with `experts`, (layer, expert) pairs, on the CPU, that computes in `dtype`; no other tensor is read.
+    """A shard with `experts`, (layer, expert) pairs, on the device that `source` reads to, computing in `dtype`; no
+    other tensor is read.
 
     Raises CheckpointError.
     """
-    shard = ExpertShard(source.spec, dtype=dtype, stored=source.expert_dtype)
+    shard = ExpertShard(source.spec, source.device, dtype, source.expert_dtype)
     for layer, expert in experts:
         shard.load(layer, expert, source.expert(layer, expert, shard.weight_dtype))
     give_back()

@@ -21,11 +21,6 @@ Value = TypeVar("Value", int, float, bool)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def compute_dtype(name: str) -> torch.dtype:
-    """The dtype that routers and expert workers compute in: `name`, or for "auto" what a CPU is fast at."""
-    return torch.float32 if name == "auto" else _DTYPES[name]
-
-
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Sizes of a Mixtral-family model, as its `config.json` states them."""

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from workers.device_reader import DeviceReader
 from workers.errors import CheckpointError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -82,17 +83,22 @@ class TensorFile:
             )
         return dtype
 
-    def read(self, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
+    def read(self, name: str, first: int, shape: tuple[int, ...], to: DeviceReader | None = None) -> Tensor:
         """Elements `first` to `first + prod(shape)` of tensor `name`, as `shape`, in the dtype on disk.
 
-        The tensor owns its memory. `check` comes first. Raises CheckpointError when the bytes do not come.
+        The tensor owns its memory, on the host or where `to` reads to. `check` comes first. Raises CheckpointError when
+        the bytes do not come.
         """
         info = self.tensors[name]
-        out = torch.empty(shape, dtype=_DTYPES[info.dtype])
-        buffer = out.view(-1).view(torch.uint8).numpy().data
+        dtype = _DTYPES[info.dtype]
+        begin = info.begin + first * dtype.itemsize
         try:
+            if to is not None:
+                return to.read(self.path, begin, shape, dtype)
+            out = torch.empty(shape, dtype=dtype)
+            buffer = out.view(-1).view(torch.uint8).numpy().data
             with self.path.open("rb", buffering=0) as file:
-                file.seek(info.begin + first * out.itemsize)
+                file.seek(begin)
                 done = 0
                 while done < len(buffer):  # one read gives at most 2 GiB
                     count = file.readinto(buffer[done:])

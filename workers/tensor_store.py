@@ -7,25 +7,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from workers.device_reader import DeviceReader
 from workers.errors import CheckpointError
 from workers.spec import Shape, read_json
 from workers.tensor_file import TensorFile
 
+_CPU = torch.device("cpu")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class TensorStore:
-    """Tensors by name. Opening reads the index alone; a file's header is read when one of its tensors is asked for.
+    """Tensors by name, read to one device. Opening reads the index alone; a file's header is read when one of its
+    tensors is asked for.
 
     Raises CheckpointError, naming file and tensor. Not thread-safe.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: torch.device = _CPU) -> None:
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
         self.directory = directory
+        self.device = device
+        self._reader = DeviceReader(device) if device.type == "cuda" else None
         self.bytes_read = 0  # of tensor data; headers and the index are not counted
         self._files: dict[str, TensorFile] = {}
         self._index = self._read_index()
@@ -43,7 +48,7 @@ class TensorStore:
         """Tensor `name`, which must have `shape`, or `part` of it from element `first` on. No `dtype`: that on disk."""
         file = self._file(name)
         file.check(name, shape)
-        tensor = file.read(name, first, part or shape)
+        tensor = file.read(name, first, part or shape, self._reader)
         self.bytes_read += tensor.nbytes
         return tensor if dtype is None else tensor.to(dtype)
 

@@ -76,7 +76,7 @@ async def routers(stack: AsyncExitStack, addresses: Sequence[str]) -> Routers:
     """The routers at `addresses`, once all are ready. ExpertMeshError when they do not get so."""
     session = await stack.enter_async_context(Session({address: address for address in addresses}))
     deadline = time.monotonic() + _CONNECT_S
-    while any(link.state != "ready" for link in session.stats().links):
+    while any(stream.state != "ready" for stream in session.stats().streams):
         if time.monotonic() > deadline:
             raise ExpertMeshError(f"no ready router at {', '.join(addresses)} within {_CONNECT_S:g} s")
         await asyncio.sleep(0.05)

@@ -23,7 +23,7 @@ def choose(config: Config, *, linked_gpus: bool) -> Choice:
     """
     if config.transport != "auto":
         return Choice(config.transport, "as configured")
-    if not config.expert_workers:
+    if config.expert_workers == 0:
         return Choice("local", "one process holds everything")
     if not linked_gpus:
         return Choice("grpc", "routers and expert workers compute on CPUs")

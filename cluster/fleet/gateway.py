@@ -15,12 +15,12 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from cluster.config import Config
+from cluster.control.client import ControllerClient
+from cluster.control.view import Member, View
+from cluster.fleet.actor import node_address
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
-from cluster.fleet.membership import View
 from cluster.gateway.context import ModelCard
-from workers.member import Member
-from workers.membership import MembershipLoop, node_address
 
 
 class Gateway:
@@ -40,7 +40,7 @@ class Gateway:
         self._session = Session(rejoin_timeout_s=config.rejoin_timeout_s)
         tokenizer = await asyncio.to_thread(Tokenizer, Path(model.path))
         self._drain = Drain(create_app(config, model, tokenizer, self._session), lambda: self._membership.tell())
-        self._membership = MembershipLoop(controller, self._member, self._on_view)
+        self._membership = ControllerClient(controller, self._member, self._on_view)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._drain

@@ -14,14 +14,16 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.config import Config
+from cluster.control.client import NAME, NAMESPACE, ControllerByName
+from cluster.control.controller import Controller
+from cluster.control.view import View
 from cluster.errors import ExpertMeshError, RayGone, StartError
 from cluster.fleet import gateway, local_ray
-from cluster.fleet.controller import NAME, NAMESPACE, Controller, ControllerByName
-from cluster.fleet.membership import View
+from cluster.fleet.expert_actor import ExpertWorker
 from cluster.fleet.preflight import Plan
 from cluster.fleet.router_actor import Router
 from cluster.gateway.context import ModelCard
-from workers.actor import ExpertWorker
+from workers import device
 from workers.kernels.threads import process_environment
 
 _TICK_S = 0.1
@@ -73,11 +75,11 @@ def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
     by_name = ControllerByName()
     actors = {}
     for worker in plan.workers:
-        actors[worker] = _actor(ExpertWorker, worker, plan.worker_threads).remote(
+        actors[worker] = _actor(ExpertWorker, worker, plan.worker_threads, gpus=config.gpus_per_expert_worker).remote(
             worker, config, plan.checkpoint, plan.worker_threads, by_name
         )
     for router in plan.routers:
-        actors[router] = _actor(Router, router, plan.router_threads).remote(
+        actors[router] = _actor(Router, router, plan.router_threads, gpus=config.gpus_per_router).remote(
             router, config, plan.checkpoint, plan.router_threads, by_name
         )
     model = ModelCard(
@@ -147,15 +149,16 @@ def reason(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _actor(cls: type, name: str, threads: int, **options: Any) -> Any:
+def _actor(cls: type, name: str, threads: int, gpus: float = 0.0, **options: Any) -> Any:
     # A Ray of our own already has these variables for the expert workers. One that needs others costs each start of
     # the actor another half second, in which Ray's agent makes an environment for it.
-    wanted = process_environment(threads).items()
+    wanted = (process_environment(threads) | (device.ENVIRONMENT if gpus else {})).items()
     variables = {name: value for name, value in wanted if local_ray.inherited.get(name) != value}
     return ray.remote(cls).options(
         name=name,
         namespace=NAMESPACE,
         num_cpus=0,
+        num_gpus=gpus or None,
         max_restarts=-1,
         runtime_env={"env_vars": variables} if variables else None,
         **options,

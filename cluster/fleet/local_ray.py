@@ -88,10 +88,10 @@ def _token_path() -> Path:
     return Path.home() / ".ray" / "auth_token"
 
 
-def start(config: Config, run_dir: Path, variables: Mapping[str, str]) -> str:
+def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus: int = 0) -> str:
     """Start a Ray of our own, or join the one at `config.ray_address`; its address. `environment` is in force.
 
-    The actors of a Ray of our own find `variables` in their environment.
+    The actors of a Ray of our own find `variables` in their environment and share the `n_gpus` of this machine.
     """
     import ray
 
@@ -107,6 +107,7 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str]) -> str:
                 "local",
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
+                num_gpus=n_gpus,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(run_dir),
                 **common,
@@ -130,7 +131,7 @@ def _claim_serve(address: str) -> None:
     """
     from ray import serve
 
-    from cluster.fleet.controller import NAME, NAMESPACE
+    from cluster.control.client import NAME, NAMESPACE
 
     if _exists(NAME, NAMESPACE):
         raise StartError(f"Ray at {address} runs an ExpertMesh already")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -12,16 +12,18 @@ import psutil
 from cluster.config import Config
 from cluster.errors import StartError
 from cluster.fleet.choose import Choice, choose
+from cluster.fleet.devices import Needs, Use, arrange, kinds
 from cluster.gateway.defaults import SamplingDefaults, read_defaults
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.tokenizer import Tokenizer
+from cluster.gateway.vocabulary import check_rows
 from cluster.router import memory
 from cluster.router.build import dense_bytes, expert_bytes
-from cluster.router.sizing import context_limit, pool_blocks
+from cluster.router.sizing import cluster_dtype, context_limit, pool_blocks, step_bytes
 from workers.checkpoint import Checkpoint
+from workers.device import Gpu, gpus
 from workers.kernels.threads import worker_threads
 from workers.model.kv_cache import bytes_per_block
-from workers.spec import compute_dtype
 
 _PROCESS_BYTES = 256 * 2**20  # Python, torch and gRPC in each of our processes
 _RAY_BYTES = 1024 * 2**20  # Ray, Serve and the gateways
@@ -32,6 +34,9 @@ _STEP_BYTES = 256 * 2**20  # activations and logits of a router's step
 class Plan:
     """What will be started."""
 
+    config: Config  # with every "auto" settled
+    gpus: tuple[Gpu, ...]  # of this machine
+    uses: tuple[Use, ...]  # of GPUs
     transport: Choice
     checkpoint: str
     model_name: str
@@ -44,26 +49,38 @@ class Plan:
     routers: tuple[str, ...]
     worker_threads: int
     router_threads: int
-    memory: dict[str, int]  # bytes, by what they are for
+    memory: dict[str, int]  # bytes of the host's, by what they are for
+    load_bytes: int  # that all of them together read of the checkpoint
 
 
 def plan(config: Config, checkpoint: Path) -> Plan:
     """Look at the checkpoint and decide. Raises CheckpointError naming file and tensor, StartError."""
     opened = Checkpoint(checkpoint)
     opened.verify()
-    spec, dtype = opened.spec, compute_dtype(config.dtype)
-    transport = choose(config, linked_gpus=False)  # all of them compute on CPUs
-    n_workers = config.expert_workers if transport.transport != "local" else 0
+    spec = opened.spec
+    config = kinds(config, found := gpus())
+    dtype = cluster_dtype(config, spec)
+    experts = expert_bytes(opened, dtype, config.expert_device) * spec.n_layers * spec.n_experts
+    dense = dense_bytes(opened, dtype, config.router_device)
+    block = bytes_per_block(spec, config.block_size, dtype)
+    work = step_bytes(config, spec, dtype) if config.router_device == "cuda" else _STEP_BYTES
+    needs = Needs(experts=experts, n_experts=spec.n_experts, dense=dense, work=work, kv_block=block)
+    config, uses = arrange(config, found, needs)
+    transport = choose(config, linked_gpus=False)
+    n_workers = config.expert_workers if config.expert_workers and transport.transport != "local" else 0
     n_blocks = pool_blocks(config, spec, dtype)
-    wanted = {
-        "experts": expert_bytes(opened, dtype) * spec.n_layers * spec.n_experts,
-        "dense weights": dense_bytes(opened, dtype) * config.routers,
-        "KV caches": n_blocks * bytes_per_block(spec, config.block_size, dtype) * config.routers,
-        "work": _STEP_BYTES * config.routers,
-        "processes": _PROCESS_BYTES * (config.routers + n_workers) + _RAY_BYTES,
-    }
+    wanted = {"processes": _PROCESS_BYTES * (config.routers + n_workers) + _RAY_BYTES}
+    if (config.expert_device if n_workers else config.router_device) == "cpu":
+        wanted["experts"] = experts
+    if config.router_device == "cpu":
+        wanted["dense weights"] = dense * config.routers
+        wanted["KV caches"] = n_blocks * block * config.routers
+        wanted["work"] = work * config.routers
     cores = len(os.sched_getaffinity(0))
     return Plan(
+        config=replace(config, transport=transport.transport),
+        gpus=found,
+        uses=uses,
         transport=transport,
         checkpoint=str(checkpoint.resolve()),
         model_name=model_name(config, checkpoint),
@@ -78,6 +95,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         worker_threads=config.worker_threads or (worker_threads(cores, n_workers) if n_workers else 1),
         router_threads=config.router_threads or max(1, cores // config.routers),
         memory=wanted,
+        load_bytes=opened.stored_bytes(routers=config.routers),
     )
 
 
@@ -90,11 +108,16 @@ def model_name(config: Config, checkpoint: Path) -> str:
     return config.model.rsplit("/", 1)[-1]
 
 
-def check_gateway(config: Config, checkpoint: Path) -> None:
-    """Read what only the gateways need. Raises CheckpointError naming the tokenizer's file, ConfigError on the keys."""
-    _ = Tokenizer(checkpoint).chat_template
+def check_gateway(config: Config, checkpoint: Path, vocab_size: int) -> str:
+    """Read what only the gateways need; what to tell the user of it, or "".
+
+    Raises CheckpointError naming the tokenizer's file, ConfigError on the keys.
+    """
+    tokenizer = Tokenizer(checkpoint)
+    _ = tokenizer.chat_template
     if config.api_keys_file is not None:
         ApiKeys.from_file(config.api_keys_file)
+    return check_rows(tokenizer, vocab_size)
 
 
 def check_memory(plan: Plan) -> None:

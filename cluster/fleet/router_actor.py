@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 
 from cluster.config import Config
-from cluster.fleet.membership import View
-from workers.member import Member, State
-from workers.membership import MembershipLoop, node_address, start_or_end
+from cluster.control.client import ControllerClient
+from cluster.control.view import Member, State, View
+from cluster.fleet.actor import loading, node_address, start_or_end
 
 if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already being told that this router is there
+    import torch
+
     from cluster.router.engine import Engine
     from cluster.router.exchange import Exchange
     from cluster.router.service import GenerationService
+    from workers.checkpoint import Checkpoint
     from workers.transport.base import Transport
     from workers.transport.collective.client import CollectiveTransport
 
@@ -33,6 +36,9 @@ class Router:
         self._threads = threads
         self._host = node_address()
         self._node = ray.get_runtime_context().get_node_id()
+        self._gpu_ids = ray.get_gpu_ids()
+        self._device: torch.device | None = None
+        self._source: Checkpoint | None = None  # while it loads
         self._view: View | None = None
         self._first_view = asyncio.Event()
         self._changes: set[asyncio.Task[None]] = set()
@@ -42,7 +48,7 @@ class Router:
         self._store_address = ""
         self._service: GenerationService | None = None
         self._loop = asyncio.get_event_loop()
-        self._membership = MembershipLoop(controller, self._member, self._on_view)
+        self._membership = ControllerClient(controller, self._member, self._on_view)
         self._started = start_or_end(self._start(), router_id)
 
     async def ready(self) -> str:
@@ -54,6 +60,7 @@ class Router:
         engine = await asyncio.to_thread(self._build)
         from cluster.router.service import GenerationService
 
+        self._source = None
         service = GenerationService(engine, self._host, router=self._id, state="starting", exchange=self._exchange)
         await service.start()
         self._service = service
@@ -64,11 +71,15 @@ class Router:
     def _build(self) -> Engine:
         from cluster.router.build import build_engine
         from cluster.router.exchange import Exchange
+        from workers.checkpoint import Checkpoint
+        from workers.device import pick
         from workers.kernels.threads import set_threads
 
         set_threads(self._threads)
+        self._device = pick(self._config.router_device, self._gpu_ids)
+        self._source = source = Checkpoint(self._checkpoint, self._device)
         if self._config.transport == "local":
-            return build_engine(self._config, self._checkpoint)
+            return build_engine(self._config, source)
         assert self._view is not None
         self._exchange = exchange = Exchange(
             self._view.placement,
@@ -77,7 +88,7 @@ class Router:
             reply_timeout_s=self._config.reply_timeout_s,
             rejoin_timeout_s=self._config.rejoin_timeout_s,
         )
-        return build_engine(self._config, self._checkpoint, exchange)
+        return build_engine(self._config, source, exchange)
 
     def _make_transport(self) -> Transport:
         from workers.transport.collective.client import CollectiveTransport
@@ -128,11 +139,9 @@ class Router:
         """
         if self._service is None or self._view is None or self._service.state != "starting":
             return
-        experts = [member for member in self._view.members if member.role == "expert"]
-        serving = {member.id for member in experts if member.state in ("ready", "draining")}
         if self._collective is not None and not self._collective.ready:
             return
-        if self._exchange is None or serving.issuperset(self._view.placement.workers):
+        if self._exchange is None or self._view.complete:
             await self._service.set_state("ready")
             self._membership.tell()
 
@@ -149,8 +158,16 @@ class Router:
             store="" if self._service is None else self._store_address,
             group=None if self._view is None else self._view.group,
             broken=0 if self._collective is None else self._collective.broken,
-            detail={} if self._service is None else self._service.numbers(),
+            detail=self._detail(),
         )
+
+    def _detail(self) -> dict[str, object]:
+        if self._device is None:  # torch is not even imported
+            return {}
+        from workers.device import describe
+
+        numbers = {} if self._service is None else self._service.numbers()
+        return describe(self._device) | loading(self._source) | numbers
 
     def _epoch(self) -> int:
         if self._exchange is not None:

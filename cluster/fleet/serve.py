@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
 from cluster.config import Config
 from cluster.errors import ExpertMeshError, RayGone
@@ -22,8 +23,8 @@ from cluster.fleet.watch import Watch
 from cluster.models import resolve
 
 if TYPE_CHECKING:  # Ray is imported once its environment is in force
+    from cluster.control.view import View
     from cluster.fleet.launch import Cluster
-    from cluster.fleet.membership import View
 
 _GONE_AFTER_S = 30.0  # without a word of the controller, Ray itself must be gone
 _TICK_S = 0.1
@@ -39,10 +40,12 @@ def serve(config: Config, console: Console) -> None:
         checkpoint = resolve(config.model)
         with console.status(f"checking {checkpoint}"):
             plan = preflight.plan(config, checkpoint)
-            preflight.check_gateway(config, checkpoint)
+            note = preflight.check_gateway(config, checkpoint, plan.vocab_size)
+        if note:
+            console.print(f"note: {note}", style="yellow", highlight=False)
         if config.ray_address is None:
             preflight.check_memory(plan)
-        config = replace(config, transport=plan.transport.transport)
+        config = plan.config
         run_dir = make_run_dir()
         _run(config, plan, run_dir, signals, console)
     except Stopped:
@@ -60,6 +63,7 @@ def serve(config: Config, console: Console) -> None:
 
 def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, console: Console) -> None:
     """Everything between the start of Ray and its end; raises Stopped, or what went wrong."""
+    from workers import device
     from workers.kernels.threads import process_environment
 
     began = time.monotonic()
@@ -82,7 +86,8 @@ def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, 
     with signals.deferred():
         try:
             with console.status("starting Ray"):
-                address = local_ray.start(config, run_dir, process_environment(plan.worker_threads))
+                variables = process_environment(plan.worker_threads) | (device.ENVIRONMENT if plan.gpus else {})
+                address = local_ray.start(config, run_dir, variables, n_gpus=len(plan.gpus))
             signals.install()  # Ray takes them when it starts
             signals.check()
             if (
@@ -106,15 +111,23 @@ def _serve(
 
     cluster = start_actors(config, plan, state.url)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
+    for use in plan.uses:
+        console.print(str(use), style="dim", highlight=False)
     console.print(f"sampling defaults: {_defaults(plan)}", style="dim", highlight=False)
     gateways = [f"gateway-{rank}" for rank in range(config.gateways)]
-    with console.status("starting") as status:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        loaded: dict[str, int] = {}
+        task = progress.add_task("starting", total=plan.load_bytes)
 
         def show(view: View) -> None:
             snapshot.write(state, view)
             states = dict.fromkeys((*plan.workers, *plan.routers, *gateways), "loading")
             states.update({member.id: member.state for member in view.members})
-            status.update(", ".join(f"{name} {state}" for name, state in states.items()))
+            for member in view.members:
+                loaded[member.id] = int(str(member.detail.get("loaded_bytes", loaded.get(member.id, 0))))
+            description = ", ".join(f"{name} {state}" for name, state in states.items())
+            progress.update(task, description=description, completed=sum(loaded.values()))
 
         wait_ready(cluster, show, signals.check)
     _greet(config, plan, state, console, time.monotonic() - began)

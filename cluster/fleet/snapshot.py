@@ -13,10 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster.control.view import Member, View
 from cluster.errors import ExpertMeshError
-from cluster.fleet.membership import View
 from cluster.fleet.run_state import RunState, find
-from workers.member import Member
 
 _NAME = "status.json"
 _STALE_S = 15.0  # it is written every second, and with every change

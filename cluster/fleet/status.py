@@ -30,14 +30,16 @@ def show(content: dict[str, Any], console: Console) -> None:
     how = f"over {content['transport']} [dim]({content['transport_reason']})[/]"
     console.print(f"{content['model']} at [bold]{content['url']}[/] {how}", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("id", "state", "pid", "memory", "address", ""):
+    on_gpu = any("gpu" in process["detail"] for process in content["processes"])
+    for column in ("id", "state", "pid", "memory", *(["GPU"] if on_gpu else []), "address", ""):
         right = column in ("pid", "memory")
         table.add_column(column, justify="right" if right else "left", no_wrap=column != "")
     for process in content["processes"]:
         state = process["state"] if process["state"] == "ready" else f"[yellow]{process['state']}[/]"
         address = process["address"].removeprefix("http://")
         says = f"[dim]{_says(process['role'], process['detail'])}[/]"
-        table.add_row(process["id"], state, str(process["pid"]), _memory(process["pid"]), address, says)
+        gpu = [_gpu(process["detail"])] if on_gpu else []
+        table.add_row(process["id"], state, str(process["pid"]), _memory(process["pid"]), *gpu, address, says)
     console.print(table)
 
 
@@ -62,6 +64,15 @@ def _says(role: str, detail: dict[str, Any]) -> str:
             return f"{running} running, {waiting} waiting, {total - free} of {total} KV blocks used"
         case "gateway", {"open": n_open, "requests": requests}:
             return f"{n_open} open of {requests} requests"
+    return ""
+
+
+def _gpu(detail: dict[str, Any]) -> str:
+    """A process's GPU: which, what it holds of it and what all hold, how busy it is."""
+    match detail:
+        case {"gpu": name, "device": device, "gpu_own_bytes": own, "gpu_used_bytes": used, "gpu_total_bytes": total}:
+            percent = f", {detail['gpu_percent']}%" if "gpu_percent" in detail else ""
+            return f"{device} {name}: {own / 2**30:.1f} of {used / 2**30:.1f} of {total / 2**30:.0f} GiB{percent}"
     return ""
 
 

@@ -6,7 +6,7 @@ import time
 
 from rich.console import Console
 
-from cluster.fleet.membership import View
+from cluster.control.view import View
 
 
 class Watch:

@@ -12,6 +12,7 @@ from cluster.gateway import http_errors, responses
 from cluster.gateway.context import Gateway, ModelCard, Session
 from cluster.gateway.front import Front
 from cluster.gateway.keys import ApiKeys, check_exposure
+from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.openai_routes import openai_routes
 from cluster.gateway.service_routes import service_routes
@@ -27,7 +28,7 @@ def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: 
     """
     check_exposure(config)
     keys = ApiKeys.from_file(config.api_keys_file) if config.api_keys_file is not None else None
-    gateway = Gateway(config, model, tokenizer, session, Metrics())
+    gateway = Gateway(config, model, tokenizer, TokenNames(tokenizer.pieces), session, Metrics())
     app = FastAPI(
         title="ExpertMesh",
         description="A mixture-of-experts model behind OpenAI's API",

@@ -13,7 +13,6 @@ from cluster.errors import RequestError
 from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Answer, Choice, respond
-from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.prompts import encode
 from cluster.gateway.schemas import ChatRequest, Message
 from cluster.gateway.sequence_text import Delta, ScoredToken, SequenceText
@@ -75,7 +74,7 @@ class ChatForm:
     """Chat completions and their chunks, as OpenAI writes them."""
 
     def __init__(self, gateway: Gateway, *, logprobs: int | None, usage_in_chunks: bool):
-        self._names = TokenNames(gateway.tokenizer)
+        self._names = gateway.names
         self._logprobs = logprobs
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": gateway.model.id}
         self._tail = {"usage": None} if usage_in_chunks else {}

@@ -36,9 +36,15 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # jinja2's own filter escapes for HTML, which a prompt is not.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class ChatTemplate:
@@ -61,10 +67,15 @@ class ChatTemplate:
         self._special = dict(special)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any) -> str:
-        """The prompt of a conversation. Raises RequestError where the template refuses the messages."""
+        """The prompt of a conversation. Raises RequestError where the template refuses the messages.
+
+        Templates may count on `tools` and `documents`: as with transformers they are None where there are none.
+        """
         try:
             return self._template.render(
-                self._special | extra, messages=messages, add_generation_prompt=add_generation_prompt
+                self._special | {"tools": None, "documents": None} | extra,
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template is foreign code: whatever it raises, it did not like the messages
             raise RequestError(f"The model's chat template refuses these messages: {error}",

@@ -13,9 +13,9 @@ from starlette.responses import Response
 from cluster.errors import RequestError
 from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
-from cluster.gateway.generation import Answer, Choice, respond
-from cluster.gateway.logprobs import TokenNames, finite
-from cluster.gateway.prompts import prompts
+from cluster.gateway.generation import Answer, Choice, Echo, respond
+from cluster.gateway.logprobs import finite
+from cluster.gateway.prompts import echo_of, prompts
 from cluster.gateway.schemas import CompletionRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken, SequenceText
 from cluster.gateway.sse import TextEvents, event
@@ -31,7 +31,8 @@ async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
     n = request.n or 1
     choices: list[Choice] = []
     for text, prompt_ids in await prompts(gateway, request.prompt):
-        choices += _choices(gateway, request, len(choices), text, prompt_ids, n)
+        echo = await echo_of(gateway, text, prompt_ids) if request.echo else None
+        choices += _choices(gateway, request, len(choices), echo, prompt_ids, n)
     if len(choices) > limits.MAX_CHOICES:
         message = f"'n' times the prompts is {len(choices)}; at most {limits.MAX_CHOICES} are allowed"
         raise RequestError(message, code="invalid_value", param="n")
@@ -41,14 +42,13 @@ async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
 
 
 def _choices(
-    gateway: Gateway, request: CompletionRequest, start: int, text: str | None, prompt_ids: list[int], n: int
+    gateway: Gateway, request: CompletionRequest, start: int, echo: Echo | None, prompt_ids: list[int], n: int
 ) -> list[Choice]:
     max_tokens = request.max_tokens
     if max_tokens is None:
         max_tokens = max(min(_DEFAULT_MAX_TOKENS, gateway.model.max_context - len(prompt_ids)), 1)
     if max_tokens == 0 and not request.echo:
         raise RequestError("'max_tokens' may be 0 only with 'echo'", code="invalid_value", param="max_tokens")
-    echo = text if text is not None else gateway.tokenizer.decode(prompt_ids, skip_special_tokens=False)
     params = sampling.sampling_params(
         gateway,
         request,
@@ -66,7 +66,7 @@ def _choices(
             prompt_ids,
             sampling.nth(params, i),
             SequenceText(gateway.tokenizer.detokenizer(after_text=True), stops, params.min_tokens),
-            echo=echo if request.echo else None,
+            echo=echo,
         )
         for i in range(n)
     ]
@@ -76,8 +76,7 @@ class CompletionForm:
     """Text completions and their chunks, as OpenAI writes them."""
 
     def __init__(self, gateway: Gateway, *, logprobs: int | None, usage_in_chunks: bool):
-        self._names = TokenNames(gateway.tokenizer)
-        self._tokenizer = gateway.tokenizer
+        self._names = gateway.names
         self._logprobs = logprobs
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -91,12 +90,12 @@ class CompletionForm:
     def opening(self, choice: Choice, first: Delta) -> bytes:
         if choice.echo is None:
             return b""
-        scores = self._scores(self._prompt_scores(choice, first.prompt_logprobs), 0)
-        return event(self._chunk(choice.index, choice.echo, scores))
+        scores = self._scores(_prompt_scores(choice, first.prompt_logprobs), 0)
+        return event(self._chunk(choice.index, choice.echo.text, scores))
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
         if delta.scored or delta.finish is not None:
-            scores = self._scores(delta.scored, len(choice.echo or ""))
+            scores = self._scores(delta.scored, _echoed(choice))
             return event(self._chunk(choice.index, delta.text, scores, delta.finish))
         if (fast := self._fast.get(choice.index)) is None:
             fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, _HOLE), _HOLE)
@@ -109,14 +108,14 @@ class CompletionForm:
         return self._head | {"choices": [self._choice(answer) for answer in answers], "usage": usage}
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
-        echo = answer.choice.echo or ""
-        scores = self._scores(answer.scored, len(echo))
-        if scores is not None and answer.choice.echo is not None:
-            prompt = self._scores(self._prompt_scores(answer.choice, answer.prompt_logprobs), 0) or {}
+        echo = answer.choice.echo
+        scores = self._scores(answer.scored, _echoed(answer.choice))
+        if scores is not None and echo is not None:
+            prompt = self._scores(_prompt_scores(answer.choice, answer.prompt_logprobs), 0) or {}
             scores = {name: prompt[name] + values for name, values in scores.items()}
         return {
             "index": answer.choice.index,
-            "text": echo + answer.text,
+            "text": answer.text if echo is None else echo.text + answer.text,
             "logprobs": scores,
             "finish_reason": answer.finish,
         }
@@ -124,19 +123,6 @@ class CompletionForm:
     def _chunk(self, index: int, text: str, logprobs: object = None, finish: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
         return self._head | {"choices": [choice]} | self._tail
-
-    def _prompt_scores(
-        self, choice: Choice, logprobs: Sequence[TokenLogprobs | None] | None
-    ) -> list[tuple[int, TokenLogprobs | None, int]]:
-        """The tokens of the prompt, and where they begin in it."""
-        if logprobs is None:
-            return []
-        text = self._tokenizer.detokenizer(after_text=True)
-        scored, offset = [], 0
-        for token_id, entry in zip(choice.prompt_ids, logprobs, strict=True):
-            scored.append((token_id, entry, offset))
-            offset += len(text.push(token_id))
-        return scored
 
     def _scores(
         self, scored: Sequence[ScoredToken | tuple[int, TokenLogprobs | None, int]], start: int
@@ -156,3 +142,17 @@ class CompletionForm:
         """The likeliest tokens, and the one that was sampled."""
         top = {self._names.name(other): finite(logprob) for other, logprob in reversed(entry.top[: self._logprobs])}
         return dict(reversed(top.items())) | {self._names.name(token_id): finite(entry.logprob)}
+
+
+def _echoed(choice: Choice) -> int:
+    """Characters of the choice's text that are its prompt."""
+    return 0 if choice.echo is None else len(choice.echo.text)
+
+
+def _prompt_scores(
+    choice: Choice, logprobs: Sequence[TokenLogprobs | None] | None
+) -> list[tuple[int, TokenLogprobs | None, int]]:
+    """The tokens of an echoed prompt, and where they begin in it."""
+    if logprobs is None or choice.echo is None:
+        return []
+    return list(zip(choice.prompt_ids, logprobs, choice.echo.offsets, strict=True))

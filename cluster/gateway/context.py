@@ -9,6 +9,7 @@ from typing import Protocol
 from cluster.config import Config
 from cluster.errors import RequestError
 from cluster.gateway.defaults import SamplingDefaults
+from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.params import SamplingParams, StepOutput
@@ -45,6 +46,7 @@ class Gateway:
     config: Config
     model: ModelCard
     tokenizer: Tokenizer
+    names: TokenNames  # of the tokenizer's tokens
     session: Session
     metrics: Metrics
 

@@ -9,12 +9,14 @@ of a token does not grow with the text before it.
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cluster.errors import CheckpointError
 
 Piece = Callable[[str], bytes]
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -38,11 +40,8 @@ def _byte_level() -> Piece:
 
 def _sentence_piece(replacements: list[tuple[str, str]], byte_fallback: bool) -> Piece:
     def piece(token: str) -> bytes:
-        if byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            try:
-                return bytes([int(token[3:5], 16)])
-            except ValueError:
-                pass
+        if byte_fallback and _BYTE.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
         for old, new in replacements:
             token = token.replace(old, new)
         return token.encode()
@@ -84,7 +83,8 @@ class Pieces:
     """The bytes of every token of a vocabulary.
 
     `raw[id]` are the token's bytes; `shown[id]` its text in an answer: "" for a special token, None where the bytes
-    are no whole characters. Ids that the vocabulary lacks (padding of the embedding) are empty.
+    are no whole characters. Ids that the vocabulary lacks (padding of the embedding) are empty. `single_bytes` are the
+    ids that spell what no other token does, byte by byte (byte fallback).
     """
 
     def __init__(self, vocabulary: Mapping[str, int], special: Iterable[int], decoder: Mapping[str, Any] | None):
@@ -93,6 +93,7 @@ class Pieces:
         self.raw: list[bytes] = [b""] * size
         for token, token_id in vocabulary.items():
             self.raw[token_id] = spell(token)
+        self.single_bytes = frozenset(i for token, i in vocabulary.items() if _BYTE.fullmatch(token))
         self.shown: list[str | None] = [_whole(piece) for piece in self.raw]
         for token_id in special:
             self.shown[token_id] = ""

@@ -18,15 +18,23 @@ from cluster.gateway.sse import EventStream, JsonAnswer, event
 from cluster.router.params import SamplingParams, TokenLogprobs
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that is part of the answer: its text, and where in it, in characters, each of its tokens begins."""
+
+    text: str
+    offsets: list[int]
+
+
 @dataclass(slots=True)
 class Choice:
-    """One sequence of a request. `echo` is the text of its prompt where that is part of the answer."""
+    """One sequence of a request."""
 
     index: int
     prompt_ids: list[int]
     params: SamplingParams
     text: SequenceText
-    echo: str | None = None
+    echo: Echo | None = None
 
 
 @dataclass(slots=True)

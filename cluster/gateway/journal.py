@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from cluster.errors import RequestError
+from cluster.gateway.router_stream import RouterStream
 from cluster.router.codec import encode_submit
 from cluster.router.params import SamplingParams, StepOutput
 from workers.pb import generation_pb2 as pb
-
-if TYPE_CHECKING:
-    from cluster.gateway.link import Link
 
 
 @dataclass(eq=False, slots=True)
@@ -30,10 +27,10 @@ class Entry:
     prompt_logprobs_given: bool = False
     outputs: asyncio.Queue[StepOutput | RequestError] = field(default_factory=asyncio.Queue)
     # Where it runs, and how it came there.
-    link: Link | None = None
-    full: set[Link] = field(default_factory=set)  # routers whose queue was full in this round
+    stream: RouterStream | None = None
+    full: set[RouterStream] = field(default_factory=set)  # routers whose queue was full in this round
     losses: int = 0  # routers lost in a row without one token between
-    expiry: asyncio.TimerHandle | None = None  # set while no router has it
+    expiry: asyncio.TimerHandle | None = None  # set while it waits for a router
 
     def submit(self) -> pb.Command:
         """The command with which a router takes the request up where the journal ends."""

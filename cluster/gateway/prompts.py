@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import TypeVar
 
 from cluster.gateway.context import Gateway
+from cluster.gateway.generation import Echo
 from cluster.gateway.schemas import Prompt
 
 _LONG = 20_000  # characters; a longer text takes milliseconds, in which no other stream would move
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 async def encode(gateway: Gateway, text: str, *, add_special_tokens: bool) -> list[int]:
     if len(text) < _LONG:
         return gateway.tokenizer.encode(text, add_special_tokens)
     return await asyncio.to_thread(gateway.tokenizer.encode, text, add_special_tokens)
+
+
+async def echo_of(gateway: Gateway, text: str | None, prompt_ids: list[int]) -> Echo:
+    """The prompt as a part of the answer: as it was sent, or, if as token ids, as those are spelt."""
+    if text is None:
+        return Echo(*await _off_loop(gateway.tokenizer.spell, prompt_ids, len(prompt_ids)))
+    offsets = await _off_loop(gateway.tokenizer.offsets, text, len(text))
+    return Echo(text, offsets or [0] * len(prompt_ids))  # an empty text has its first token only
+
+
+async def _off_loop(function: Callable[[_In], _Out], value: _In, size: int) -> _Out:
+    return function(value) if size < _LONG else await asyncio.to_thread(function, value)
 
 
 async def prompts(gateway: Gateway, prompt: Prompt) -> list[tuple[str | None, list[int]]]:

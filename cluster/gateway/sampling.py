@@ -62,10 +62,13 @@ def check(gateway: Gateway, prompt_ids: list[int], params: SamplingParams, *, pr
     try:
         limits.check(prompt_ids, params, vocab_size=gateway.model.vocab_size, max_context=gateway.model.max_context)
     except RequestError as error:
-        if error.code == "context_length_exceeded" or error.param == "prompt":
+        names = {"prompt": prompt, "max_tokens": max_tokens}
+        if error.code == "context_length_exceeded":
             error.param = prompt
-        elif error.param == "max_tokens":
-            error.param = max_tokens
+        elif error.param in names:
+            named = names[error.param]
+            message = str(error).replace(f"'{error.param}'", f"'{named}'", 1)
+            raise RequestError(message, code=error.code, param=named) from error
         raise
 
 

@@ -25,6 +25,19 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _boolean(value: Any) -> Any:
+    """To Python 0 is False; to JSON it is not."""
+    if not isinstance(value, bool):
+        raise ValueError("must be false")
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be 1")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 Integer = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
@@ -39,6 +52,8 @@ Biases = Annotated[
 Penalty = Annotated[float, Field(ge=-limits.MAX_PENALTY, le=limits.MAX_PENALTY)]
 NTop = Annotated[Integer, Field(ge=0, le=limits.MAX_LOGPROBS)]
 MaxTokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
+One = Annotated[Literal[1], BeforeValidator(_number)]
 Empty = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -48,7 +63,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: Annotated[bool | None, Field(description="Send one more chunk, with the usage, at the end")] = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class SamplingFields(Strict):
@@ -122,7 +137,7 @@ class ChatRequest(SamplingFields):
     functions: Empty | None = None
     function_call: Literal["none", "auto"] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
@@ -139,7 +154,7 @@ class CompletionRequest(SamplingFields):
         None
     )
     logprobs: NTop | None = None
-    best_of: Literal[1] | None = None
+    best_of: One | None = None
     suffix: Literal[""] | None = None
 
 

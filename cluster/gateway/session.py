@@ -12,8 +12,8 @@ from typing import Self
 
 from cluster.errors import RequestError
 from cluster.gateway.journal import Entry
-from cluster.gateway.link import Link
-from cluster.router.codec import decode_output, decode_refusal
+from cluster.gateway.router_stream import RouterStream
+from cluster.router.codec import decode_output, decode_refusal, encode_cancel
 from cluster.router.params import SamplingParams, StepOutput
 from workers.pb import generation_pb2 as pb
 
@@ -26,7 +26,7 @@ _FULL_RETRY_S = 0.25  # a continued request that finds every queue full asks aga
 
 
 @dataclass(frozen=True, slots=True)
-class LinkStats:
+class StreamStats:
     router: str
     address: str
     state: str  # what the router says of itself; "" without a stream
@@ -37,7 +37,7 @@ class LinkStats:
 class SessionStats:
     """Numbers of one gateway: `open` requests, of which `waiting` have no router; the rest counts since start."""
 
-    links: tuple[LinkStats, ...]
+    streams: tuple[StreamStats, ...]
     open: int
     waiting: int
     requests: int
@@ -54,11 +54,10 @@ class Session:
 
     def __init__(self, routers: Mapping[str, str] | None = None, *, rejoin_timeout_s: float = 120.0) -> None:
         self._rejoin_timeout_s = rejoin_timeout_s
-        self._links: list[Link] = []
+        self._streams: list[RouterStream] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._ids = count()
-        self._open: set[Entry] = set()
-        self._waiting: dict[str, Entry] = {}  # without a router, oldest first
+        self._open: dict[str, Entry] = {}  # by request id, oldest first; each says where it runs, or that it waits
         self._requests = self._tokens = self._fail_overs = 0
         self.update(routers or {})
 
@@ -76,24 +75,24 @@ class Session:
         What runs on a router that left the view goes on there as long as its stream lives: a view can be wrong for a
         moment, a stream cannot.
         """
-        for link in self._links:
-            link.retired = routers.get(link.router) != link.address
-        known = {(link.router, link.address) for link in self._links}
+        for stream in self._streams:
+            stream.retired = routers.get(stream.router) != stream.address
+        known = {(stream.router, stream.address) for stream in self._streams}
         for router, address in routers.items():
             if (router, address) not in known:
-                self._links.append(Link(router, address, self._on_event, self._on_change))
+                self._streams.append(RouterStream(router, address, self._on_event, self._on_change))
         self._sweep()
         if self.ready():  # a router is back in the view whose stream never broke: nothing else will say so
-            for entry in list(self._waiting.values()):
-                self._place(entry)
+            self._place_waiting()
 
     def ready(self) -> bool:
         """Whether a router is connected and says that it is ready."""
-        return any(link.state == "ready" and not link.retired for link in self._links)
+        return any(stream.state == "ready" and not stream.retired for stream in self._streams)
 
     def stats(self) -> SessionStats:
-        links = tuple(LinkStats(link.router, link.address, link.state, len(link.requests)) for link in self._links)
-        return SessionStats(links, len(self._open), len(self._waiting), self._requests, self._tokens, self._fail_overs)
+        streams = tuple(StreamStats(each.router, each.address, each.state, each.n_open) for each in self._streams)
+        waiting = sum(entry.expiry is not None for entry in self._open.values())
+        return SessionStats(streams, len(self._open), waiting, self._requests, self._tokens, self._fail_overs)
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[StepOutput, None]:
         """Run one request; the last output has `finish`. Closing the generator cancels the request at once.
@@ -103,7 +102,7 @@ class Session:
         """
         entry = Entry(str(next(self._ids)), prompt_ids, params)
         self._requests += 1
-        self._open.add(entry)
+        self._open[entry.request_id] = entry
         try:
             self._place(entry)
             while True:
@@ -118,7 +117,7 @@ class Session:
 
     async def close(self) -> None:
         """End every open request with an error and close all streams."""
-        for entry in list(self._open):
+        for entry in list(self._open.values()):
             entry.fail(RequestError("the gateway is being stopped", code="service_unavailable", status=503))
             self._leave(entry)
         self.update({})
@@ -134,20 +133,27 @@ class Session:
             self._wait(entry)
             return
         self._stop_waiting(entry)
-        min(candidates, key=lambda link: len(link.requests)).submit(entry)
+        entry.stream = stream = min(candidates, key=lambda stream: stream.n_open)
+        stream.n_open += 1
+        stream.send(entry.submit())
 
-    def _candidates(self, entry: Entry) -> list[Link]:
+    def _place_waiting(self) -> None:
+        for entry in [entry for entry in self._open.values() if entry.expiry is not None]:
+            self._place(entry)
+
+    def _candidates(self, entry: Entry) -> list[RouterStream]:
         """The ready routers that have not said in this round that their queue is full."""
-        return [link for link in self._links if link.state == "ready" and not link.retired and link not in entry.full]
+        ready = (stream for stream in self._streams if stream.state == "ready" and not stream.retired)
+        return [stream for stream in ready if stream not in entry.full]
 
     def _wait(self, entry: Entry) -> None:
-        if entry.request_id not in self._waiting:
-            self._waiting[entry.request_id] = entry
+        if entry.expiry is None:
             entry.expiry = asyncio.get_running_loop().call_later(self._rejoin_timeout_s, self._expire, entry)
 
     def _stop_waiting(self, entry: Entry) -> None:
-        if self._waiting.pop(entry.request_id, None) is not None and entry.expiry is not None:
+        if entry.expiry is not None:
             entry.expiry.cancel()
+            entry.expiry = None
 
     def _expire(self, entry: Entry) -> None:
         self._stop_waiting(entry)
@@ -156,43 +162,44 @@ class Session:
 
     def _leave(self, entry: Entry) -> None:
         """The reader is done with a request, or gone."""
-        self._open.discard(entry)
+        self._open.pop(entry.request_id, None)
         self._stop_waiting(entry)
-        if entry.link is not None:
-            link = entry.link
-            link.cancel(entry)
+        if entry.stream is not None:
+            entry.stream.send(encode_cancel(entry.request_id))
+            _release(entry)
             self._sweep()
 
     def _sweep(self) -> None:
-        """Close the links of routers that left the fleet, once nothing runs on them."""
-        for link in [link for link in self._links if link.retired and not link.requests]:
-            self._links.remove(link)
-            task = link.close()
+        """Close the streams of routers that left the fleet, once nothing runs on them."""
+        for stream in [stream for stream in self._streams if stream.retired and not stream.n_open]:
+            self._streams.remove(stream)
+            task = stream.close()
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
     # What routers say.
 
-    def _on_event(self, link: Link, event: pb.Event) -> None:
+    def _on_event(self, stream: RouterStream, event: pb.Event) -> None:
         for message in event.outputs:
-            if (entry := link.requests.get(message.request_id)) is None:
+            entry = self._open.get(message.request_id)
+            if entry is None or entry.stream is not stream:
                 continue  # cancelled while it was on the way
             if message.finish:
-                link.release(entry)
+                _release(entry)
             if message.finish == "error":
-                self._refused(link, entry, decode_refusal(message.refusal))
+                self._refused(stream, entry, decode_refusal(message.refusal))
                 continue
             output = decode_output(message)
             self._tokens += len(output.token_ids)
             entry.record(output)
         self._sweep()
 
-    def _refused(self, link: Link, entry: Entry, error: RequestError) -> None:
+    def _refused(self, stream: RouterStream, entry: Entry, error: RequestError) -> None:
         if error.code == "draining":
             entry.full.clear()  # so that one that was full is asked again: it has no other way to speak up
             self._place(entry)
         elif error.code == "queue_full":
-            entry.full.add(link)
+            entry.full.add(stream)
             if self._candidates(entry):
                 self._place(entry)
             elif entry.accepted:
@@ -203,18 +210,16 @@ class Session:
             entry.fail(error)
 
     def _retry(self, entry: Entry) -> None:
-        if entry in self._open and entry.link is None:
+        if entry.request_id in self._open and entry.stream is None:
             entry.full.clear()
             self._place(entry)
 
-    def _on_change(self, link: Link) -> None:
-        if link.state == "ready":
-            for entry in list(self._waiting.values()):
-                self._place(entry)
-        elif link.state == "":
-            lost = list(link.requests.values())
-            for entry in lost:
-                link.release(entry)
+    def _on_change(self, stream: RouterStream) -> None:
+        if stream.state == "ready":
+            self._place_waiting()
+        elif stream.state == "":
+            for entry in [entry for entry in self._open.values() if entry.stream is stream]:
+                _release(entry)
                 self._fail_over(entry)
             self._sweep()
 
@@ -228,3 +233,10 @@ class Session:
             entry.fail(RequestError(message, code="internal_error", status=500))
         elif not entry.end_by_length():
             self._place(entry)
+
+
+def _release(entry: Entry) -> None:
+    """The request no longer runs on the router it was given to."""
+    if entry.stream is not None:
+        entry.stream.n_open -= 1
+        entry.stream = None

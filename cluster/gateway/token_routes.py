@@ -8,7 +8,6 @@ from cluster.errors import RequestError
 from cluster.gateway import responses
 from cluster.gateway.chat import plain_messages
 from cluster.gateway.context import Gateway
-from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.prompts import encode
 from cluster.gateway.schemas import DetokenizeRequest, TokenizeRequest
 
@@ -22,12 +21,11 @@ def token_routes(gateway: Gateway) -> APIRouter:
         gateway.check_model(request.model)
         text, special = _text(gateway, request)
         tokens = await encode(gateway, text, add_special_tokens=special)
-        names = TokenNames(gateway.tokenizer)
         return responses.Tokenized(
             count=len(tokens),
             max_model_len=gateway.model.max_context,
             tokens=tokens,
-            token_strs=[names.name(token_id) for token_id in tokens] if request.return_token_strs else None,
+            token_strs=[gateway.names.name(token_id) for token_id in tokens] if request.return_token_strs else None,
         )
 
     @router.post("/detokenize")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -42,9 +43,9 @@ class Tokenizer:
         file = self.path / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: the tokenizer must be in the `tokenizers` format")
-        definition = read_json(file)
+        definition = _untrimmed(read_json(file))
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file}: {error}") from error
         # Some files carry the truncation and padding of a training run.
@@ -65,9 +66,17 @@ class Tokenizer:
         """One more than the largest token id."""
         return len(self.pieces.raw)
 
+    def tokens_from(self, first: int) -> dict[int, str]:
+        """The tokens of `first` and the ids above, as the vocabulary writes them."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        return {token_id: token for token, token_id in vocabulary.items() if token_id >= first}
+
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """The ids that end an answer: those of generation_config.json or config.json, and the tokenizer's own."""
+        """The ids that end an answer: those of generation_config.json or config.json, and the tokenizer's own.
+
+        A model may have no row for some of them (`cluster.gateway.vocabulary`): it never says those.
+        """
         ids: set[int] = set()
         for name in ("generation_config.json", "config.json"):
             value = read_json(self.path / name).get("eos_token_id")
@@ -86,6 +95,31 @@ class Tokenizer:
         """The token ids of `text`, with what the tokenizer puts around a text (usually a first token) if asked."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def offsets(self, text: str) -> list[int]:
+        """Where in `text`, in characters, each token of it begins; what the tokenizer adds lies where it was added."""
+        encoding = self._tokenizer.encode(text)
+        starts: list[int] = []
+        end = 0
+        for (start, stop), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            starts.append(end if added and start == stop else max(start, starts[-1] if starts else 0))
+            end = max(end, stop)
+        return starts
+
+    def spell(self, ids: Sequence[int]) -> tuple[str, list[int]]:
+        """The text of `ids`, special tokens by their names, and where in it, in characters, each of them begins."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text, offsets = "", []
+        for token_id in ids:
+            raw = self.pieces.bytes_of(token_id)
+            if raw and raw[0] & 0xC0 != 0x80:  # no continuation: a character before it that is incomplete stays so
+                text += decoder.decode(b"", final=True)
+            offsets.append(len(text))
+            text += decoder.decode(raw)
+        text += decoder.decode(b"", final=True)
+        if self.pieces.strips_first_space and text.startswith(" "):
+            return text[1:], [max(offset - 1, 0) for offset in offsets]
+        return text, offsets
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids that the vocabulary lacks are left out."""
@@ -117,6 +151,17 @@ class Tokenizer:
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
 
 
+def _untrimmed(definition: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer, in whose offsets a token's white space is a part of it, as it is of its text."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: False if key == "trim_offsets" else without(inner) for key, inner in value.items()}
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    return definition | {key: without(definition[key]) for key in ("post_processor",) if key in definition}
+
+
 def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
     """`bos_token` and the like, the last source winning; a token is written as a string or as an object."""
     found: dict[str, str] = {}
@@ -130,10 +175,34 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _template_source(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The template of chat_template.jinja, else of tokenizer_config.json, else of chat_template.json."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    source = config.get("chat_template", read_json(path / "chat_template.json").get("chat_template"))
-    if isinstance(source, list):  # several, by name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    return source if isinstance(source, str) else None
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+    file = path / "tokenizer_config.json"
+    source = config.get("chat_template")
+    if source is None:
+        file = path / "chat_template.json"
+        source = read_json(file).get("chat_template")
+    if isinstance(source, list):
+        return _default_of(source, file)
+    if source is not None and not isinstance(source, str):
+        raise CheckpointError(f"{file}: chat_template is neither a text nor a list of named ones")
+    return source
+
+
+def _default_of(templates: list[Any], file: Path) -> str:
+    """Of several templates the one named `default`."""
+    named: dict[str, str] = {}
+    for entry in templates:
+        name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise CheckpointError(f"{file}: each of several templates in chat_template needs a `name` and a `template`")
+        named[name] = text
+    if "default" not in named:
+        names = ", ".join(named) or "nothing"
+        raise CheckpointError(f"{file}: chat_template has {names}; name the template for chats `default`")
+    return named["default"]

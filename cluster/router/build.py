@@ -9,53 +9,61 @@ import torch
 
 from cluster.config import Config
 from cluster.router.engine import Engine
-from cluster.router.memory import check_memory
-from cluster.router.sizing import pool_blocks
+from cluster.router.grammar import GrammarCompiler
+from cluster.router.memory import check_memory, with_kv_cache
+from cluster.router.sizing import pool_blocks, step_bytes
 from workers.checkpoint import Checkpoint
+from workers.device import compute_dtype, pick
 from workers.kernels.linear import kept
 from workers.kernels.memory import give_back
 from workers.model.decoder import Decoder
 from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache, bytes_per_block
 from workers.shard import load_shard
-from workers.spec import compute_dtype
 
 _WORKING_BYTES = 256 * 2**20  # activations and logits of a step, code
 
 
-def build_engine(config: Config, path: str | Path, experts: Experts | None = None) -> Engine:
-    """Load the dense half of the checkpoint at `path`, and every expert too unless `experts` says where they are.
+def build_engine(config: Config, source: str | Path | Checkpoint, experts: Experts | None = None) -> Engine:
+    """Load the dense half of the checkpoint `source`, and every expert too unless `experts` says where they are.
 
+    It computes where the checkpoint is read to; that of a directory is the device that the configuration names.
     Raises CheckpointError when a tensor is missing or wrong, StartError when memory does not suffice; both before
     anything is loaded.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source, pick(config.router_device))
     checkpoint.verify()
-    spec, dtype = checkpoint.spec, compute_dtype(config.dtype)
-    n_blocks = pool_blocks(config, spec, dtype)
-    wanted = {
-        "dense weights": dense_bytes(checkpoint, dtype),
-        "KV cache": n_blocks * bytes_per_block(spec, config.block_size, dtype),
-        "work": _WORKING_BYTES,
-    }
+    device = checkpoint.device
+    spec = checkpoint.spec
+    dtype = compute_dtype(config.dtype, spec.dtype, device, config.expert_device if experts is not None else device)
+    needed = {"dense weights": dense_bytes(checkpoint, dtype, device)}
     if experts is None:
-        wanted["experts"] = expert_bytes(checkpoint, dtype) * spec.n_layers * spec.n_experts
-    check_memory(wanted)
-    dense = checkpoint.dense(dtype, kept(dtype))
-    cache = KVCache(spec, n_blocks, config.block_size, dtype)
+        needed["experts"] = expert_bytes(checkpoint, dtype, device) * spec.n_layers * spec.n_experts
+    needed["work"] = step_bytes(config, spec, dtype) if device.type == "cuda" else _WORKING_BYTES
+    n_blocks = pool_blocks(with_kv_cache(config, device, needed), spec, dtype)
+    needed["KV cache"] = n_blocks * bytes_per_block(spec, config.block_size, dtype)
+    check_memory(needed, device)
+    dense = checkpoint.dense(dtype, kept_on(device, dtype))
     if experts is None:
-        experts = load_shard(checkpoint, product(range(spec.n_layers), range(spec.n_experts)), dtype)
+        every = product(range(spec.n_layers), range(spec.n_experts))
+        experts = load_shard(checkpoint, every, dtype)
+    cache = KVCache(spec, n_blocks, config.block_size, dtype, device)
     model = Decoder(spec, dense, experts, cache)
     give_back()
-    return Engine(model, config)
+    return Engine(model, config, GrammarCompiler(checkpoint.path, spec.vocab_size, spec.eos_ids))
 
 
-def expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of one expert in a worker that computes in `dtype`."""
+def expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
+    """Bytes of one expert in a worker that computes in `dtype` on `device`."""
     stored, spec = checkpoint.expert_dtype, checkpoint.spec
-    return 3 * spec.hidden_size * spec.ffn_size * (stored if stored in kept(dtype) else dtype).itemsize
+    return 3 * spec.hidden_size * spec.ffn_size * (stored if stored in kept_on(device, dtype) else dtype).itemsize
 
 
-def dense_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of the weights, all but the experts, in a router that computes in `dtype`."""
-    return checkpoint.dense_bytes(dtype, kept(dtype))
+def dense_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
+    """Bytes of the weights, all but the experts, in a router that computes in `dtype` on `device`."""
+    return checkpoint.dense_bytes(dtype, kept_on(device, dtype))
+
+
+def kept_on(device: torch.device | str, dtype: torch.dtype) -> frozenset[torch.dtype]:
+    """What weights may stay stored as on `device` to compute in `dtype`, beside `dtype` itself."""
+    return kept(dtype) if torch.device(device).type == "cpu" else frozenset()

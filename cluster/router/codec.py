@@ -14,7 +14,7 @@ from workers.pb import generation_pb2 as pb
 _SCALARS = tuple(
     field.name
     for field in fields(SamplingParams)
-    if field.name not in {"logit_bias", "stop_ids", "logprobs", "prompt_logprobs"}
+    if field.name not in {"logit_bias", "stop_ids", "logprobs", "prompt_logprobs", "allowed_ids"}
 )
 
 
@@ -25,6 +25,7 @@ def encode_submit(
         **{name: getattr(params, name) for name in _SCALARS},
         logit_bias=params.logit_bias,
         stop_ids=params.stop_ids,
+        allowed_ids=params.allowed_ids,
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
     )
@@ -41,6 +42,7 @@ def decode_sampling(sampling: pb.Sampling) -> SamplingParams:
         **{name: getattr(sampling, name) for name in _SCALARS},
         logit_bias=dict(sampling.logit_bias),
         stop_ids=tuple(sampling.stop_ids),
+        allowed_ids=tuple(sampling.allowed_ids),
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )

@@ -17,6 +17,7 @@ from cluster.config import Config
 from cluster.errors import ExpertMeshError, RequestError
 from cluster.router import limits
 from cluster.router.batching import logits_wanted, make_batch
+from cluster.router.grammar import Grammar, GrammarCompiler
 from cluster.router.kv_blocks import KVBlocks
 from cluster.router.logprobs import token_logprobs
 from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
@@ -28,6 +29,8 @@ from workers.model.batch import Batch
 from workers.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
+
+_GRAMMAR_WAIT_S = 0.005  # commands wait as long
 
 Logits = NDArray[np.float32]
 
@@ -54,8 +57,10 @@ class Engine:
     business.
     """
 
-    def __init__(self, model: Decoder, config: Config) -> None:
+    def __init__(self, model: Decoder, config: Config, grammars: GrammarCompiler | None = None) -> None:
+        """`grammars`: for the model's tokenizer; None: requests with a grammar are refused."""
         self.model = model
+        self._grammars = grammars
         self._blocks = KVBlocks(model.cache.n_blocks, model.cache.block_size)
         self.max_context = context_limit(config, model.spec, self._blocks.n_blocks)
         self._scheduler = Scheduler(
@@ -84,7 +89,14 @@ class Engine:
         spec = self.model.spec
         limits.check(prompt_ids, params, vocab_size=spec.vocab_size, max_context=self.max_context)
         limits.check_emitted(emitted_ids, params, vocab_size=spec.vocab_size)
-        sequence = Sequence(request_id, prompt_ids, params, eos_ids=spec.eos_ids, emitted_ids=emitted_ids)
+        grammar = None
+        if params.grammar:
+            if self._grammars is None:
+                raise RequestError("this router has no tokenizer", code="unsupported_parameter", param="grammar")
+            grammar = Grammar(self._grammars.compile(params.grammar), emitted_ids)
+        sequence = Sequence(
+            request_id, prompt_ids, params, eos_ids=spec.eos_ids, emitted_ids=emitted_ids, grammar=grammar
+        )
         finish = sequence.finish()
         if finish is not None and not sequence.wants_prompt_logprobs:
             # Its router died between last token and end; or one prompt token is to be scored, and the first has none.
@@ -108,23 +120,26 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """One forward pass over what the scheduler chose; what it gave, request by request.
 
-        Nothing is committed before every layer of the whole batch is complete. When the model fails, the requests of
-        this batch end with an error and the engine lives on.
+        Nothing is committed before every layer of the whole batch is complete. Whatever fails, the engine lives on: the
+        requests of the batch end with an error, or all that are open when there was no batch yet.
         """
         outputs, self._outbox = self._outbox, []
-        with self._lock:
-            chunks = self._scheduler.schedule()
-            if not chunks:
-                return outputs
-            wanted_S = [logits_wanted(chunk) for chunk in chunks]
-            batch = make_batch(chunks, wanted_S, self._blocks.block_size)
+        chunks: list[Chunk] = []
         try:
+            with self._lock:
+                chunks = self._scheduler.schedule()
+                if not chunks:
+                    self._await_grammar()
+                    return outputs
+                wanted_S = [logits_wanted(chunk) for chunk in chunks]
+                batch = make_batch(chunks, wanted_S, self._blocks.block_size)
             logits_RV = self._forward(batch)
+            with self._lock:
+                self._commit(chunks, wanted_S, logits_RV, outputs)
         except Exception as error:
             with self._lock:
-                return outputs + self._abandon(chunks, error)
-        with self._lock:
-            return outputs + self._commit(chunks, wanted_S, logits_RV)
+                outputs += self._fail([chunk.sequence for chunk in chunks] or list(self._open.values()), error)
+        return outputs
 
     def stats(self) -> EngineStats:
         """Safe to call from any thread, also during a step."""
@@ -148,12 +163,11 @@ class Engine:
         self._rows += batch.n_rows
         return logits_RV
 
-    def _commit(self, chunks: Items[Chunk], wanted_S: Items[int], logits_RV: Logits) -> list[StepOutput]:
-        """What is computed counts from here on; the sequences with nothing pending get their next token.
+    def _commit(self, chunks: Items[Chunk], wanted_S: Items[int], logits_RV: Logits, outputs: list[StepOutput]) -> None:
+        """What is computed counts from here on; the sequences with nothing pending get their next token in `outputs`.
 
         Those that were cancelled while the model computed get nothing any more.
         """
-        outputs: list[StepOutput] = []
         sequences: list[Sequence] = []
         rows: list[int] = []
         end = 0
@@ -173,12 +187,18 @@ class Engine:
         if sequences:
             logits_SV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
             outputs += map(self._emit, sequences, self._sampler.sample(logits_SV, sequences), logits_SV)
-        return outputs
 
-    def _emit(self, sequence: Sequence, token: int, logits_V: Logits) -> StepOutput:
+    def _await_grammar(self) -> None:
+        """Nothing can be computed because every grammar is still being compiled: let that have the time."""
+        for sequence in self._scheduler.waiting:
+            if sequence.sampling.grammar is not None:
+                sequence.sampling.grammar.wait(_GRAMMAR_WAIT_S)
+                return
+
+    def _emit(self, sequence: Sequence, token: int | RequestError, logits_V: Logits) -> StepOutput:
         """Commit `token`, and end the sequence with it if it is the last."""
-        if token < 0:
-            return self._end(sequence, "error", "the model gave logits that are not finite")
+        if isinstance(token, RequestError):
+            return self._end(sequence, "error", str(token))
         scores = sequence.take_prompt_logprobs()
         sequence.append(token)
         self._tokens += 1
@@ -194,15 +214,13 @@ class Engine:
         self._close(sequence.request_id)
         return StepOutput(sequence.request_id, (), (), sequence.take_prompt_logprobs(), finish, error)
 
-    def _abandon(self, chunks: Items[Chunk], error: Exception) -> list[StepOutput]:
-        """End the sequences of a step that failed. They could be tried again, but whoever waits has waited enough."""
-        if isinstance(error, ExpertMeshError):
-            log.error("a step of %d sequences failed: %s", len(chunks), error)
-        else:
-            log.exception("a step of %d sequences failed", len(chunks))
-        reason = str(error) if isinstance(error, ExpertMeshError) else f"{type(error).__name__}: {error}"
-        lost = [chunk.sequence for chunk in chunks if chunk.sequence.state is not State.ENDED]
-        return [self._end(sequence, "error", reason) for sequence in lost]
+    def _fail(self, sequences: Items[Sequence], error: Exception) -> list[StepOutput]:
+        """End `sequences` with an error. They could be tried again, but whoever waits has waited enough, and which of
+        them is to blame is not known."""
+        expected = isinstance(error, ExpertMeshError)
+        log.error("a step of %d sequences failed: %s", len(sequences), error, exc_info=None if expected else error)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        return [self._end(each, "error", reason) for each in sequences if each.state is not State.ENDED]
 
     def _close(self, request_id: str) -> None:
         """Forget an open request and free its blocks."""

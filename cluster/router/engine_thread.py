@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from cluster.router.codec import internal_error
 from cluster.router.params import SamplingParams, StepOutput
 
 log = logging.getLogger(__name__)
-
-_FAILURE_PAUSE_S = 0.05  # an engine that fails at every step must not spin
 
 
 class EngineLike(Protocol):
@@ -34,7 +31,7 @@ class EngineLike(Protocol):
         """Whether `step` would do anything."""
 
     def step(self) -> list[StepOutput]:
-        """One forward pass; may block for as long as an expert worker is awaited."""
+        """One forward pass; may block for as long as an expert worker is awaited. What fails ends requests, not it."""
 
     def stats(self) -> object:
         """Numbers for people; safe to call from any thread, also during a step."""
@@ -42,7 +39,7 @@ class EngineLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A request that was not admitted, or that an exception of the engine ended."""
+    """A request that was not admitted."""
 
     request_id: str
     error: RequestError
@@ -60,7 +57,6 @@ class EngineThread:
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._stopping = False
-        self._open: set[str] = set()  # admitted and not finished; touched by the thread alone
         self._refused: list[Refused] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -84,7 +80,7 @@ class EngineThread:
         """What the engine works on ends at once, however long its step waits for a worker; what is still to be
         submitted ends right after that."""
         self._drop(request_ids)
-        self._put(lambda: self._cancel(request_ids))
+        self._put(lambda: self._drop(request_ids))
 
     def _put(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -105,7 +101,7 @@ class EngineThread:
             outputs: list[StepOutput | Refused] = [*self._refused]
             self._refused.clear()
             if self._engine.has_work():
-                outputs += self._step()
+                outputs += self._engine.step()
             if outputs:
                 self._on_outputs(outputs)
 
@@ -114,16 +110,11 @@ class EngineThread:
     ) -> None:
         try:
             self._engine.submit(request_id, prompt_ids, params, emitted_ids)
-            self._open.add(request_id)
         except RequestError as error:
             self._refused.append(Refused(request_id, error))
         except Exception as error:
             log.exception("the engine failed to admit request %s", request_id)
             self._refused.append(Refused(request_id, internal_error(f"{type(error).__name__}: {error}")))
-
-    def _cancel(self, request_ids: Sequence[str]) -> None:
-        self._open.difference_update(request_ids)
-        self._drop(request_ids)
 
     def _drop(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
@@ -131,18 +122,3 @@ class EngineThread:
                 self._engine.cancel(request_id)
             except Exception:
                 log.exception("the engine failed to cancel request %s", request_id)
-
-    def _step(self) -> Sequence[StepOutput | Refused]:
-        try:
-            outputs = self._engine.step()
-        except Exception as error:
-            # Which sequences of the batch are to blame is unknown and their state may be half written: end all.
-            log.exception("a step failed; %d requests end with an error", len(self._open))
-            lost = [Refused(id, internal_error(f"{type(error).__name__}: {error}")) for id in sorted(self._open)]
-            self._cancel([refused.request_id for refused in lost])
-            time.sleep(_FAILURE_PAUSE_S)
-            return lost
-        for output in outputs:
-            if output.finish is not None:
-                self._open.discard(output.request_id)
-        return outputs

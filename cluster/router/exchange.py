@@ -21,8 +21,8 @@ from torch import Tensor
 
 from cluster.placement.placement import Placement
 from cluster.placement.routes import Routes
-from cluster.router.links import Links, Reply
 from cluster.router.split import rows_of, split
+from cluster.router.worker_pool import Reply, WorkerPool
 from workers.errors import WorkerLost
 from workers.kernels import native
 from workers.kernels.dispatch import Plan, weighted_sum
@@ -87,7 +87,7 @@ class Exchange:
         reply_timeout_s: float,
         rejoin_timeout_s: float,
     ) -> None:
-        self._links = Links(transport, reply_timeout_s)
+        self._pool = WorkerPool(transport, reply_timeout_s)
         self._rejoin_timeout_s = rejoin_timeout_s
         self._router = secrets.randbits(64)
         self._step = 0
@@ -97,7 +97,7 @@ class Exchange:
         self._closed = False
         self._outstanding: Counter[int] = Counter()  # dispatches not yet combined, by epoch
         self._view = self._published = View(placement, dict(addresses))
-        self._may_have_left = False  # whether the links may lead to workers that are not in the view any more
+        self._may_have_left = False  # whether the pool may have workers that are not in the view any more
         self._n_experts = len(placement.replicas[0])
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
         self._connect()
@@ -111,12 +111,12 @@ class Exchange:
 
     def numbers(self) -> dict[str, Any]:
         """How the exchange is doing, under the names of the generation service's DescribeReply. From any thread."""
-        absent = set(self._links.absent)
+        ejected = set(self._pool.ejected)
         return {
             "epoch": self.epoch,
-            "connected": [worker for worker in self._published.placement.workers if worker not in absent],
+            "connected": [worker for worker in self._published.placement.workers if worker not in ejected],
             "repairs": self.counters.repairs,
-            "dropped_replies": self._links.transport.dropped_replies,  # came when nobody awaited them any more
+            "dropped_replies": self._pool.transport.dropped_replies,  # came when nobody awaited them any more
         }
 
     def publish(self, placement: Placement, addresses: Mapping[str, str]) -> None:
@@ -129,7 +129,7 @@ class Exchange:
         """Number the dispatches that follow. What the step before dispatched and did not combine is given up."""
         with self._lock:
             self._outstanding.clear()
-        self._links.abandon()
+        self._pool.abandon()
         self._step = step
         self._part = 0
 
@@ -191,18 +191,18 @@ class Exchange:
             self._outstanding[epoch] += 1
         if changed:
             self._connect()
-        elif self._links.absent and self._links.probe():
-            self._routes = Routes(self._view.placement, self._links.absent)
+        elif self._pool.ejected and self._pool.probe():
+            self._routes = Routes(self._view.placement, self._pool.ejected)
         if self._may_have_left and self._outstanding.total() == 1:
-            self._links.forget(self._view.placement.workers)
+            self._pool.forget(self._view.placement.workers)
             self._may_have_left = False
         return epoch
 
     def _connect(self) -> None:
         """Follow the view in force. Workers that left it are forgotten by the next dispatch that is alone in flight."""
-        self._links.update(self._view.addresses)
+        self._pool.update(self._view.addresses)
         self._may_have_left = True
-        self._routes = Routes(self._view.placement, self._links.absent)
+        self._routes = Routes(self._view.placement, self._pool.ejected)
 
     def _tag(self, layer: int, attempt: int) -> Tag:
         tag = Tag(self._router, self._view.placement.epoch, self._step, layer, self._part, attempt)
@@ -211,7 +211,7 @@ class Exchange:
 
     def _send(self, worker: int, rows: Rows, at: slice | Tensor, out_PD: Tensor) -> Part:
         self.counters.sent_bytes += rows.n_bytes
-        return Part(rows, at, self._links.send(self._routes.workers[worker], rows, out_PD))
+        return Part(rows, at, self._pool.send(self._routes.workers[worker], rows, out_PD))
 
     def _receive(self, parts: Iterable[Part], rows_PD: Tensor) -> list[Part]:
         """Wait for the replies and put them in their places; returns the parts that were lost."""
@@ -220,7 +220,7 @@ class Exchange:
         began = time.perf_counter()
         for part in parts:
             reply = part.reply
-            self._links.wait(reply)
+            self._pool.wait(reply)
             if reply.loss is not None:
                 lost.append(part)
                 continue
@@ -263,9 +263,9 @@ class Exchange:
         if self._published is not self._view:
             self._view = self._published
             self._connect()
-        for worker in {part.reply.worker for part in lost} & set(self._links.absent):
-            self._links.reopen(worker)
-        self._routes = Routes(self._view.placement, self._links.absent)
+        for worker in {part.reply.worker for part in lost} & set(self._pool.ejected):
+            self._pool.reopen(worker)
+        self._routes = Routes(self._view.placement, self._pool.ejected)
 
     def _resend(self, part: Part) -> list[Part]:
         """The rows of `part` on the way to whoever holds their experts now, one part for each."""

@@ -17,6 +17,7 @@ MAX_BIAS = 100.0
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0  # presence and frequency, either sign; repetition, from MIN_REPETITION_PENALTY
 MIN_REPETITION_PENALTY = 0.01
+MAX_GRAMMAR_CHARACTERS = 1 << 18
 
 
 def check(prompt_ids: Sequence[int], params: SamplingParams, *, vocab_size: int, max_context: int) -> None:
@@ -47,6 +48,9 @@ def check(prompt_ids: Sequence[int], params: SamplingParams, *, vocab_size: int,
     _check_range("prompt_logprobs", params.prompt_logprobs or 0, 0, MAX_LOGPROBS)
     _check_ids("stop_token_ids", params.stop_ids, MAX_STOP_IDS, vocab_size)
     _check_ids("logit_bias", tuple(params.logit_bias), MAX_BIAS_ENTRIES, vocab_size)
+    _check_ids("allowed_token_ids", params.allowed_ids, vocab_size, vocab_size)
+    if len(params.grammar) > MAX_GRAMMAR_CHARACTERS:
+        raise _invalid("grammar", f"has {len(params.grammar)} characters; at most {MAX_GRAMMAR_CHARACTERS} are allowed")
     for bias in params.logit_bias.values():
         _check_range("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
 

@@ -28,6 +28,8 @@ class SamplingParams:
     min_tokens: int = 0  # end-of-sequence and stop ids are not sampled before
     logprobs: int | None = None  # None: none; n: of the sampled token and of the n likeliest
     prompt_logprobs: int | None = None
+    grammar: str = ""  # what the answer must follow (`router.grammar`); a complete answer ends, whatever `ignore_eos`
+    allowed_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all may be
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 One pass in numpy over the rows of a step. A row (some 200 KB) is worked on while it is in the core's cache, pays only
 for the stages that its sequence asks for, and never looks at another row: so a request gives the same tokens alone and
-in a crowd. The order of the stages: logit bias, penalties, ban of stop tokens, temperature, top-k, top-p, min-p, draw.
+in a crowd. The order of the stages: logit bias, penalties, what a list and a grammar allow, ban of
+stop tokens, temperature, top-k, top-p, min-p, draw.
 
 Shape legend: S sequences, V vocabulary, B blocks of a row.
 """
@@ -14,6 +15,8 @@ from collections.abc import Sequence as Items
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.errors import RequestError
+from cluster.router.grammar import Flags, Grammar, GrammarMasks
 from cluster.router.params import SamplingParams
 from cluster.router.philox import uniforms
 from cluster.router.sampling_state import SamplingState
@@ -32,24 +35,44 @@ class Sampler:
     def __init__(self, vocab_size: int) -> None:
         self._weights = np.zeros(-(-vocab_size // _BLOCK) * _BLOCK, np.float32)
         self._vocab_size = vocab_size
+        self._masks = GrammarMasks(vocab_size)
 
-    def sample(self, logits_SV: Rows, sequences: Items[Sequence]) -> list[int]:
-        """One token per row; -1 where the model gave no finite logits. Leaves `logits_SV` as it is.
+    def sample(self, logits_SV: Rows, sequences: Items[Sequence]) -> list[int | RequestError]:
+        """One token per row, or why there is none: what is wrong with one row is not the others' matter.
 
-        The caller appends the token to the sequence (`Sequence.append`) before it samples again.
+        Leaves `logits_SV` as it is. The caller appends the token to the sequence (`Sequence.append`) before it samples
+        again.
         """
-        tokens: list[int] = logits_SV.argmax(axis=1).tolist()
-        finite: list[bool] = np.isfinite(logits_SV[range(len(tokens)), tokens]).tolist()
+        best_S = logits_SV.argmax(axis=1)
+        tokens: list[int | RequestError] = best_S.tolist()
+        finite: list[bool] = np.isfinite(logits_SV[range(len(tokens)), best_S]).tolist()
         choosing = [i for i, sequence in enumerate(sequences) if finite[i] and not sequence.sampling.plain]
         if choosing:
             draw_ahead([sequences[i] for i in choosing])
+        following, broken = self._follow(choosing, sequences)
         for i in choosing:
-            tokens[i] = self._choose(logits_SV[i], sequences[i])
-        return [token if ok else -1 for token, ok in zip(tokens, finite, strict=True)]
+            tokens[i] = broken.get(i) or self._choose(logits_SV[i], sequences[i], following.get(i))
+        unusable = RequestError("the model gave logits that are not finite", code="internal_error", status=500)
+        return [token if ok else unusable for token, ok in zip(tokens, finite, strict=True)]
 
-    def _choose(self, logits_V: Row, sequence: Sequence) -> int:
-        logits_V = adjust(logits_V, sequence)
+    def _follow(self, rows: Items[int], sequences: Items[Sequence]) -> tuple[dict[int, Flags], dict[int, RequestError]]:
+        """What each row's grammar allows; and the rows whose grammar cannot be followed."""
+        usable: dict[int, Grammar] = {}
+        broken: dict[int, RequestError] = {}
+        for i in rows:
+            if (grammar := sequences[i].sampling.grammar) is not None:
+                try:
+                    grammar.check()
+                    usable[i] = grammar
+                except RequestError as error:
+                    broken[i] = error
+        return dict(zip(usable, self._masks.allowed(list(usable.values())), strict=True)) if usable else {}, broken
+
+    def _choose(self, logits_V: Row, sequence: Sequence, allowed_V: Flags | None) -> int | RequestError:
+        logits_V = adjust(logits_V, sequence, allowed_V)
         state = sequence.sampling
+        if allowed_V is not None and logits_V.max() == -np.inf:
+            return RequestError("the grammar allows no token that may come next", code="invalid_grammar")
         if state.greedy:
             return int(logits_V.argmax())
         weigh(logits_V, sequence.params, self._weights[: self._vocab_size])
@@ -72,11 +95,11 @@ def draw_ahead(sequences: Items[Sequence]) -> None:
         state.random, state.random_from = numbers, position
 
 
-def adjust(logits_V: Row, sequence: Sequence) -> Row:
-    """Logit bias, penalties and the ban of stop tokens; the given row itself when there is none of them."""
+def adjust(logits_V: Row, sequence: Sequence, allowed_V: Flags | None = None) -> Row:
+    """Logit bias, penalties, what is allowed and the ban of stop tokens; the given row where there is none of them."""
     state, params = sequence.sampling, sequence.params
     bans = sequence.stops if sequence.bans_stops else ()
-    if not (len(state.bias_B) or state.seen or bans):
+    if not (len(state.bias_B) or state.seen or bans or len(state.allowed_ids_A)) and allowed_V is None:
         return logits_V
     logits_V = logits_V.copy()
     if len(state.bias_B):
@@ -89,8 +112,18 @@ def adjust(logits_V: Row, sequence: Sequence) -> Row:
         seen -= np.float32(params.frequency_penalty) * counts
         seen -= np.float32(params.presence_penalty) * (counts > 0)
         logits_V[ids] = seen
-    for token in bans:
-        logits_V[token] = -np.inf
+    if len(state.allowed_ids_A):
+        kept = logits_V[state.allowed_ids_A]
+        logits_V.fill(-np.inf)
+        logits_V[state.allowed_ids_A] = kept
+    if allowed_V is not None:
+        logits_V[~allowed_V] = -np.inf
+    if bans:
+        stops = list(bans)
+        kept = logits_V[stops]
+        logits_V[stops] = -np.inf
+        if allowed_V is not None and logits_V.max() == -np.inf:  # a grammar at its end has nothing but these
+            logits_V[stops] = kept
     return logits_V
 
 

@@ -1,6 +1,6 @@
 """What sampling keeps of one sequence from step to step, so that a step costs no more than what changed.
 
-Shape legend: V vocabulary, N distinct tokens seen, B biased tokens.
+Shape legend: V vocabulary, N distinct tokens seen, B biased tokens, A allowed tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.router.grammar import Grammar
 from cluster.router.params import SamplingParams
 
 _GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot be divided by
@@ -18,9 +19,28 @@ _GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot be divided by
 class SamplingState:
     """The constant parts of the parameters as arrays, and the tokens seen so far where penalties need them."""
 
-    __slots__ = ("bias_B", "bias_ids_B", "greedy", "plain", "random", "random_from", "seed", "seen")
+    __slots__ = (
+        "allowed_ids_A",
+        "bias_B",
+        "bias_ids_B",
+        "grammar",
+        "greedy",
+        "plain",
+        "random",
+        "random_from",
+        "seed",
+        "seen",
+    )
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], emitted_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        emitted_ids: Sequence[int],
+        grammar: Grammar | None = None,
+    ) -> None:
+        self.grammar = grammar
+        self.allowed_ids_A = np.fromiter(params.allowed_ids, np.int64)
         self.seed = params.seed
         self.greedy = params.temperature < _GREEDY_BELOW
         self.random: NDArray[np.float64] = np.empty(0)  # drawn ahead: the uniforms of positions random_from, ...
@@ -30,7 +50,8 @@ class SamplingState:
         self.bias_ids_B = np.fromiter(params.logit_bias.keys(), np.int64)
         self.bias_B = np.fromiter(params.logit_bias.values(), np.float32)
         # Plain: the likeliest token, whatever came before.
-        self.plain = self.greedy and not penalised and not params.logit_bias and params.min_tokens == 0
+        free = grammar is None and not params.allowed_ids
+        self.plain = free and self.greedy and not penalised and not params.logit_bias and params.min_tokens == 0
 
 
 class SeenTokens:

@@ -112,15 +112,20 @@ class Scheduler:
         return decoding
 
     def _admit(self) -> Sequence | None:
-        """Move the head of the queue to the running ones, if there is room for it."""
-        if not self.waiting or len(self.running) >= self.max_sequences:
+        """Move the head of the queue to the running ones, if there is room for it.
+
+        One whose grammar is being compiled lets those behind it pass.
+        """
+        if len(self.running) >= self.max_sequences:
             return None
-        sequence = self.waiting[0]
+        sequence = next((sequence for sequence in self.waiting if sequence.is_ready), None)
+        if sequence is None:
+            return None
         need = self.blocks.needed(len(sequence.tokens))
         # One spare block for each running sequence: else the newcomer would soon be preempted by their growth.
         if self.blocks.n_free < need + len(self.running):
             return None
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         sequence.blocks.extend(self.blocks.allocate(need))
         sequence.state = State.RUNNING
         self.running.append(sequence)

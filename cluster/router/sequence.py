@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence as Items
 from enum import Enum
 
+from cluster.router.grammar import Grammar
 from cluster.router.params import Finish, SamplingParams, TokenLogprobs
 from cluster.router.sampling_state import SamplingState
 
@@ -36,13 +37,15 @@ class Sequence:
         *,
         eos_ids: Items[int] = (),
         emitted_ids: Items[int] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
         self.n_prompt = len(prompt_ids)
         self.tokens = [*prompt_ids, *emitted_ids]
-        self.stops = frozenset(params.stop_ids if params.ignore_eos else (*params.stop_ids, *eos_ids))
-        self.sampling = SamplingState(params, prompt_ids, emitted_ids)
+        goes_on = params.ignore_eos and grammar is None  # after a grammar's end nothing else may come
+        self.stops = frozenset(params.stop_ids if goes_on else (*params.stop_ids, *eos_ids))
+        self.sampling = SamplingState(params, prompt_ids, emitted_ids, grammar)
         self.computed = 0  # tokens whose K and V are in the cache
         self.blocks = array("i")
         self.state = State.WAITING
@@ -73,6 +76,11 @@ class Sequence:
         return scores
 
     @property
+    def is_ready(self) -> bool:
+        """Whether it can be computed: its grammar, if it has one, is compiled."""
+        return self.sampling.grammar is None or self.sampling.grammar.wait(0)
+
+    @property
     def bans_stops(self) -> bool:
         """Whether the next token must not end the sequence."""
         return self.n_emitted < self.params.min_tokens
@@ -82,6 +90,8 @@ class Sequence:
         self.tokens.append(token)
         if self.sampling.seen is not None:
             self.sampling.seen.add(token)
+        if self.sampling.grammar is not None:
+            self.sampling.grammar.append(token)
 
     def finish(self) -> Finish | None:
         """Why the sequence is complete with the tokens it has; None while it is not."""

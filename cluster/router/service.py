@@ -19,7 +19,7 @@ from grpc_health.v1.health import aio as health_aio
 from cluster.errors import RequestError, StartError
 from cluster.router.codec import decode_sampling
 from cluster.router.engine_thread import EngineLike, EngineThread, Refused
-from cluster.router.outbox import Outbox
+from cluster.router.gateway_stream import GatewayStream
 from cluster.router.params import StepOutput
 from cluster.router.stream_options import SERVER_OPTIONS
 from workers.pb import generation_pb2 as pb
@@ -62,15 +62,24 @@ class GenerationService:
         self._engine = engine
         self._exchange = exchange
         self._thread = EngineThread(engine, self._hand_over)
-        self._streams: set[Outbox] = set()
-        self._open: dict[str, tuple[Outbox, str]] = {}  # engine's id -> stream, gateway's id
-        self._ids = count()
+        self._streams: dict[int, GatewayStream] = {}  # by number; each has its open requests
+        self._numbers = count()  # of streams, and of requests
         self._inbox: list[StepOutput | Refused] = []
         self._inbox_lock = threading.Lock()
 
     @property
     def address(self) -> str:
         return f"{self.host}:{self.port}"
+
+    @property
+    def n_open(self) -> int:
+        """Requests that were taken and have not ended."""
+        return sum(len(stream.open) for stream in self._streams.values())
+
+    @property
+    def n_gateways(self) -> int:
+        """Gateways that have a stream open."""
+        return len(self._streams)
 
     async def start(self) -> None:
         """Listen and start the step loop; StartError when the address cannot be bound."""
@@ -97,7 +106,7 @@ class GenerationService:
         )
         for name in ("", SERVICE):
             await self._health.set(name, serving)
-        for stream in self._streams:
+        for stream in self._streams.values():
             stream.announce(state)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -107,14 +116,15 @@ class GenerationService:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("router %s: %d requests outlived the drain; they go on elsewhere", self.router, len(self._open))
+            log.warning("router %s: %d requests outlived the drain; they go on elsewhere", self.router, self.n_open)
             return False
         return True
 
     async def stop(self) -> None:
         """End every stream at once (gateways continue what was open on other routers) and the step loop."""
         await self._server.stop(grace=None)
-        self._drop(list(self._open))  # here, because the streams' own handlers may end later than the step loop
+        for stream in self._streams.values():  # here, because their own handlers may end later than the step loop
+            self._drop(stream, list(stream.open))
         if not await asyncio.to_thread(self._thread.stop, 10.0):
             log.warning("router %s: the step in progress did not end; its thread is left behind", self.router)
 
@@ -133,8 +143,8 @@ class GenerationService:
 
     async def serve_stream(self, commands: AsyncIterator[pb.Command], context: _Context) -> None:
         """One gateway: commands in, events out. When it ends, for whatever reason, its requests are cancelled."""
-        stream = Outbox()
-        self._streams.add(stream)
+        stream = GatewayStream(next(self._numbers))
+        self._streams[stream.number] = stream
         stream.announce(self.state)
         reader = asyncio.create_task(self._read(stream, commands))
         try:
@@ -142,22 +152,22 @@ class GenerationService:
                 await context.write(event)
         finally:
             reader.cancel()
-            self._streams.discard(stream)
-            self._drop(list(stream.open.values()))
+            del self._streams[stream.number]
+            self._drop(stream, list(stream.open))
 
-    async def _read(self, stream: Outbox, commands: AsyncIterator[pb.Command]) -> None:
+    async def _read(self, stream: GatewayStream, commands: AsyncIterator[pb.Command]) -> None:
         try:
             async for command in commands:
                 if command.HasField("submit"):
                     self._submit(stream, command.submit)
-                elif (engine_id := stream.open.get(command.cancel.request_id)) is not None:
-                    self._drop([engine_id])
+                elif command.cancel.request_id in stream.open:
+                    self._drop(stream, [command.cancel.request_id])
         except Exception:
             log.exception("router %s: a gateway's stream broke off", self.router)
         finally:
             stream.close()
 
-    def _submit(self, stream: Outbox, submit: pb.Submit) -> None:
+    def _submit(self, stream: GatewayStream, submit: pb.Submit) -> None:
         if self.state == "draining":
             error = RequestError("this router is being stopped", code="draining", status=503, retry_after_s=1)
             stream.refuse(submit.request_id, error)
@@ -166,23 +176,28 @@ class GenerationService:
             error = RequestError(f"request id {submit.request_id} is in use", code="invalid_value", param="request_id")
             stream.refuse(submit.request_id, error)
             return
-        engine_id = f"{submit.request_id}@{next(self._ids)}"
+        # The engine's id says whose request it is, and which of those that had this id.
+        engine_id = f"{stream.number}/{next(self._numbers)}/{submit.request_id}"
         stream.open[submit.request_id] = engine_id
-        self._open[engine_id] = (stream, submit.request_id)
         self._idle.clear()
         params = decode_sampling(submit.sampling)
         self._thread.submit(engine_id, list(submit.prompt_ids), params, list(submit.emitted_ids))
 
-    def _drop(self, engine_ids: Sequence[str]) -> None:
-        if engine_ids:
-            self._thread.cancel(engine_ids)
-            for engine_id in engine_ids:
-                self._forget(engine_id)
+    def _find(self, engine_id: str) -> tuple[GatewayStream, str] | None:
+        """The stream of an open request and its id there; None once it was cancelled."""
+        number, _, request_id = engine_id.split("/", 2)
+        stream = self._streams.get(int(number))
+        return (stream, request_id) if stream is not None and stream.open.get(request_id) == engine_id else None
 
-    def _forget(self, engine_id: str) -> None:
-        stream, request_id = self._open.pop(engine_id)
+    def _drop(self, stream: GatewayStream, request_ids: Sequence[str]) -> None:
+        if request_ids:
+            self._thread.cancel([stream.open[request_id] for request_id in request_ids])
+            for request_id in request_ids:
+                self._forget(stream, request_id)
+
+    def _forget(self, stream: GatewayStream, request_id: str) -> None:
         del stream.open[request_id]
-        if not self._open:
+        if not self.n_open:
             self._idle.set()
 
     # From the engine.
@@ -202,18 +217,18 @@ class GenerationService:
         with self._inbox_lock:
             outputs, self._inbox = self._inbox, []
         for output in outputs:
-            if (entry := self._open.get(output.request_id)) is None:
+            if (found := self._find(output.request_id)) is None:
                 continue  # cancelled while the step ran
-            stream, request_id = entry
+            stream, request_id = found
             if isinstance(output, Refused):
                 stream.refuse(request_id, output.error)
             else:
                 stream.put(request_id, output)
             if isinstance(output, Refused) or output.finish is not None:
-                self._forget(output.request_id)
+                self._forget(stream, request_id)
             if stream.pending_tokens > _MAX_PENDING_TOKENS or stream.pending_bytes > _MAX_PENDING_BYTES:
                 log.warning("router %s: a gateway reads too slowly; its stream is closed", self.router)
-                self._drop(list(stream.open.values()))
+                self._drop(stream, list(stream.open))
                 stream.close()
 
 

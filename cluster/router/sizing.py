@@ -6,20 +6,37 @@ import torch
 
 from cluster.config import Config
 from cluster.errors import StartError
+from workers.device import compute_dtype
 from workers.model.kv_cache import bytes_per_block
 from workers.spec import ModelSpec
+
+CPU_KV_MIB = 512  # of a router without a GPU, unless configured
 
 
 def pool_blocks(config: Config, spec: ModelSpec, dtype: torch.dtype) -> int:
     """How many KV blocks `kv_cache_mb` holds. Raises StartError when it is not even one."""
     block_bytes = bytes_per_block(spec, config.block_size, dtype)
-    n_blocks = config.kv_cache_mb * 2**20 // block_bytes
+    n_blocks = (config.kv_cache_mb or CPU_KV_MIB) * 2**20 // block_bytes
     if n_blocks < 1:
         raise StartError(
             f"kv_cache_mb is {config.kv_cache_mb}, but one block of {config.block_size} tokens takes "
             f"{block_bytes / 2**20:.1f} MiB of this model"
         )
     return n_blocks
+
+
+def cluster_dtype(config: Config, spec: ModelSpec) -> torch.dtype:
+    """What routers and expert workers compute in; their devices are settled."""
+    experts = [config.expert_device] if config.expert_workers else []
+    return compute_dtype(config.dtype, spec.dtype, config.router_device, *experts)
+
+
+def step_bytes(config: Config, spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes that a step takes on a router's device at most: activations of its rows, logits of its sequences."""
+    rows = config.max_batch_tokens + config.max_sequences
+    attention, experts = spec.n_heads * spec.head_dim, spec.top_k * (spec.hidden_size + 3 * spec.ffn_size)
+    per_row = 4 * (attention + spec.hidden_size) + experts
+    return rows * per_row * dtype.itemsize + 3 * config.max_sequences * spec.vocab_size * 4
 
 
 def context_limit(config: Config, spec: ModelSpec, n_blocks: int) -> int:

@@ -71,7 +71,7 @@ async def test_streams_continue_with_the_tokens_of_an_undisturbed_run(checkpoint
             await service.start()
             stack.push_async_callback(service.stop)
         session = await stack.enter_async_context(Session({service.router: service.address for service in services}))
-        await until(lambda: all(link.state == "ready" for link in session.stats().links))
+        await until(lambda: all(stream.state == "ready" for stream in session.stats().streams))
         streams = [asyncio.create_task(collect(session.generate(*request))) for request in requests]
         await until(lambda: session.stats().tokens > 100)
         await services[0].stop()

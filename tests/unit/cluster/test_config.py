@@ -42,6 +42,11 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
     special = {
         "transport": "grpc",
         "dtype": "bfloat16",
+        "router_device": "cpu",
+        "expert_device": "cuda",
+        "gpus_per_router": "0.5",
+        "gpus_per_expert_worker": "0.25",
+        "gpu_memory_utilization": "0.7",
         "log_level": "debug",
         "max_body_bytes": "2048",
         "api_keys_file": str(keys),

@@ -20,26 +20,26 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_a_whole_checkpoint_passes(checkpoint: Path) -> None:
-    check_gateway(Config(), checkpoint)
+    check_gateway(Config(), checkpoint, 512)
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
-        check_gateway(Config(), checkpoint)
+        check_gateway(Config(), checkpoint, 512)
 
 
 def test_a_broken_chat_template_is_refused(checkpoint: Path) -> None:
     (checkpoint / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(CheckpointError, match="chat template"):
-        check_gateway(Config(), checkpoint)
+        check_gateway(Config(), checkpoint, 512)
 
 
 def test_a_broken_file_of_keys_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("two words\n")
     with pytest.raises(ConfigError, match=r"keys:1: a key is one word"):
-        check_gateway(replace(Config(), api_keys_file=keys), checkpoint)
+        check_gateway(replace(Config(), api_keys_file=keys), checkpoint, 512)
 
 
 def test_sampling_defaults_are_planned_unless_turned_off(checkpoint: Path) -> None:

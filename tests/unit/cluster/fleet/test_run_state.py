@@ -6,9 +6,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.control.view import View
 from cluster.errors import ExpertMeshError, StartError
 from cluster.fleet import snapshot
-from cluster.fleet.membership import View
 from cluster.fleet.run_state import RunState, find, make_run_dir
 from cluster.placement.placement import striped
 

@@ -6,6 +6,7 @@ not add up, a stream whose pieces are not the whole.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -95,14 +96,22 @@ def test_max_completion_tokens_is_the_limit_and_none_is_the_whole_context(served
 
 def test_an_answer_can_be_sent_back_as_a_message(served: Served) -> None:
     message = chat(served, max_tokens=3).choices[0].message
-    chat(served, messages=[*MESSAGES, message, {"role": "user", "content": "Go on."}], max_tokens=1)
+    after = {"role": "user", "content": "Go on."}
+    chat(served, messages=[*MESSAGES, message, after], max_tokens=1)
+    chat(served, messages=[*MESSAGES, {"role": "assistant", "content": message.content}, after], max_tokens=1)
+    (first, _), (as_object, _), (as_text, _) = served.session.asked
+    assert as_object == as_text and len(as_object) > len(first)
 
 
 def test_neutral_values_of_unsupported_parameters_are_accepted(served: Served) -> None:
     chat(served, max_tokens=1, response_format={"type": "text"}, tools=[], tool_choice="none", store=False,
          parallel_tool_calls=True, service_tier="auto", modalities=["text"], safety_identifier="s",
          prompt_cache_key="k", metadata={"a": "b"})  # fmt: skip
+    chat(served, max_tokens=1)
     complete(served, max_tokens=1, best_of=1, suffix="")
+    complete(served, max_tokens=1)
+    asked = [(prompt_ids, replace(params, seed=0)) for prompt_ids, params in served.session.asked]
+    assert asked[0] == asked[1] and asked[2] == asked[3]
 
 
 def test_finish_reasons_and_usage(served: Served) -> None:

@@ -14,12 +14,10 @@ from cluster.errors import RequestError
 from cluster.gateway import session as session_module
 from cluster.gateway.journal import Entry
 from cluster.gateway.session import Session
-from cluster.router.outbox import Outbox
 from cluster.router.params import SamplingParams, StepOutput, TokenLogprobs
 from cluster.router.service import GenerationService
 from tests.fake_engine import FakeEngine, expected
 from tests.loop import in_loop, until
-from workers.pb import generation_pb2 as pb
 
 
 class Router:
@@ -43,7 +41,7 @@ async def cluster(*engines: FakeEngine, rejoin_timeout_s: float = 30.0) -> Async
             await router.service.start()
             stack.push_async_callback(router.stop)
         session = await stack.enter_async_context(Session(view(routers), rejoin_timeout_s=rejoin_timeout_s))
-        await until(lambda: all(link.state == "ready" for link in session.stats().links))
+        await until(lambda: all(stream.state == "ready" for stream in session.stats().streams))
         yield session, routers
 
 
@@ -116,7 +114,7 @@ async def test_requests_wait_for_a_router_and_go_on_when_one_comes() -> None:
         await second.service.start()
         session.update(view([second]))
         await assert_undisturbed(tasks, params)
-        assert [link.address for link in session.stats().links] == [second.service.address]
+        assert [stream.address for stream in session.stats().streams] == [second.service.address]
         await second.stop()
 
 
@@ -178,7 +176,7 @@ async def test_a_router_that_left_the_view_finishes_what_it_has() -> None:
         session.update(view(routers[1:]))
         await assert_undisturbed(tasks, params)
         assert session.stats().fail_overs == 0
-        assert [link.router for link in session.stats().links] == ["router-1"]
+        assert [stream.router for stream in session.stats().streams] == ["router-1"]
 
 
 @in_loop
@@ -211,14 +209,13 @@ async def test_a_full_queue_beside_a_router_that_leaves_is_a_refusal() -> None:
 @in_loop
 async def test_a_full_queue_beside_a_router_that_just_drains_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     async with cluster(FakeEngine(max_queue=0), FakeEngine()) as (session, [_, draining]):
-        refuse = draining.service._submit
+        loop = asyncio.get_running_loop()
 
-        def submit(stream: Outbox, message: pb.Submit) -> None:
-            draining.service.state = "draining"
-            stream.announce("draining")
-            refuse(stream, message)
+        def submit(*_: object) -> None:
+            asyncio.run_coroutine_threadsafe(draining.service.set_state("draining"), loop).result(5)
+            raise RequestError("this router is being stopped", code="draining", status=503)
 
-        monkeypatch.setattr(draining.service, "_submit", submit)
+        monkeypatch.setattr(draining.engine, "submit", submit)
         with pytest.raises(RequestError, match="too many"):
             await tokens_of(session, [1], SamplingParams(max_tokens=2))
 
@@ -270,7 +267,7 @@ async def test_a_client_that_leaves_frees_its_sequence() -> None:
         await until(lambda: session.stats().tokens > 10)
         task.cancel()
         await until(lambda: router.engine.cancelled == 2)
-        assert session.stats().open == 0 and not router.engine.sequences and not router.service._open
+        assert session.stats().open == 0 and not router.engine.sequences and not router.service.n_open
 
 
 @in_loop
@@ -290,10 +287,10 @@ async def test_a_request_that_takes_every_router_down_is_given_up() -> None:
             engine.gate.clear()
         [task] = start(session, 1, SamplingParams(max_tokens=5))
         for _ in range(session_module._MAX_LOSSES):
-            await until(lambda: any(router.service._open for router in routers))
-            victim = next(router for router in routers if router.service._open)
+            await until(lambda: any(router.service.n_open for router in routers))
+            victim = next(router for router in routers if router.service.n_open)
             await victim.service._server.stop(None)
-            await until(lambda victim=victim: not victim.service._open)  # type: ignore[misc]
+            await until(lambda victim=victim: not victim.service.n_open)  # type: ignore[misc]
         with pytest.raises(RequestError, match="in a row"):
             await task
 
@@ -346,6 +343,6 @@ async def test_nothing_leaks_over_500_requests_of_which_half_are_cancelled() -> 
         await until(lambda: all(not router.engine.sequences for router in routers))
         assert (len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))) == (tasks, files)
         assert session.stats().open == session.stats().waiting == 0
-        assert all(link.requests == 0 for link in session.stats().links)
-        assert all(not router.service._open and len(router.service._streams) == 1 for router in routers)
+        assert all(stream.requests == 0 for stream in session.stats().streams)
+        assert all(not router.service.n_open and router.service.n_gateways == 1 for router in routers)
     await until(lambda: len(asyncio.all_tasks()) == 2)  # the test's own and the limit around it

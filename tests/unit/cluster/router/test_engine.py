@@ -22,7 +22,8 @@ from cluster.errors import RequestError, WorkerLost
 from cluster.router.batching import logits_wanted
 from cluster.router.engine import Engine
 from cluster.router.params import SamplingParams, StepOutput
-from cluster.router.scheduler import Chunk
+from cluster.router.sampler import Sampler
+from cluster.router.scheduler import Chunk, Scheduler
 from cluster.router.sequence import Sequence
 from tests.reference import SHAPES, TOLERANCE, Paged, random_tokens, reference_logits, save_random
 
@@ -296,6 +297,27 @@ def test_a_failed_step_ends_its_own_requests_and_no_other(
     outputs = finish(engine)
     assert set(outputs) == {"c"}
     model.check_greedy(model.prompt(6), tokens(outputs["c"]))
+
+
+@pytest.mark.parametrize("owner", [Scheduler, Sampler], ids=["scheduling", "sampling"])
+def test_a_step_that_fails_anywhere_ends_every_request_it_concerns(
+    model: Model, monkeypatch: pytest.MonkeyPatch, owner: type
+) -> None:
+    """Would catch an exception that ends the step loop, or requests whose client waits for ever."""
+    engine = model.engine()
+    for name in "ab":
+        engine.submit(name, model.prompt(6), greedy(5))
+
+    def broken(*_: object) -> None:
+        raise ValueError("half written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "schedule" if owner is Scheduler else "sample", broken)
+        failed = engine.step()
+    assert [(output.request_id, output.finish) for output in failed] == [("a", "error"), ("b", "error")]
+    assert all("half written" in (output.error or "") for output in failed) and not engine.has_work()
+    assert engine.stats().free_blocks == engine.stats().total_blocks
+    model.check_greedy(model.prompt(6), run(engine, model.prompt(6), greedy(5)))
 
 
 def test_what_ends_an_answer(model: Model) -> None:

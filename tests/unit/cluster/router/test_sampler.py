@@ -211,7 +211,13 @@ def test_logits_that_are_not_finite_are_told_and_harm_no_neighbour() -> None:
     rows_SV[1, 5] = np.inf
     rows_SV[2] = -np.inf
     tokens = Sampler(V).sample(rows_SV, [sequence(temperature=t) for t in (0.0, 1.0, 1.0, 0.0)])
-    assert tokens == [-1, -1, -1, rows_SV[3].argmax()]
+    assert [str(token) for token in tokens[:3]] == ["the model gave logits that are not finite"] * 3
+    assert tokens[3] == rows_SV[3].argmax()
+
+
+def test_only_allowed_tokens_are_drawn() -> None:
+    of = sequence(temperature=1.0, allowed_ids=(3, 500, 999), logit_bias={7: 100.0})
+    assert set(np.nonzero(probabilities(logits()[0], of))[0]) == {3, 500, 999}
 
 
 @pytest.mark.parametrize("n_top", [0, 1, 5, V, V + 1])

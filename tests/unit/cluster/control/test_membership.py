@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.fleet.membership import HUNG_AFTER_S, LOST_AFTER_S, REBUILD_S, Membership
+from cluster.control.membership import HUNG_AFTER_S, LOST_AFTER_S, REBUILD_S, Membership
+from cluster.control.view import Member
 from cluster.placement.placement import striped
-from workers.member import Member
 
 ROUTER = Member("router", "router-0", 10, "n", "ready", "127.0.0.1:1", epoch=1)
 OTHER = Member("router", "router-1", 11, "n", "ready", "127.0.0.1:2", epoch=1)

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
-from cluster.fleet.groups import regroup
+from cluster.control.groups import regroup
+from cluster.control.view import Member, View
 from cluster.placement.placement import Placement
-from workers.member import Member, Role
 from workers.transport.collective.group import Group
 
 LOST_AFTER_S = 5.0  # a member says something every second; on a busy machine a second can be three
 HUNG_AFTER_S = 30.0  # silent for this long, a process that still exists is stopped or stuck
 REBUILD_S = 2.0  # a controller that just started hears every member within two rounds of calls
 REGROUP_S = 0.2  # between two groups after a break, so that one that breaks at once does not make everybody spin
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What every member hears. A higher version is a newer view, also across restarts of the controller."""
-
-    version: int
-    members: tuple[Member, ...]  # by role and id; those that left stay, as `lost`
-    placement: Placement
-    group: Group | None = None  # None: there is none yet, or the last one broke; those in it leave it
-    draining: bool = False  # the cluster is being stopped: finish what is open, take nothing new
-
-    def addresses(self, role: Role) -> Mapping[str, str]:
-        """`id -> host:port` of the live members of `role` that have an address."""
-        return {
-            member.id: member.address
-            for member in self.members
-            if member.role == role and member.state != "lost" and member.address
-        }
 
 
 class Membership:

@@ -1,57 +1,28 @@
-"""A member of the cluster: it starts or ends, and calls `Controller.sync` for ever to hand over every new view."""
+"""A member's end of the control plane: it tells the controller of itself, for ever, and hands over every new view."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import Callable, Coroutine
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from workers.member import Member
+from cluster.control.view import Member, View
 
 _log = logging.getLogger(__name__)
 
+NAMESPACE = "expertmesh"
+NAME = "controller"
+
 _CALL_TIMEOUT_S = 10.0  # a call without news takes one second
 _RETRY_S = 0.2
-_LAST_WORD_S = 2.0
 
 
-class Versioned(Protocol):
-    """All that the loop itself reads of a view: a higher version is a newer one."""
-
-    @property
-    def version(self) -> int: ...
-
-
-View = TypeVar("View", bound=Versioned)
-
-
-def node_address() -> str:
-    """The address of this machine that Ray uses: 127.0.0.1 in a Ray of our own."""
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
-def start_or_end(start: Coroutine[Any, Any, str], name: str) -> asyncio.Task[str]:
-    """Run `start`, which returns the address that the member `name` serves at, in a task.
-
-    A member that cannot start ends after it could say why to whoever awaits the task; Ray tries again.
-    """
-
-    def end_if_failed(started: asyncio.Task[str]) -> None:
-        if (error := started.exception()) is not None:
-            _log.error("%s cannot start", name, exc_info=error)
-            started.get_loop().call_later(_LAST_WORD_S, os._exit, 1)
-
-    task = asyncio.get_event_loop().create_task(start)
-    task.add_done_callback(end_if_failed)
-    return task
-
-
-class MembershipLoop(Generic[View]):
+class ControllerClient:
     """Tells the controller what `describe` says, for ever; calls `on_view` with each new view.
 
     `controller` is a handle, or what stands for one. When it is away that costs nothing but news: the data plane goes
@@ -109,3 +80,23 @@ class MembershipLoop(Generic[View]):
         finally:
             news.cancel()
             call.cancel()
+
+
+class ControllerByName:
+    """Stands for the controller's handle in the constructor arguments of other actors.
+
+    A handle there counts as a reference that could be lost, and Ray complains about it at the terminal.
+    """
+
+    @property
+    def sync(self) -> Any:
+        """`Controller.sync` of the actor."""
+        return _handle().sync
+
+
+@cache
+def _handle() -> Any:
+    try:
+        return ray.get_actor(NAME, NAMESPACE)
+    except ValueError as error:
+        raise RayError(f"there is no controller: {error}") from error

@@ -1,5 +1,5 @@
-"""The exchange's ways to workers over a scripted transport. Catches a worker that is passed over for longer than it
-deserves, and a way that stays open to a worker that left."""
+"""The exchange's workers over a scripted transport. Catches a worker that is ejected for longer than it deserves, and a
+connection that stays open to a worker that left."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cluster.placement.placement import Placement, striped
-from cluster.router import links as links_module
+from cluster.router import worker_pool as module
 from cluster.router.exchange import Exchange
-from cluster.router.links import Links, Reply
+from cluster.router.worker_pool import Reply, WorkerPool
 from workers.errors import WorkerLost
 from workers.transport.base import Rows, Tag
 
@@ -51,40 +51,40 @@ class Scripted:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(links_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     yield clock
 
 
-def ask(links: Links, n: int) -> list[Reply]:
+def ask(pool: WorkerPool, n: int) -> list[Reply]:
     """`n` requests to worker a, all sent before the first reply is awaited; the replies."""
     x_TD = torch.ones(1, 4)
     replies = [
-        links.send("a", Rows(Tag(7, 1, 1, 0, part, 0), x_TD, PAIR, PAIR), torch.empty_like(x_TD)) for part in range(n)
+        pool.send("a", Rows(Tag(7, 1, 1, 0, part, 0), x_TD, PAIR, PAIR), torch.empty_like(x_TD)) for part in range(n)
     ]
     for reply in replies:
-        links.wait(reply)
+        pool.wait(reply)
     return replies
 
 
-def test_a_failure_counts_once_however_much_was_owed(clock: SimpleNamespace) -> None:
+def test_a_failure_counts_once_however_much_was_in_flight(clock: SimpleNamespace) -> None:
     transport = Scripted()
-    links = Links(transport, reply_timeout_s=1.0)
-    links.update({"a": "somewhere"})
+    pool = WorkerPool(transport, reply_timeout_s=1.0)
+    pool.update({"a": "somewhere"})
     transport.down.add("a")
-    for absence_s in (5.0, 10.0, 20.0):
-        assert all(reply.loss for reply in ask(links, 4))
-        links.reopen("a")  # tried at once, for want of another replica
-        assert all(reply.loss for reply in ask(links, 2))
-        clock.now += absence_s - 0.1
-        assert not links.probe() and "a" in links.absent
+    for ejection_s in (5.0, 10.0, 20.0):
+        assert all(reply.loss for reply in ask(pool, 4))
+        pool.reopen("a")  # tried at once, for want of another replica
+        assert all(reply.loss for reply in ask(pool, 2))
+        clock.now += ejection_s - 0.1
+        assert not pool.probe() and "a" in pool.ejected
         clock.now += 0.2
-        assert links.probe() and "a" not in links.absent
+        assert pool.probe() and "a" not in pool.ejected
     transport.down.clear()
-    assert not any(reply.loss for reply in ask(links, 1))
+    assert not any(reply.loss for reply in ask(pool, 1))
     transport.down.add("a")
-    ask(links, 1)
+    ask(pool, 1)
     clock.now += 5.1
-    assert links.probe(), "a worker that has answered since starts anew"
+    assert pool.probe(), "a worker that has answered since starts anew"
 
 
 @pytest.mark.parametrize("lost", [True, False], ids=["while_it_is_repaired", "while_two_are_in_flight"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from cluster.control.view import Member
 from cluster.placement.placement import Placement
-from workers.member import Member
 from workers.transport.collective.group import Group
 
 

@@ -1,4 +1,4 @@
-"""What waits to be sent to one gateway: Events of a bounded size, into the last of which further steps are merged."""
+"""One gateway's stream: its open requests, and what waits to be sent to it, as Events of a bounded size."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class _Waiting:
 
 
 @dataclass(eq=False, slots=True)
-class Outbox:
+class GatewayStream:
     """One gateway's stream as the service sees it; belongs to the asyncio loop."""
 
-    open: dict[str, str] = field(default_factory=dict)  # the gateway's request id -> the engine's
+    number: int = 0  # tells it from the router's other streams
+    open: dict[str, str] = field(default_factory=dict)  # its requests: the gateway's id -> the engine's
     pending_tokens: int = 0
     pending_bytes: int = 0
     _waiting: deque[_Waiting] = field(default_factory=deque)

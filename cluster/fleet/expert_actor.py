@@ -5,60 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import Any, Protocol
+from typing import Any
 
 import ray
+import torch
 
+from cluster.config import Config
+from cluster.control.client import ControllerClient
+from cluster.control.view import Member, State, View
+from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.placement.placement import Placement
 from workers.checkpoint import Checkpoint
+from workers.device import Capacity, capacity, compute_dtype, describe, pick
 from workers.kernels.threads import set_threads
-from workers.member import Member, State
-from workers.membership import MembershipLoop, node_address, start_or_end
 from workers.shard import ExpertShard, load_shard
-from workers.spec import compute_dtype
 from workers.transport.collective.group import Group
 from workers.transport.collective.server import CollectiveServer
 from workers.transport.grpc.server import ExpertServer
 from workers.transport.interface import bind_address
-
-
-class Config(Protocol):
-    """What an expert worker reads of the cluster's configuration."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def log_level(self) -> str: ...
-    @property
-    def transport(self) -> str: ...
-    @property
-    def collective_interface(self) -> str | None: ...
-    @property
-    def collective_deadline_s(self) -> float: ...
-    @property
-    def trusted_network(self) -> bool: ...
-
-
-class Placement(Protocol):
-    """What an expert worker reads of the placement."""
-
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def workers(self) -> tuple[str, ...]: ...
-    def shard(self, worker: str) -> tuple[tuple[int, int], ...]: ...
-
-
-class View(Protocol):
-    """What an expert worker reads of the controller's view."""
-
-    @property
-    def version(self) -> int: ...
-    @property
-    def placement(self) -> Placement: ...
-    @property
-    def group(self) -> Group | None: ...
-    @property
-    def draining(self) -> bool: ...
 
 
 class ExpertWorker:
@@ -76,12 +40,16 @@ class ExpertWorker:
         self._config = config
         self._checkpoint = checkpoint
         self._node = ray.get_runtime_context().get_node_id()
+        self._gpu_ids = ray.get_gpu_ids()
+        self._source: Checkpoint | None = None  # while it loads
+        self._capacity = Capacity()
+        self._device = torch.device("cpu")
         self._state: State = "starting"
         self._epoch = 0
         self._group: Group | None = None
         self._server: ExpertServer | CollectiveServer | None = None
         self._placed: asyncio.Future[Placement] = asyncio.get_event_loop().create_future()
-        self._membership = MembershipLoop(controller, self._member, self._on_view)
+        self._membership = ControllerClient(controller, self._member, self._on_view)
         self._started = start_or_end(self._start(), worker)
 
     async def ready(self) -> str:
@@ -91,13 +59,19 @@ class ExpertWorker:
     async def _start(self) -> str:
         placement = await self._placed
         self._server = await asyncio.to_thread(self._load, placement)
+        self._source = None
         self._epoch, self._state = placement.epoch, "ready"
         self._membership.tell()
         return self._server.address
 
     def _load(self, placement: Placement) -> ExpertServer | CollectiveServer:
-        source = Checkpoint(self._checkpoint)
-        shard = load_shard(source, placement.shard(self._worker), compute_dtype(self._config.dtype))
+        config = self._config
+        self._device = device = pick(config.expert_device, self._gpu_ids)
+        self._source = source = Checkpoint(self._checkpoint, device)
+        dtype = compute_dtype(config.dtype, source.spec.dtype, device, config.router_device)
+        shard = load_shard(source, placement.shard(self._worker), dtype)
+        share = config.gpus_per_expert_worker * config.gpu_memory_utilization
+        self._capacity = capacity(device, share, shard.expert_bytes)
         server = self._make_server(shard)
         server.start()
         return server
@@ -134,5 +108,7 @@ class ExpertWorker:
             epoch=self._epoch,
             group=self._group,
             broken=server.broken if isinstance(server, CollectiveServer) else 0,
-            detail={} if server is None else server.numbers(),
+            slots=self._capacity.slots,
+            bytes_per_s=self._capacity.bytes_per_s,
+            detail=describe(self._device) | loading(self._source) | ({} if server is None else server.numbers()),
         )

@@ -8,19 +8,15 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayError
 
-from cluster.fleet.membership import Membership, View
+from cluster.control.client import NAME
+from cluster.control.membership import Membership
+from cluster.control.view import Member, View
 from cluster.placement.placement import Placement, striped
-from workers.member import Member
 
-NAMESPACE = "expertmesh"
-NAME = "controller"
 _POLL_S = 1.0  # a call that has no news returns after this: it is the heartbeat
 _SWEEP_S = 0.25
 
@@ -117,23 +113,3 @@ class Controller:
     def _is_dead(self, member: Member) -> bool:
         """Whether a process of this node is gone; those of other nodes are judged by their silence."""
         return member.node == self._node and not psutil.pid_exists(member.pid)
-
-
-class ControllerByName:
-    """Stands for the controller's handle in the constructor arguments of other actors.
-
-    A handle there counts as a reference that could be lost, and Ray complains about it at the terminal.
-    """
-
-    @property
-    def sync(self) -> Any:
-        """`Controller.sync` of the actor."""
-        return _handle().sync
-
-
-@cache
-def _handle() -> Any:
-    try:
-        return ray.get_actor(NAME, NAMESPACE)
-    except ValueError as error:
-        raise RayError(f"there is no controller: {error}") from error

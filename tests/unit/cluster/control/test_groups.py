@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.fleet.groups import regroup
-from cluster.fleet.membership import LOST_AFTER_S, REBUILD_S, REGROUP_S, Membership
+from cluster.control.groups import regroup
+from cluster.control.membership import LOST_AFTER_S, REBUILD_S, REGROUP_S, Membership
+from cluster.control.view import Member
 from cluster.placement.placement import Placement, striped
-from workers.member import Member
 from workers.transport.collective.group import Group
 
 ROUTER = Member("router", "router-0", 10, "n", "ready", "127.0.0.1:1", store="127.0.0.1:9")

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.fleet import controller as module
-from cluster.fleet import membership
-from cluster.fleet.controller import Controller
+from cluster.control import controller as module
+from cluster.control import membership
+from cluster.control.controller import Controller
+from cluster.control.view import Member
 from tests.loop import in_loop, until
-from workers.member import Member
 
 
 @in_loop
@@ -27,7 +27,6 @@ async def test_a_process_that_is_stopped_is_ended_and_that_of_another_node_is_no
             await controller.sync(Member("expert", "expert-1", other.pid, "elsewhere", "ready", ""), 0)
             await controller.sync(Member("expert", "expert-0", mine.pid, "here", "ready", ""), 0)
             await until(lambda: mine.poll() is not None)
-            controller._sweeper.cancel()
         assert mine.returncode == -signal.SIGKILL
         assert other.poll() is None
     finally:

@@ -9,8 +9,6 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 
-from cluster.gateway.journal import Entry
-from cluster.router.codec import encode_cancel
 from cluster.router.stream_options import CLIENT_OPTIONS
 from workers.pb import generation_pb2 as pb
 from workers.pb import generation_pb2_grpc
@@ -20,42 +18,32 @@ log = logging.getLogger(__name__)
 _RETRY_S = 0.1  # between two streams; gRPC itself spaces the attempts to connect
 
 
-class Link:
+class RouterStream:
     """The stream to one router. `state` is what the router last said of itself, "" while there is no stream.
 
-    `on_event(link, event)` is called for each event, `on_change(link)` when `state` changed; both in the loop.
+    `on_event(stream, event)` is called for each event, `on_change(stream)` when `state` changed; both in the loop.
     """
 
     def __init__(
         self,
         router: str,
         address: str,
-        on_event: Callable[[Link, pb.Event], None],
-        on_change: Callable[[Link], None],
+        on_event: Callable[[RouterStream, pb.Event], None],
+        on_change: Callable[[RouterStream], None],
     ) -> None:
         self.router = router
         self.address = address
         self.state = ""
         self.retired = False  # the router left the fleet: finish what is open, take nothing new
-        self.requests: dict[str, Entry] = {}  # open on this stream
+        self.n_open = 0  # requests that run on it; the session counts
         self._on_event = on_event
         self._on_change = on_change
         self._commands: asyncio.Queue[pb.Command] = asyncio.Queue()
-        self._task = asyncio.create_task(self._run(), name=f"link to {router}")
+        self._task = asyncio.create_task(self._run(), name=f"stream to {router}")
 
-    def submit(self, entry: Entry) -> None:
-        entry.link = self
-        self.requests[entry.request_id] = entry
-        self._commands.put_nowait(entry.submit())
-
-    def release(self, entry: Entry) -> None:
-        """The request no longer runs here."""
-        entry.link = None
-        del self.requests[entry.request_id]
-
-    def cancel(self, entry: Entry) -> None:
-        self.release(entry)
-        self._commands.put_nowait(encode_cancel(entry.request_id))
+    def send(self, command: pb.Command) -> None:
+        """Queue a command; one that the stream breaks under is lost with it."""
+        self._commands.put_nowait(command)
 
     def close(self) -> asyncio.Task[None]:
         """End the stream; the task returned is done once the connection is closed."""

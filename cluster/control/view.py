@@ -1,0 +1,58 @@
+"""What members and controller tell each other: a Member says how one process is, a View how the cluster is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.placement.placement import Placement
+from workers.transport.collective.group import Group
+
+Role = Literal["gateway", "router", "expert", "controller"]
+State = Literal["starting", "ready", "draining", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process, as `expertmesh status --json` shows it."""
+
+    role: Role
+    id: str  # stable over restarts: `expert-0`, `router-1`
+    pid: int
+    node: str  # Ray node id
+    state: State
+    address: str  # host:port of its gRPC service; the base URL for a gateway
+    metrics_url: str | None = None
+    epoch: int = 0  # the placement epoch it works with: a router's acknowledgement
+    store: str = ""  # of a router that takes part in collective groups: host:port of the store it hosts, once loaded
+    group: Group | None = None  # the one it was told last
+    broken: int = 0  # number of the newest group that broke under it
+    slots: int = 0  # of an expert worker: experts it has memory for, those it holds among them; 0: not known
+    bytes_per_s: int = 0  # of an expert worker: what its memory gives, which is what decoding takes; 0: not known
+    detail: dict[str, object] = field(default_factory=dict)  # numbers for people: experts held, blocks free
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What every member hears. A higher version is a newer view, also across restarts of the controller."""
+
+    version: int
+    members: tuple[Member, ...]  # by role and id; those that left stay, as `lost`
+    placement: Placement
+    group: Group | None = None  # None: there is none yet, or the last one broke; those in it leave it
+    draining: bool = False  # the cluster is being stopped: finish what is open, take nothing new
+
+    def addresses(self, role: Role) -> Mapping[str, str]:
+        """`id -> host:port` of the live members of `role` that have an address."""
+        return {
+            member.id: member.address
+            for member in self.members
+            if member.role == role and member.state != "lost" and member.address
+        }
+
+    @property
+    def complete(self) -> bool:
+        """Whether every worker of the placement answers; one that is draining still does."""
+        answering = {m.id for m in self.members if m.role == "expert" and m.state in ("ready", "draining")}
+        return answering.issuperset(self.placement.workers)

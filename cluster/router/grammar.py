@@ -1,0 +1,173 @@
+"""Grammars that an answer follows: which tokens may come next, by llguidance.
+
+A grammar travels as text: llguidance's own JSON, whose `json_schema`, `regex` and `lark` entries `from_json_schema` and
+its sisters make. The state of a matcher is a function of grammar and emitted tokens, so any router continues it.
+
+Shape legend: N sequences, V vocabulary, W = ceil(V / 32) words of a mask, bit t of which is token t.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+from numpy.typing import NDArray
+
+from cluster.errors import RequestError
+
+_CACHED = 64  # compiled grammars
+_WORKERS = 2  # threads that compile, which llguidance does without the GIL
+# A compilation takes at most about a tenth of a second, the mask of one step some milliseconds.
+_INITIAL_FUEL, _STEP_FUEL, _STEP_ITEMS, _GRAMMAR_SIZE = 2_000_000, 100_000, 50_000, 200_000
+# Spaces where Python's `json.dumps` puts them and nowhere else: where any are allowed, small models write only these.
+_JSON_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+Masks = NDArray[np.int32]
+Flags = NDArray[np.bool_]
+
+
+def from_json_schema(schema: Mapping[str, Any]) -> str:
+    """JSON that `schema` accepts."""
+    return LLMatcher.grammar_from_json_schema(dict(schema), defaults=_JSON_LAYOUT)
+
+
+def from_regex(pattern: str) -> str:
+    """A text that `pattern` (the syntax of Rust's regex, without anchors) matches as a whole."""
+    return LLMatcher.grammar_from_regex(pattern)
+
+
+def from_lark(source: str) -> str:
+    """A text of a context-free grammar in llguidance's dialect of Lark."""
+    return LLMatcher.grammar_from_lark(source)
+
+
+def from_choice(choices: Sequence[str]) -> str:
+    """One of `choices`."""
+    return from_lark("start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))
+
+
+class GrammarCompiler:
+    """Compiles grammars for the tokenizer of one checkpoint, in threads of its own; keeps the latest. Thread-safe."""
+
+    def __init__(self, checkpoint: str | Path, vocab_size: int, eos_ids: Iterable[int]) -> None:
+        """`vocab_size`: V, of the logits; `eos_ids` may end an answer whose grammar is complete.
+
+        The tokenizer is read with the first grammar.
+        """
+        self._file = Path(checkpoint) / "tokenizer.json"
+        self._vocab_size = vocab_size
+        self._eos_ids = sorted(token for token in eos_ids if token < vocab_size)
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="grammar")
+
+    def compile(self, grammar: str) -> Future[LLMatcher]:
+        """A matcher in its first state, not to be changed; RequestError of what is wrong with the grammar."""
+        with self._lock:
+            future = self._compiled.get(grammar)
+            if future is None:
+                future = self._compiled[grammar] = self._threads.submit(self._compile, grammar)
+                if len(self._compiled) > _CACHED:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(grammar)
+            return future
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        limits = LLParserLimits(
+            initial_lexer_fuel=_INITIAL_FUEL,
+            step_lexer_fuel=_STEP_FUEL,
+            step_max_items=_STEP_ITEMS,
+            max_grammar_size=_GRAMMAR_SIZE,
+            verbose_errors=False,
+        )
+        matcher = LLMatcher(self._read_tokenizer(), grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise RequestError(_reason(matcher.get_error()), code="invalid_grammar")
+        return matcher
+
+    def _read_tokenizer(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                if not self._eos_ids:
+                    raise RequestError("the model has no token that ends an answer", code="unsupported_parameter")
+                try:
+                    self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=self._eos_ids)
+                except Exception as error:  # of the library, which raises several
+                    message = f"grammars cannot be followed with this model's tokenizer: {error}"
+                    raise RequestError(message, code="unsupported_parameter") from error
+            return self._tokenizer
+
+
+class Grammar:
+    """What the next token of one sequence may be. Belongs to the step loop."""
+
+    def __init__(self, compiled: Future[LLMatcher], emitted_ids: Sequence[int]) -> None:
+        self._compiled = compiled
+        self._emitted_ids = list(emitted_ids)
+        self._matcher: LLMatcher | None = None
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it is compiled, or failed to, within `timeout_s`."""
+        try:
+            self._compiled.exception(timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Raise RequestError where the grammar is wrong, or took more than it may, or the tokens do not follow it."""
+        if self.matcher.is_error():
+            raise RequestError(f"the grammar: {_reason(self.matcher.get_error())}", code="invalid_grammar")
+
+    @property
+    def matcher(self) -> LLMatcher:
+        """After all tokens so far. Raises RequestError where the grammar cannot be compiled."""
+        if self._matcher is None:
+            matcher = self._compiled.result().deep_copy()
+            matcher.consume_tokens(self._emitted_ids)
+            self._matcher = matcher
+        return self._matcher
+
+    def append(self, token: int) -> None:
+        """One more emitted token."""
+        if self._matcher is None:
+            self._emitted_ids.append(token)
+        else:
+            self._matcher.consume_token(token)
+
+
+class GrammarMasks:
+    """The masks of the sequences of one step, made in parallel. Owns scratch memory, so one per step loop."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._masks_NW: Masks = np.zeros((0, -(-vocab_size // 32)), np.int32)
+        self._executor: LLExecutor | None = None
+
+    def allowed(self, grammars: Sequence[Grammar]) -> list[Flags]:
+        """For each grammar the tokens it allows next, bool [V]."""
+        if len(grammars) > len(self._masks_NW):
+            self._masks_NW = np.zeros((len(grammars), self._masks_NW.shape[1]), np.int32)
+        matchers = [grammar.matcher for grammar in grammars]
+        if len(matchers) == 1:
+            fill_next_token_bitmask(matchers[0], self._masks_NW)
+        else:
+            self._executor = self._executor or LLExecutor()
+            fill_next_token_bitmask_par(self._executor, [(m, i) for i, m in enumerate(matchers)], self._masks_NW)
+        bits = self._masks_NW[: len(matchers)].view(np.uint8)
+        return list(np.unpackbits(bits, axis=1, count=self._vocab_size, bitorder="little").view(np.bool_))
+
+
+def _reason(error: str) -> str:
+    """The library's message in one line, without the grammar that it repeats."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    return (lines[-1] if lines and "error" in lines[-1] else " ".join(lines))[:500]

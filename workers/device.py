@@ -1,0 +1,150 @@
+"""Devices: which GPUs this machine has, which one a process computes on, and in what dtype."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from workers.errors import DeviceError
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+#: To be in the environment of a process of Ray that computes on a GPU. It sees all of the host's: CUDA IPC and
+#: peer-to-peer copies have to name the peer's, which Ray would hide. In the order of NVML, which Ray counts in.
+ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+#: What CUDA, its libraries and kernels take of a GPU in each process, and what an allocator rounds up.
+CONTEXT_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU that this process may use."""
+
+    index: int  # N of `cuda:N`
+    name: str  # as NVML says it: "NVIDIA H200"
+    total_bytes: int
+    free_bytes: int  # of all processes, now
+    bytes_per_s: int  # what its memory gives by its clock and width
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The GPUs that CUDA will show this process, asked of NVML: CUDA itself would take half a gigabyte of each.
+
+    Empty where torch was built without CUDA, or there is no driver.
+    """
+    if torch.version.cuda is None:
+        return ()
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        return tuple(_gpu(index, handle) for index, handle in enumerate(_visible()))
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def pick(name: str, ray_gpu_ids: Sequence[object] = ()) -> torch.device:
+    """The device of a process for which the configuration says `name`, with an index where it is a GPU.
+
+    ray_gpu_ids: what Ray gave the process; without, the first GPU is taken. Raises DeviceError when a GPU is asked for
+    and cannot be used.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        reason = f"torch {torch.__version__} was built without it" if torch.version.cuda is None else "it finds no GPU"
+        raise DeviceError(f"device cuda: CUDA cannot be used here: {reason}")
+    device = torch.device("cuda", _position(str(ray_gpu_ids[0])) if ray_gpu_ids else 0)
+    torch.cuda.set_device(device)  # of whoever launches without saying where
+    return device
+
+
+def compute_dtype(name: str, stored: torch.dtype, *devices: torch.device | str) -> torch.dtype:
+    """What routers and expert workers, which exchange rows, compute in: `name`; for "auto" what the checkpoint is
+    `stored` in, unless one of their `devices` is a CPU: float32 then."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return torch.float32 if any(str(device) == "cpu" for device in devices) else stored
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a planner has to know of an expert worker's device; 0: not known."""
+
+    slots: int = 0  # experts that fit
+    bytes_per_s: int = 0  # what its memory gives: decoding reads every weight that a row needs
+
+
+def capacity(device: torch.device, share: float, expert_bytes: int) -> Capacity:
+    """Of a worker that may take `share` of its GPU's memory; of the host's, which others use too, nothing is known."""
+    if device.type == "cpu":
+        return Capacity()
+    gpu = gpus()[device.index]
+    return Capacity(int(max(0, gpu.total_bytes * share - CONTEXT_BYTES)) // expert_bytes, gpu.bytes_per_s)
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """A process's device for people: its kind; of a GPU its name, memory and use, in bytes and percent."""
+    if device.type == "cpu":
+        return {"device": "cpu"}
+    free, total = torch.cuda.mem_get_info(device)
+    said: dict[str, object] = {
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device),
+        "gpu_total_bytes": total,
+        "gpu_used_bytes": total - free,
+        "gpu_own_bytes": torch.cuda.memory_reserved(device),
+    }
+    with suppress(Exception):  # NVML's; what it cannot say is left out
+        said["gpu_percent"] = torch.cuda.utilization(device)
+    return said
+
+
+def _position(gpu_id: str) -> int:
+    """N of `cuda:N` for Ray's name of a GPU: a number among all, or what CUDA_VISIBLE_DEVICES calls it."""
+    shown = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+    if not shown:
+        return int(gpu_id)
+    if gpu_id not in shown:
+        raise DeviceError(f"Ray gave GPU {gpu_id}, but CUDA_VISIBLE_DEVICES is {','.join(shown)}")
+    return shown.index(gpu_id)
+
+
+def _visible() -> list[object]:
+    """NVML's handles of what CUDA_VISIBLE_DEVICES leaves, in its order. CUDA too stops at what it cannot find."""
+    import pynvml
+
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is None:
+        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    handles: list[object] = []
+    with suppress(pynvml.NVMLError):
+        for each in shown.split(","):
+            name = each.strip()
+            by_index = name.isdecimal()
+            handles.append(
+                pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(name)
+            )
+    return handles
+
+
+def _gpu(index: int, handle: object) -> Gpu:
+    import pynvml
+
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    name = pynvml.nvmlDeviceGetName(handle)
+    width_bits = pynvml.nvmlDeviceGetMemoryBusWidth(handle)
+    clock_mhz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)
+    # Two transfers a cycle: NVML states HBM's and GDDR's clocks so that this holds for both.
+    bytes_per_s = 2 * clock_mhz * 10**6 * width_bits // 8
+    return Gpu(index, name, memory.total, memory.free, bytes_per_s)
