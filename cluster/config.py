@@ -68,6 +68,12 @@ class Config:
     gpus_per_expert_worker: float = option(
         0.0, "share of a GPU of each expert worker; 0: a whole one, less where there are too few", at_least=0, at_most=1
     )
+    expert_slots: int = option(
+        0,
+        "experts that each expert worker has room for, over all layers; 0: what its GPU holds, on a CPU half more than "
+        "an equal share",
+        at_least=0,
+    )
     gpu_memory_utilization: float = option(
         0.9, "share of a GPU's memory that is taken: what weights leave of it is KV cache", at_least=0.05, at_most=1.0
     )
@@ -90,6 +96,10 @@ class Config:
     rejoin_timeout_s: float = option(
         120.0, "how long a step waits for an expert that has no live replica", at_least=0.01
     )
+    tool_call_parser: Literal["mistral", "hermes", "llama3_json"] | None = option(
+        None, "how the model writes function calls; default: what its chat template teaches"
+    )
+    strict_fields: bool = option(False, "refuse requests with fields that are not known instead of ignoring those")
     max_body_bytes: int = option(8 * 1024 * 1024, "largest request body; a larger one gets 413", at_least=1024)
     api_keys_file: Path | None = option(  # noqa: RUF009
         None, "file with one API key per line; without it no key is asked for"

@@ -6,6 +6,7 @@ Legend: T token rows, P (token, expert) pairs, K choices a token, D hidden, F ff
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from workers.errors import ExpertNotHeld
-from workers.kernels.answer import Answers
-from workers.kernels.experts import LayerExperts
-from workers.kernels.linear import kept
 from workers.kernels.memory import empty_weights, give_back
+from workers.kernels.ops import Delta
+from workers.kernels.select import ops_for
+from workers.kernels.weights import Matrix, WeightFormat
 
 if TYPE_CHECKING:
     from workers.checkpoint import Checkpoint, ExpertWeights
@@ -51,17 +52,18 @@ class ExpertShard:
         """`dtype`: what to compute in. `stored`: what the checkpoint's experts are in, which they stay if they can."""
         self.device = torch.device(device)
         self.dtype = dtype or spec.dtype
-        keep = kept(self.dtype) if self.device.type == "cpu" else frozenset()
-        self.weight_dtype = stored if stored in keep else self.dtype
+        self._ops = ops_for(self.device, self.dtype)
+        self.weight_dtype = stored if stored in self._ops.stored_dtypes else self.dtype
         self.n_layers = spec.n_layers
         self.n_experts = spec.n_experts
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size
         self._layers = [
-            LayerExperts(spec.n_experts, spec.hidden_size, spec.ffn_size, self.device, self.dtype, self.weight_dtype)
+            self._ops.layer_experts(spec.n_experts, spec.hidden_size, spec.ffn_size, WeightFormat(self.weight_dtype))
             for _ in range(spec.n_layers)
         ]
-        self._answers = Answers(self._layers) if self._layers[0].has_kernels else None
+        self._answers = self._ops.answers(self._layers)
+        self.only_launches = self.device.type == "cuda" and self._ops.exact_rows
         self._lock = threading.Lock()  # held while a layer computes, or changes what it holds
 
     @property
@@ -76,12 +78,17 @@ class ExpertShard:
     @property
     def expert_bytes(self) -> int:
         """Bytes that one replica takes."""
-        return 3 * self.hidden_size * self.ffn_size * self.weight_dtype.itemsize
+        return self._layers[0].expert_bytes
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of expert weights resident on the device."""
         return self.expert_bytes * sum(len(layer.held) for layer in self._layers)
+
+    def reserve(self, layer: int, n_experts: int) -> None:
+        """Say how many experts of `layer` are to be held, so that their memory is taken once."""
+        with self._lock:
+            self._layers[layer].reserve(n_experts)
 
     def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         """Put a replica of `(layer, expert)` on the device, as `weight_dtype`; replaces one that is there."""
@@ -91,7 +98,7 @@ class ExpertShard:
         w13_2FD[:f], w13_2FD[f:] = weights.w1_FD, weights.w3_FD
         w2_DF.copy_(weights.w2_DF)
         with self._lock:
-            self._layers[layer].put(expert, w13_2FD, w2_DF)
+            self._layers[layer].put(expert, Matrix(w13_2FD), Matrix(w2_DF))
 
     def unload(self, layer: int, expert: int) -> None:
         """Free the replica of `(layer, expert)`. Raises ExpertNotHeld when there is none."""
@@ -100,8 +107,8 @@ class ExpertShard:
                 raise ExpertNotHeld(layer, (expert,))
             self._layers[layer].drop(expert)
 
-    def weights(self, layer: int) -> Mapping[int, tuple[Tensor, Tensor]]:
-        """`(w13_2FD, w2_DF)` of every expert of `layer` that is held, by expert; in the dtype they are stored in."""
+    def weights(self, layer: int) -> Mapping[int, tuple[Matrix, Matrix]]:
+        """w13 [2F, D] and w2 [D, F] of every expert of `layer` that is held, by expert."""
         return self._layers[layer].weights
 
     def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
@@ -112,7 +119,7 @@ class ExpertShard:
         """
         with self._lock:
             try:
-                return self._layers[layer].forward(x_TD, token_P, expert_P)
+                return self._ops.experts(self._layers[layer], x_TD, token_P, expert_P)
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
 
@@ -126,15 +133,15 @@ class ExpertShard:
     def begin_step(self, step: int) -> None:
         """Nothing to do: nothing outlives a dispatch in one process."""
 
-    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Delta:
         """Compute the experts of `layer` at once; the handle is the result. See `workers.model.experts.Experts`."""
         with self._lock:
             try:
-                return self._layers[layer].forward_combined(x_TD, expert_ids_TK, weights_TK)
+                return self._ops.experts_combined(self._layers[layer], x_TD, expert_ids_TK, weights_TK)
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
 
-    def combine(self, handle: Tensor) -> Tensor:
+    def combine(self, handle: Delta) -> Delta:
         """y_TD, in the dtype of the dispatched rows: the weighted sum, added in expert order in float32."""
         return handle
 
@@ -150,7 +157,10 @@ def load_shard(source: Checkpoint, experts: Iterable[tuple[int, int]], dtype: to
     Raises CheckpointError.
     """
     shard = ExpertShard(source.spec, source.device, dtype, source.expert_dtype)
-    for layer, expert in experts:
+    wanted = tuple(experts)
+    for layer, n_experts in Counter(layer for layer, _ in wanted).items():
+        shard.reserve(layer, n_experts)
+    for layer, expert in wanted:
         shard.load(layer, expert, source.expert(layer, expert, shard.weight_dtype))
     give_back()
     return shard

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -24,6 +25,9 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     from workers.checkpoint import Checkpoint
     from workers.transport.base import Transport
     from workers.transport.collective.client import CollectiveTransport
+
+
+_ACKNOWLEDGE_S = 0.01  # between two looks at what is in flight, after a new placement
 
 
 class Router:
@@ -75,6 +79,8 @@ class Router:
         )
         await service.start()
         self._service = service
+        assert self._view is not None
+        self._on_view(self._view)  # which may have changed while the exchange was made
         await self._follow_state()
         self._membership.tell()
         return service.address
@@ -83,7 +89,7 @@ class Router:
         from cluster.router.build import build_engine
         from cluster.router.exchange import Exchange
         from workers.checkpoint import Checkpoint
-        from workers.device import pick
+        from workers.device import compute_dtype, pick
         from workers.kernels.threads import set_threads
 
         set_threads(self._threads)
@@ -98,6 +104,8 @@ class Router:
             self._make_transport(source),
             reply_timeout_s=self._config.reply_timeout_s,
             rejoin_timeout_s=self._config.rejoin_timeout_s,
+            device=self._device,
+            dtype=compute_dtype(self._config.dtype, source.spec.dtype, self._device, self._config.expert_device),
         )
         return build_engine(self._config, source, exchange)
 
@@ -140,10 +148,22 @@ class Router:
             self._collective.join(view.group)
         if self._exchange is not None:
             self._exchange.publish(view.placement, view.addresses("expert"))
+            if self._exchange.epoch < view.placement.epoch:
+                self._begin(self._acknowledge(view.placement.epoch))
         if self._service is not None:
-            change = self._loop.create_task(self._follow_state())
-            self._changes.add(change)
-            change.add_done_callback(self._changes.discard)
+            self._begin(self._follow_state())
+
+    def _begin(self, change: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+
+    async def _acknowledge(self, epoch: int) -> None:
+        """Tell the controller as soon as no dispatch under an older placement is in flight any more."""
+        assert self._exchange is not None
+        while self._exchange.epoch < epoch:  # noqa: ASYNC110 (the step loop waits for nobody)
+            await asyncio.sleep(_ACKNOWLEDGE_S)
+        self._membership.tell()
 
     async def _follow_state(self) -> None:
         """Ready once every worker can be reached: one that leaves later is waited for by the step that needs it.
@@ -171,6 +191,7 @@ class Router:
             store="" if self._service is None else self._store_address,
             group=None if self._view is None else self._view.group,
             broken=0 if self._collective is None else self._collective.broken,
+            load=None if self._exchange is None else self._exchange.load(),
             detail=self._detail(),
         )
 

@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.placement.load import Load, LoadMeter
 from cluster.placement.placement import Placement
 from cluster.placement.routes import Routes
 from cluster.router.split import rows_of, split
 from cluster.router.worker_pool import Reply, WorkerPool
 from workers.errors import WorkerLost
-from workers.kernels import native
-from workers.kernels.dispatch import Plan, weighted_sum
+from workers.kernels.dispatch import Plan
+from workers.kernels.select import ops_for
 from workers.transport.base import Rows, Tag, Transport
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
@@ -61,6 +62,7 @@ class Counters:
     """Sums since start, for observability. Written by the step loop alone."""
 
     rows_LE: NDArray[np.int64]  # rows dispatched to each expert
+    worker_rows: dict[str, int] = field(default_factory=dict)  # rows sent to each worker, one for each of their experts
     repairs: int = 0  # parts sent again after a loss
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -78,6 +80,8 @@ class Exchange:
     within `combine`: the same rows go to another replica, or wait until there is one.
     """
 
+    only_launches = False
+
     def __init__(
         self,
         placement: Placement,
@@ -86,7 +90,10 @@ class Exchange:
         *,
         reply_timeout_s: float,
         rejoin_timeout_s: float,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """`device`, `dtype`: of the rows."""
         self._pool = WorkerPool(transport, reply_timeout_s)
         self._rejoin_timeout_s = rejoin_timeout_s
         self._router = secrets.randbits(64)
@@ -100,14 +107,19 @@ class Exchange:
         self._may_have_left = False  # whether the pool may have workers that are not in the view any more
         self._n_experts = len(placement.replicas[0])
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
+        self._meter = LoadMeter(self.counters.rows_LE, self.counters.worker_rows)
         self._connect()
-        native.usable()  # loads the kernels, so that no step waits for it
+        self._ops = ops_for(device, dtype)  # loads the kernels too, so that no step waits for it
 
     @property
     def epoch(self) -> int:
         """The acknowledgement: no rows are, or will be, routed under an older epoch than this one."""
         with self._lock:
             return min((epoch for epoch, n in self._outstanding.items() if n), default=self._published.placement.epoch)
+
+    def load(self) -> Load:
+        """The rows of experts and workers. From any thread, but always the same one."""
+        return self._meter.read()
 
     def numbers(self) -> dict[str, Any]:
         """How the exchange is doing, under the names of the generation service's DescribeReply. From any thread."""
@@ -157,7 +169,9 @@ class Exchange:
         rows_E = np.bincount(ids_TK.numpy().ravel(), minlength=self._n_experts) if routes.has_choice(layer) else None
         owner_E, counter_E = routes.owners(layer, rows_E), self.counters.rows_LE[layer]
         new_tag = partial(self._tag, layer, 0)
-        split_W, plan = split(x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag)
+        split_W, plan = split(
+            self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag
+        )
         rows_PD = x_TD.new_empty(plan.n_pairs, x_TD.shape[1])
         parts = []
         first = 0
@@ -177,7 +191,7 @@ class Exchange:
             lost = self._receive(handle.parts, y_TD)
             if lost:
                 self._repair(lost, y_TD)
-            y_TD = weighted_sum(y_TD, handle.plan)
+            y_TD = self._ops.weighted_sum(y_TD, handle.plan)
         with self._lock:
             self._outstanding[handle.epoch] -= 1
         return y_TD
@@ -210,8 +224,10 @@ class Exchange:
         return tag
 
     def _send(self, worker: int, rows: Rows, at: slice | Tensor, out_PD: Tensor) -> Part:
-        self.counters.sent_bytes += rows.n_bytes
-        return Part(rows, at, self._pool.send(self._routes.workers[worker], rows, out_PD))
+        name, counters = self._routes.workers[worker], self.counters
+        counters.sent_bytes += rows.n_bytes
+        counters.worker_rows[name] = counters.worker_rows.get(name, 0) + rows.n_pairs
+        return Part(rows, at, self._pool.send(name, rows, out_PD))
 
     def _receive(self, parts: Iterable[Part], rows_PD: Tensor) -> list[Part]:
         """Wait for the replies and put them in their places; returns the parts that were lost."""
