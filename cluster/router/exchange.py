@@ -26,6 +26,7 @@ from cluster.router.split import rows_of, split
 from cluster.router.worker_pool import Reply, WorkerPool
 from workers.errors import WorkerLost
 from workers.kernels.dispatch import Plan
+from workers.kernels.ops import Ops
 from workers.kernels.select import ops_for
 from workers.transport.base import Rows, Tag, Transport
 
@@ -150,6 +151,9 @@ class Exchange:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def by(self, ops: Ops) -> None:
+        """None: the experts are elsewhere."""
 
     def micro_batches(self, n_rows: int) -> int:
         """Two for large prefills, else one.

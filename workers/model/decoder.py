@@ -43,7 +43,7 @@ class Decoder:
             DecoderLayer(index, spec, weights, cache, self._ops) for index, weights in enumerate(dense.layers)
         ]
         self._norm_D = dense.norm_D.to(cache.device)
-        self._captured = CapturedSteps[Asked](self._ops)
+        self._captured = CapturedSteps(self._ops)
         self._head = self._ops.matrix(dense.head_VD)
 
     @torch.no_grad()
@@ -55,38 +55,49 @@ class Decoder:
         """
         begun = [self._begin(batch) for batch in batches]
         steps = [self._captured.step(batch, number) for number, batch in enumerate(begun)]
+        if len(steps) == 1 and (whole := steps[0]) is not None and self.experts.by(self._ops) is not None:
+            delta = whole.run("layers", lambda ops: self._through_layers(ops, self.experts.by(ops), whole.batch))
+            return self._logits(self._ops, whole.batch, delta)
         flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
         for layer in self._layers:
             for batch, step in flights:
-                delta = None if batch.handle is None else self.experts.combine(batch.handle)
-                batch.handle = self.experts.dispatch(layer.index, *self._attend(layer, batch, step, delta))
+                added = None if batch.handle is None else self.experts.combine(batch.handle)
+                batch.handle = self.experts.dispatch(layer.index, *self._attend(layer, batch, step, added))
         logits = [self._logits(self._ops, batch, self.experts.combine(batch.handle)) for batch, _ in flights]
         return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
 
     @torch.no_grad()
     def compute(
-        self, ops: Ops, token_T: Tensor, metadata: AttentionMetadata, logit_rows_R: Tensor | None = None
+        self,
+        ops: Ops,
+        token_T: Tensor,
+        metadata: AttentionMetadata,
+        logit_rows_R: Tensor | None = None,
+        experts: Experts | None = None,
     ) -> Tensor:
         """One micro-batch by `ops`, layer after layer: the wanted logits, float32 [R, V]. Everything is on the
         device, so that all of it only launches where the experts do.
 
-        token_T: int64. logit_rows_R: None means all rows.
+        token_T: int64. logit_rows_R: None means all rows. experts: None means the model's.
         """
-        batch, delta = self._micro_batch(token_T, metadata, logit_rows_R), None
+        batch = self._micro_batch(token_T, metadata, logit_rows_R)
+        return self._logits(ops, batch, self._through_layers(ops, experts or self.experts, batch))
+
+    def _through_layers(self, ops: Ops, experts: Experts | None, batch: MicroBatch) -> Delta:
+        """What the experts of the last layer give."""
+        assert experts is not None
+        delta: Delta | None = None
         for layer in self._layers:
-            handle = self.experts.dispatch(layer.index, *layer.attend(ops, batch, delta))
-            delta = self.experts.combine(handle)
+            delta = experts.combine(experts.dispatch(layer.index, *layer.attend(ops, batch, delta)))
         assert delta is not None
-        return self._logits(ops, batch, delta)
+        return delta
 
     @property
     def ops(self) -> Ops:
         """The operations of its device."""
         return self._ops
 
-    def _attend(
-        self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep[Asked] | None, delta: Delta | None
-    ) -> Asked:
+    def _attend(self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep | None, delta: Delta | None) -> Asked:
         if step is None:
             return layer.attend(self._ops, batch, delta)
         if delta is None:

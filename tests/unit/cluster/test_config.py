@@ -58,6 +58,8 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "allow_no_keys": "true",
         "generation_defaults": "false",
         "trusted_network": "true",
+        "tool_call_parser": "hermes",
+        "strict_fields": "true",
     }
     values = {f.name: special.get(f.name, "7") for f in fields(Config)}
     from_env = load({}, {f"EXPERTMESH_{name.upper()}": value for name, value in values.items()})
