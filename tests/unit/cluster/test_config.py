@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.config import Config
-from cluster.config_load import load
+from cluster.config_load import HINTS, load
 from cluster.errors import ConfigError
 
 
@@ -59,9 +59,9 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "generation_defaults": "false",
         "trusted_network": "true",
         "tool_call_parser": "hermes",
-        "strict_fields": "true",
     }
-    values = {f.name: special.get(f.name, "7") for f in fields(Config)}
+    default = {f.name: "true" if HINTS[f.name] is bool else "7" for f in fields(Config)}
+    values = default | special
     from_env = load({}, {f"EXPERTMESH_{name.upper()}": value for name, value in values.items()})
     from_yaml = load({}, {}, yaml_file(tmp_path, "".join(f"{name}: {value}\n" for name, value in values.items())))
     assert from_env.config == from_yaml.config
