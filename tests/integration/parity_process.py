@@ -19,6 +19,7 @@ from cluster.placement.placement import Placement, striped
 from cluster.router.build import build_engine
 from cluster.router.exchange import Exchange
 from cluster.router.params import SamplingParams
+from tests.credentials import CREDENTIALS
 from workers.checkpoint import Checkpoint
 from workers.shard import load_shard
 from workers.spec import ModelSpec
@@ -46,7 +47,9 @@ class Worker:
             self._server.stop(0)
         checkpoint = Checkpoint(asked["checkpoint"])
         shard = load_shard(checkpoint, placement(checkpoint.spec).shard(self._name), torch.float32)
-        self._server = ExpertServer(shard, self._name, "127.0.0.1")
+        self._server = ExpertServer(
+            shard, self._name, "127.0.0.1", model=checkpoint.fingerprint(torch.float32), credentials=CREDENTIALS
+        )
         self._server.start()
         return {"address": self._server.address}
 
@@ -54,7 +57,9 @@ class Worker:
 def generate(asked: dict[str, Any]) -> dict[str, Any]:
     """Greedy continuations of all prompts at once: each a list of ids, and of (id, logprob) of every position."""
     directory, addresses = Path(asked["checkpoint"]), asked["addresses"]
-    spec, transport, exchange = Checkpoint(directory).spec, GrpcTransport(), None
+    checkpoint, exchange = Checkpoint(directory), None
+    spec = checkpoint.spec
+    transport = GrpcTransport("router", checkpoint.fingerprint(torch.float32), CREDENTIALS)
     if spec.experts:
         exchange = Exchange(placement(spec), addresses, transport, reply_timeout_s=30, rejoin_timeout_s=30)
     engine = build_engine(CONFIG, directory, exchange)
