@@ -77,6 +77,7 @@ class RandomModel:
             put(attention.o_proj, "weight", ours.o)
             put(layer.input_layernorm, "weight", ours.input_norm_D)
             put(layer.post_attention_layernorm, "weight", ours.post_norm_D)
+            assert ours.gate_ED is not None
             put(layer.mlp.gate, "weight", ours.gate_ED)
             w13, w2 = (matrix.values_ND for matrix in experts[0])  # slots lie one after the other, in expert order
             put(layer.mlp.experts, "gate_up_proj", _together(w13, spec.n_experts))
