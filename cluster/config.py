@@ -91,4 +91,7 @@ class Config:
     allow_no_keys: bool = option(False, "listen beyond loopback without API keys")
     drain_timeout_s: float = option(30.0, "how long open requests may finish when the cluster stops", at_least=0)
     ray_address: str | None = option(None, "running Ray cluster to join; default: RAY_ADDRESS, else start Ray here")
+    state_dir: Path | None = option(  # noqa: RUF009
+        None, "directory for caches, models, Ray's token and the notes of running clusters; default: where XDG has them"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "log level of every process")

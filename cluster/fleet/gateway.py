@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from cluster.config import Config
@@ -20,6 +21,7 @@ from cluster.control.view import Member, View
 from cluster.fleet.actor import node_address
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
+from cluster.fleet.request_id import OneRequestId
 from cluster.gateway.context import ModelCard
 
 
@@ -74,7 +76,7 @@ def deploy(config: Config, model: ModelCard, url: str, controller: Any) -> None:
     quiet = {"log_level": config.log_level.upper(), "enable_access_log": False}
     # In a Ray of our own this is where Serve's own servers are; HAProxy listens on `config.host` (fleet.haproxy_exec).
     host = node_address() if config.ray_address is None else config.host
-    http_options = {"host": host, "port": config.port}
+    http_options = {"host": host, "port": config.port, "middlewares": [Middleware(OneRequestId)]}
     serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=quiet)
     deployment: Any = serve.deployment(
         serve.ingress()(Gateway),

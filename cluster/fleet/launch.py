@@ -18,7 +18,7 @@ from cluster.control.client import NAME, NAMESPACE, ControllerByName
 from cluster.control.controller import Controller
 from cluster.control.view import View
 from cluster.errors import ExpertMeshError, RayGone, StartError
-from cluster.fleet import gateway, local_ray
+from cluster.fleet import gateway
 from cluster.fleet.expert_actor import ExpertWorker
 from cluster.fleet.preflight import Plan
 from cluster.fleet.router_actor import Router
@@ -68,18 +68,19 @@ class Cluster:
 
 def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
     """Ask Ray for every process of the plan. Returns before they are ready."""
+    own_ray = config.ray_address is None
     holders = plan.workers or plan.routers  # with the local transport the router holds its experts itself
-    controller = _actor(Controller, NAME, 1, max_concurrency=1000).remote(
+    controller = _actor(Controller, NAME, 1, own_ray, max_concurrency=1000).remote(
         plan.n_layers, plan.n_experts, holders, (*plan.workers, *plan.routers)
     )
     by_name = ControllerByName()
     actors = {}
     for worker in plan.workers:
-        actors[worker] = _actor(ExpertWorker, worker, plan.worker_threads, gpus=config.gpus_per_expert_worker).remote(
-            worker, config, plan.checkpoint, plan.worker_threads, by_name
-        )
+        actors[worker] = _actor(
+            ExpertWorker, worker, plan.worker_threads, own_ray, gpus=config.gpus_per_expert_worker
+        ).remote(worker, config, plan.checkpoint, plan.worker_threads, by_name)
     for router in plan.routers:
-        actors[router] = _actor(Router, router, plan.router_threads, gpus=config.gpus_per_router).remote(
+        actors[router] = _actor(Router, router, plan.router_threads, own_ray, gpus=config.gpus_per_router).remote(
             router, config, plan.checkpoint, plan.router_threads, by_name
         )
     model = ModelCard(
@@ -149,11 +150,10 @@ def reason(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _actor(cls: type, name: str, threads: int, gpus: float = 0.0, **options: Any) -> Any:
-    # A Ray of our own already has these variables for the expert workers. One that needs others costs each start of
-    # the actor another half second, in which Ray's agent makes an environment for it.
-    wanted = (process_environment(threads) | (device.ENVIRONMENT if gpus else {})).items()
-    variables = {name: value for name, value in wanted if local_ray.inherited.get(name) != value}
+def _actor(cls: type, name: str, threads: int, own_ray: bool, gpus: float = 0.0, **options: Any) -> Any:
+    # A Ray of our own was started with these variables, so its processes have them: an environment of the actor's own
+    # would cost each start half a second, and where a path has a space in it Ray's agent never gets it ready.
+    variables = {} if own_ray else process_environment(threads) | (device.ENVIRONMENT if gpus else {})
     return ray.remote(cls).options(
         name=name,
         namespace=NAMESPACE,
