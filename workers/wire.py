@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.errors import WireError
-from workers.kernels.native import N_PAIRS
+from workers.kernels.message import N_PAIRS
 
 # Room for a round number of bytes of rows, their header and their pairs.
 FRAME_BYTES = (1 << 20) + (1 << 16)

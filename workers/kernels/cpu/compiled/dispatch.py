@@ -1,0 +1,128 @@
+"""The CPU kernels of a dispatch: pairs sorted by worker and expert, and the weighted sum of the rows that come back.
+
+Imported only to build them (see `library`): numba is here.
+"""
+
+from __future__ import annotations
+
+import numba
+
+from workers.kernels.cpu import arguments
+from workers.kernels.cpu.compiled.jit import as_float32, as_int32, as_int64, reader, take
+from workers.kernels.message import HEADER_BYTES
+
+_plan, _weighted_sum = reader(arguments.Plan), reader(arguments.WeightedSum)
+#: Columns of a sum that one thread takes at a time.
+_UNIT = 512
+
+
+@numba.njit
+def _pack(args, first, first_row, first_byte, row, token, expert):  # type: ignore[no-untyped-def]
+    """Write each worker's request, but for its header: rows, token_P, expert_P."""
+    a = _plan(args)
+    end = 0
+    for w in range(a.n_workers):
+        first_byte[w] = end
+        n_rows, n_pairs = first_row[w + 1] - first_row[w], first[w + 1] - first[w]
+        if n_pairs > 0:
+            rows = a.messages + end + HEADER_BYTES
+            for r in range(n_rows):
+                source, target = as_float32(a.x + row[first_row[w] + r] * a.x_stride), as_float32(rows + 4 * a.d * r)
+                for i in range(a.d):
+                    target[i] = source[i]
+            tokens, experts = as_int32(rows + 4 * a.d * n_rows), as_int32(rows + 4 * a.d * n_rows + 4 * n_pairs)
+            for p in range(n_pairs):
+                tokens[p] = token[first[w] + p]
+                experts[p] = expert[first[w] + p]
+            # The next one begins at a multiple of 8 bytes, as the fields of its header want to.
+            end += (HEADER_BYTES + 4 * a.d * n_rows + 8 * n_pairs + 7) // 8 * 8
+    first_byte[a.n_workers] = end
+
+
+def plan(args: int) -> None:
+    """Sort the pairs by (worker, expert, token), and number the rows of each worker; see `dispatch.Plan`."""
+    a = _plan(args)
+    ids, weights, owner, counter = as_int64(a.ids), as_int32(a.weights), as_int64(a.owner), as_int64(a.counter)
+    n_tokens, k, n_experts, n_workers, first_at = a.n_tokens, a.k, a.n_experts, a.n_workers, a.memory
+    n_pairs = n_tokens * k
+    first_row_at = first_at + 8 * (n_workers + 1)
+    first_byte_at = first_row_at + 8 * (n_workers + 1)
+    place_at = first_byte_at + 8 * (n_workers + 1)
+    row_at = place_at + 8 * n_pairs
+    weights_at = row_at + 8 * n_pairs
+    token_at = weights_at + 4 * n_pairs
+    expert_at = token_at + 4 * n_pairs
+    scratch = weights_at + 8 * ((3 * n_pairs + 1) // 2)
+    first, first_row, place, row = as_int64(first_at), as_int64(first_row_at), as_int64(place_at), as_int64(row_at)
+    sorted_weights, token, expert = as_int32(weights_at), as_int32(token_at), as_int32(expert_at)
+    following, number = as_int64(scratch), as_int64(scratch + 8 * n_experts)
+
+    for e in range(n_experts):
+        following[e] = 0
+    for p in range(n_pairs):
+        following[ids[p]] += 1
+    end = 0
+    first[0] = 0
+    for w in range(n_workers):
+        for e in range(n_experts):
+            if a.owner == 0 or owner[e] == w:
+                count = following[e]
+                if a.counter != 0:
+                    counter[e] += count
+                following[e] = end
+                end += count
+        first[w + 1] = end
+
+    for t in range(n_tokens):
+        for i in range(t * k, t * k + k):
+            e = ids[i]
+            at = following[e]
+            following[e] = at + 1
+            token[at] = t
+            expert[at] = e
+            rank = t * k
+            for other in range(t * k, t * k + k):
+                if ids[other] < e:
+                    rank += 1
+            place[rank] = at
+            sorted_weights[rank] = weights[i]
+
+    rows = 0
+    first_row[0] = 0
+    for w in range(n_workers):
+        for t in range(n_tokens):
+            number[t] = -1
+        for at in range(first[w], first[w + 1]):
+            number[token[at]] = 0
+        for t in range(n_tokens):
+            if number[t] == 0:
+                number[t] = rows - first_row[w]
+                row[rows] = t
+                rows += 1
+        for at in range(first[w], first[w + 1]):
+            token[at] = number[token[at]]
+        first_row[w + 1] = rows
+    if a.messages != 0:
+        _pack(args, first, first_row, as_int64(first_byte_at), row, token, expert)
+
+
+def weighted_sum(args: int) -> None:
+    """out[t] = the sum over k of weights[t, k] * rows[place[t, k]], added in the order of k."""
+    a = _weighted_sum(args)
+    place, weights, blocks = as_int64(a.place), as_float32(a.weights), (a.d + _UNIT - 1) // _UNIT
+    u = take(args)
+    while u < a.n_tokens * blocks:
+        t, first = u // blocks, _UNIT * (u % blocks)
+        n, target = min(_UNIT, a.d - first), as_float32(a.out + 4 * (t * a.d + first))
+        for pair in range(t * a.k, t * a.k + a.k):
+            row, weight = as_float32(a.rows + 4 * (place[pair] * a.d + first)), weights[pair]
+            if pair == t * a.k:
+                for i in range(n):
+                    target[i] = weight * row[i]
+            else:
+                for i in range(n):
+                    target[i] += weight * row[i]
+        u = take(args)
+
+
+KERNELS = (plan, weighted_sum)
