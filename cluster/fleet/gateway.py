@@ -30,10 +30,11 @@ class Gateway:
 
     async def __init__(self, config: Config, model: ModelCard, url: str, controller: Any) -> None:  # type: ignore[misc]
         from cluster.gateway.app import create_app
+        from cluster.gateway.metrics import Metrics
         from cluster.gateway.session import Session
         from cluster.gateway.tokenizer import Tokenizer
 
-        self._metrics_url = f"{url}/metrics"
+        self._metrics_url = f"{url}/metrics/own"
         _listen_on_node_address()
         _tell_when_listening(self._on_listening)
         self._id = f"gateway-{serve.get_replica_context().rank.rank}"
@@ -41,7 +42,9 @@ class Gateway:
         self._node = ray.get_runtime_context().get_node_id()
         self._session = Session(rejoin_timeout_s=config.rejoin_timeout_s)
         tokenizer = await asyncio.to_thread(Tokenizer, Path(model.path))
-        self._drain = Drain(create_app(config, model, tokenizer, self._session), lambda: self._membership.tell())
+        self._metrics = Metrics(self._id)
+        app = create_app(config, model, tokenizer, self._session, self._metrics)
+        self._drain = Drain(app, lambda: self._membership.tell())
         self._membership = ControllerClient(controller, self._member, self._on_view)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -49,10 +52,15 @@ class Gateway:
 
     def _on_listening(self, host: str, port: int) -> None:
         """This gateway's own server, past the proxy: what it counts is not what the others count."""
-        self._metrics_url = f"http://{host}:{port}/metrics"
+        self._metrics_url = f"http://{host}:{port}/metrics/own"
 
     def _on_view(self, view: View) -> None:
         self._session.update(view.addresses("router"))
+        self._metrics.peers = {
+            member.id: member.metrics_url
+            for member in view.members
+            if member.role == "gateway" and member.id != self._id and member.state != "lost" and member.metrics_url
+        }
         self._drain.draining |= view.draining  # a controller that was restarted no longer knows
 
     def _member(self) -> Member:

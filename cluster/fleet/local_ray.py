@@ -45,11 +45,8 @@ def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str
     """
     if config.ray_address is not None:  # the rest is up to whoever runs that Ray
         # `ray start` asks for a token if there is one, and whoever joins says nothing unless told to.
-        return (
-            {**_COMMON, "RAY_AUTH_MODE": "token"}
-            if has_token(os.environ) and "RAY_AUTH_MODE" not in os.environ
-            else _COMMON
-        )
+        wants_token = has_token(os.environ) and "RAY_AUTH_MODE" not in os.environ
+        return {**_COMMON, "RAY_AUTH_MODE": "token"} if wants_token else _COMMON
     haproxy = run_dir / "haproxy"
     haproxy_exec.install(haproxy, config.host, config.port)
     drain_s = int(config.drain_timeout_s) + 1

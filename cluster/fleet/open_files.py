@@ -22,7 +22,7 @@ def raise_limit() -> int:
     if most < _LEAST:
         raise StartError(
             f"only {most} files may be open at once, and a cluster needs {_LEAST}: raise the hard limit "
-            f"(`ulimit -Hn {_WANTED}` as root, LimitNOFILE= of a systemd unit, --ulimit nofile={_WANTED} of a container)"
+            f"(`ulimit -Hn {_WANTED}` as root, LimitNOFILE= in systemd, --ulimit nofile={_WANTED} for a container)"
         )
     if soft != most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

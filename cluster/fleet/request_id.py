@@ -8,7 +8,7 @@ _NAME = b"x-request-id"
 
 
 class OneRequestId:
-    """ASGI middleware around Serve's: of several request ids in an answer the gateway's own, which comes first, stays."""
+    """ASGI middleware around Serve's: of several request ids of an answer the first stays, the gateway's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
