@@ -84,7 +84,7 @@ def deploy(config: Config, model: ModelCard, url: str, controller: Any) -> None:
     quiet = {"log_level": config.log_level.upper(), "enable_access_log": False}
     # In a Ray of our own this is where Serve's own servers are; HAProxy listens on `config.host` (fleet.haproxy_exec).
     host = node_address() if config.ray_address is None else config.host
-    http_options = {"host": host, "port": config.port, "middlewares": [Middleware(OneRequestId)]}
+    http_options = {"host": host, "port": config.port}
     serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=quiet)
     deployment: Any = serve.deployment(
         serve.ingress()(Gateway),
@@ -121,6 +121,7 @@ def _tell_when_listening(told: Callable[[str, int], None]) -> None:
     original = replica.start_asgi_http_server
 
     async def start(app: ASGIApp, options: Any, *args: Any, **kwargs: Any) -> Any:
+        options.middlewares.append(Middleware(OneRequestId))  # around Serve's own
         server = await original(app, options, *args, **kwargs)
         told(options.host, options.port)
         return server

@@ -27,6 +27,7 @@ from workers import device
 from workers.kernels.threads import process_environment
 
 _TICK_S = 0.1
+_FURTHER = "For further information visit"  # pydantic's last line
 _CALL_TIMEOUT_S = 10.0
 
 
@@ -143,7 +144,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, RayTaskError) and error.cause is not None:
         cause = error.cause
         return str(cause) if isinstance(cause, ExpertMeshError) else f"{type(cause).__name__}: {cause}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and _FURTHER not in line]
     if isinstance(error, RayActorError) and len(lines) > 1:
         exits = [line for line in lines if "exit" in line.lower()]
         return (exits or lines)[-1]

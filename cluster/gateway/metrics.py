@@ -79,7 +79,9 @@ class Metrics:
         families = list(self._registry.collect())
         for family in families:
             family.samples = [
-                sample._replace(labels={"gateway": self.gateway, **sample.labels}) for sample in family.samples
+                sample._replace(labels={"gateway": self.gateway, **sample.labels})
+                for sample in family.samples
+                if not sample.name.endswith("_created")  # would come back from a peer as families of their own
             ]
         return families
 

@@ -68,7 +68,7 @@ def test_a_directory_that_is_gone_or_full_costs_the_snapshot_and_not_the_cluster
     state = replace(mine, run_dir=f"{mine.run_dir}/gone")
     state.write()
     snapshot.write(state, view)
-    with pytest.raises(ExpertMeshError, match="just starting"):
+    with pytest.raises(ExpertMeshError, match="/gone was removed"):
         snapshot.read()
 
 
