@@ -62,6 +62,12 @@ class Config:
     gpus_per_expert_worker: float = option(
         0.0, "share of a GPU of each expert worker; 0: a whole one, less where there are too few", at_least=0, at_most=1
     )
+    expert_slots: int = option(
+        0,
+        "experts that each expert worker has room for, over all layers; 0: what its GPU holds, on a CPU half more than "
+        "an equal share",
+        at_least=0,
+    )
     gpu_memory_utilization: float = option(
         0.9, "share of a GPU's memory that is taken: what weights leave of it is KV cache", at_least=0.05, at_most=1.0
     )
@@ -72,6 +78,7 @@ class Config:
     worker_threads: int = option(0, "CPU threads of an expert worker; 0: a share of the cores", at_least=0)
     kv_cache_mb: int = option(0, "KV cache of each router, MiB; 0: what its GPU has left, 512 on a CPU", at_least=0)
     block_size: int = option(16, "tokens per KV block", at_least=1, at_most=4096)
+    prefix_cache: bool = option(True, "share the KV cache of prompts that begin alike")
     max_context: int = option(0, "longest prompt + answer in tokens; 0: what the model allows", at_least=0)
     max_batch_tokens: int = option(
         512, "most token rows in one step; longer prompts are prefilled in chunks", at_least=1

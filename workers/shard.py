@@ -6,7 +6,9 @@ Legend: T token rows, P (token, expert) pairs, K choices a token, D hidden, F ff
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from workers.errors import ExpertNotHeld
 from workers.kernels.memory import empty_weights, give_back
+from workers.kernels.ops import Delta, Ops, unsummed
 from workers.kernels.select import ops_for
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -61,6 +64,7 @@ class ExpertShard:
             for _ in range(spec.n_layers)
         ]
         self._answers = self._ops.answers(self._layers)
+        self.only_launches = self.device.type == "cuda" and self._ops.exact_rows
         self._lock = threading.Lock()  # held while a layer computes, or changes what it holds
 
     @property
@@ -81,6 +85,11 @@ class ExpertShard:
     def weight_bytes(self) -> int:
         """Bytes of expert weights resident on the device."""
         return self.expert_bytes * sum(len(layer.held) for layer in self._layers)
+
+    def reserve(self, layer: int, n_experts: int) -> None:
+        """Say how many experts of `layer` are to be held, so that their memory is taken once."""
+        with self._lock:
+            self._layers[layer].reserve(n_experts)
 
     def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         """Put a replica of `(layer, expert)` on the device, as `weight_dtype`; replaces one that is there."""
@@ -115,6 +124,22 @@ class ExpertShard:
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
 
+    def fixed(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """The unweighted rows of all pairs whose expert is held, [n, D], and where each pair's row is, int32 [T * K].
+
+        ids_TK: int32 or int64; a pair whose expert is below 0 has place -1. Shapes depend on T and K alone.
+        """
+        if self.only_launches:
+            y_PD, place_TK, _ = unsummed(self._ops.experts_combined(self._layers[layer], x_TD, ids_TK, ids_TK))
+            return y_PD, place_TK.flatten()
+        ids_P = ids_TK.flatten()
+        pair_P = torch.nonzero(ids_P >= 0).flatten()
+        pair_P = pair_P[torch.argsort(ids_P[pair_P], stable=True)]
+        y_PD = self.forward(layer, x_TD, pair_P // ids_TK.shape[1], ids_P[pair_P])
+        place_P = torch.full(ids_P.shape, -1, dtype=torch.int32, device=ids_P.device)
+        place_P[pair_P] = torch.arange(len(pair_P), dtype=torch.int32, device=ids_P.device)
+        return y_PD, place_P
+
     def answer(self, message: memoryview) -> memoryview | None:
         """The reply to a whole REQUEST of `wire` with few rows; None: it has to be parsed and given to `forward`."""
         if self._answers is None:
@@ -122,10 +147,16 @@ class ExpertShard:
         with self._lock:
             return self._answers.answer(message)
 
+    def by(self, ops: Ops) -> ExpertShard:
+        """The same slots, computed by other operations of the same device. Slots must not change while a graph runs."""
+        view = copy(self)  # of the handle: slots, counters and lock are the same
+        view._ops = ops
+        return view
+
     def begin_step(self, step: int) -> None:
         """Nothing to do: nothing outlives a dispatch in one process."""
 
-    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Delta:
         """Compute the experts of `layer` at once; the handle is the result. See `workers.model.experts.Experts`."""
         with self._lock:
             try:
@@ -133,7 +164,7 @@ class ExpertShard:
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
 
-    def combine(self, handle: Tensor) -> Tensor:
+    def combine(self, handle: Delta) -> Delta:
         """y_TD, in the dtype of the dispatched rows: the weighted sum, added in expert order in float32."""
         return handle
 
@@ -149,7 +180,10 @@ def load_shard(source: Checkpoint, experts: Iterable[tuple[int, int]], dtype: to
     Raises CheckpointError.
     """
     shard = ExpertShard(source.spec, source.device, dtype, source.expert_dtype)
-    for layer, expert in experts:
+    wanted = tuple(experts)
+    for layer, n_experts in Counter(layer for layer, _ in wanted).items():
+        shard.reserve(layer, n_experts)
+    for layer, expert in wanted:
         shard.load(layer, expert, source.expert(layer, expert, shard.weight_dtype))
     give_back()
     return shard

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from cluster.config import Config
 from cluster.errors import ExpertMeshError, RayGone
 from cluster.fleet import local_ray, preflight, ray_logs, snapshot
+from cluster.fleet.mps import Mps
 from cluster.fleet.open_files import raise_limit
 from cluster.fleet.ray_token import ensure_token
 from cluster.fleet.run_state import RunDirectory, RunState
@@ -88,10 +89,12 @@ def _run(config: Config, plan: preflight.Plan, run: RunDirectory, signals: Signa
         transport_reason=plan.transport.reason,
     )
     state.write()
+    mps = Mps(run.path)
 
     def give_up() -> None:
         console.print("stopped", style="dim")
         local_ray.kill_children()
+        mps.stop()
         state.remove()
         run.remove()
         os._exit(0)
@@ -102,6 +105,8 @@ def _run(config: Config, plan: preflight.Plan, run: RunDirectory, signals: Signa
                 # Of the most that any of them uses: each sets its own number when it starts.
                 threads = max(plan.worker_threads, plan.router_threads)
                 variables = process_environment(threads) | (device.ENVIRONMENT if plan.gpus else {})
+                if any(use.gpus < 1 for use in plan.uses) and config.ray_address is None:
+                    variables |= _share_gpus(mps, console)
                 address = local_ray.start(config, run.path, variables, n_gpus=len(plan.gpus))
             signals.install()  # Ray takes them when it starts
             signals.check()
@@ -116,7 +121,17 @@ def _run(config: Config, plan: preflight.Plan, run: RunDirectory, signals: Signa
         finally:
             with console.status("stopping"):
                 local_ray.stop(config)
+                mps.stop()
             state.remove()
+
+
+def _share_gpus(mps: Mps, console: Console) -> Mapping[str, str]:
+    """What has to be in the environment of processes that share a GPU."""
+    if why := mps.start():
+        slow = "processes that share a GPU take turns of milliseconds"
+        console.print(f"without NVIDIA's multi-process service ({why}) {slow}", style="yellow", highlight=False)
+        return {}
+    return mps.variables
 
 
 def _serve(

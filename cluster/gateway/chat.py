@@ -13,12 +13,12 @@ from cluster.errors import RequestError
 from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import Conversation, converse
-from cluster.gateway.generation import Answer, Choice, respond
+from cluster.gateway.generation import Answer, Choice, Usage, respond
 from cluster.gateway.parsers.parts import CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import Written, call_id
 from cluster.gateway.schemas import ChatRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken
-from cluster.gateway.sse import TextEvents, event
+from cluster.gateway.sse import DONE, TextEvents, error_event, event
 
 _HOLE = "\0"
 
@@ -42,6 +42,8 @@ def _top_logprobs(request: ChatRequest) -> int | None:
 class ChatForm:
     """Chat completions and their chunks, as OpenAI writes them."""
 
+    done = DONE
+
     def __init__(
         self,
         gateway: Gateway,
@@ -62,6 +64,9 @@ class ChatForm:
         self._tail = {"usage": None} if usage_in_chunks else {}
         self._fast: dict[int, TextEvents] = {}
 
+    def error(self, error: RequestError) -> bytes:
+        return error_event(error)
+
     def opening(self, choice: Choice, first: Delta) -> bytes:
         return event(self._chunk(choice.index, {"role": "assistant", "content": ""}))
 
@@ -79,10 +84,10 @@ class ChatForm:
             data += event(self._chunk(choice.index, {}, finish=self._finish(choice, delta.finish)))
         return data
 
-    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
+    def closing(self, usage: Usage, wanted: bool) -> bytes:
         return event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage}) if wanted else b""
 
-    def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         choices = [
             {
                 "index": answer.choice.index,

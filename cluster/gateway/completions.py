@@ -13,12 +13,12 @@ from starlette.responses import Response
 from cluster.errors import RequestError
 from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
-from cluster.gateway.generation import Answer, Choice, Echo, respond
+from cluster.gateway.generation import Answer, Choice, Echo, Usage, respond
 from cluster.gateway.logprobs import finite
 from cluster.gateway.prompts import echo_of, prompts
 from cluster.gateway.schemas import CompletionRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken, SequenceText
-from cluster.gateway.sse import TextEvents, event
+from cluster.gateway.sse import DONE, TextEvents, error_event, event
 from cluster.gateway.structured import grammar_of
 from cluster.router import limits
 from cluster.router.params import TokenLogprobs
@@ -90,6 +90,8 @@ def _choices(
 class CompletionForm:
     """Text completions and their chunks, as OpenAI writes them."""
 
+    done = DONE
+
     def __init__(self, gateway: Gateway, *, logprobs: int | None, usage_in_chunks: bool):
         self._names = gateway.names
         self._logprobs = logprobs
@@ -101,6 +103,9 @@ class CompletionForm:
         }
         self._tail = {"usage": None} if usage_in_chunks else {}
         self._fast: dict[int, TextEvents] = {}
+
+    def error(self, error: RequestError) -> bytes:
+        return error_event(error)
 
     def opening(self, choice: Choice, first: Delta) -> bytes:
         if choice.echo is None:
@@ -116,10 +121,10 @@ class CompletionForm:
             fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, _HOLE), _HOLE)
         return fast.event(delta.text)
 
-    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
+    def closing(self, usage: Usage, wanted: bool) -> bytes:
         return event(self._head | {"choices": [], "usage": usage}) if wanted else b""
 
-    def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         return self._head | {"choices": [self._choice(answer) for answer in answers], "usage": usage}
 
     def _choice(self, answer: Answer) -> dict[str, Any]:

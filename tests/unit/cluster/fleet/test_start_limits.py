@@ -1,4 +1,4 @@
-"""Would catch a start that fails for a port that nobody named, for too few files, or without saying what Ray died of."""
+"""Would catch a start that fails for a port that nobody named, for too few files, or without a cause."""
 
 from __future__ import annotations
 

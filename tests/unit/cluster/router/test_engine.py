@@ -261,6 +261,28 @@ def test_a_prompt_can_be_scored_without_an_answer(model: Model, n: int) -> None:
     assert (output.token_ids, output.finish, len(output.prompt_logprobs or ())) == ((), "length", n)
 
 
+def test_prompts_that_begin_alike_share_what_is_computed(model: Model) -> None:
+    """The same tokens as without, fewer rows, and no block left behind; other salts share nothing."""
+    shared = model.prompt(40)
+    prompts = [shared + model.prompt(n, seed=n) for n in (1, 7, 2, 30, 11)] + [shared]
+    given: dict[bool, list[list[int]]] = {}
+    rows: dict[bool, int] = {}
+    for cached in (False, True):
+        engine = model.engine(prefix_cache=cached, max_batch_tokens=16)
+        first = run(engine, shared, seeded(99, 9))
+        before = engine.stats().rows
+        for i, prompt_ids in enumerate(prompts):
+            engine.submit(str(i), prompt_ids, seeded(i, 9))
+        answers = finish(engine)
+        rows[cached] = engine.stats().rows - before
+        given[cached] = [first, *(tokens(answers[str(i)]) for i in range(len(prompts)))]
+        assert engine.stats().cached_tokens == (36 + 5 * 40 if cached else 0)
+        run(engine, shared, SamplingParams(max_tokens=1, cache_salt="other"))
+        assert engine.stats().cached_tokens == (36 + 5 * 40 if cached else 0)
+    assert given[True] == given[False]
+    assert rows[False] - rows[True] == 36 + 5 * 40
+
+
 def test_cut_into_micro_batches_it_says_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = {str(i): model.prompt(5 + 8 * i, i) for i in range(5)}
     results = []
