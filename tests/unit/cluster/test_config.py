@@ -53,6 +53,9 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "allow_no_keys": "true",
         "generation_defaults": "false",
         "trusted_network": "true",
+        "prefix_cache": "false",
+        "strict_fields": "true",
+        "tool_call_parser": "hermes",
     }
     values = {f.name: special.get(f.name, "7") for f in fields(Config)}
     from_env = load({}, {f"EXPERTMESH_{name.upper()}": value for name, value in values.items()})
@@ -184,9 +187,7 @@ def test_what_kubernetes_puts_into_the_environment_is_no_option() -> None:
         load({}, {"EXPERTMESH_PORT": "tcp"})
 
 
-def test_paths_are_absolute_since_other_processes_work_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_absolute_for_processes_that_work_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "keys").write_text("k")
     assert load({"api_keys_file": "keys"}, {}).config.api_keys_file == tmp_path / "keys"

@@ -35,26 +35,16 @@ def test_clients_follow_the_files_that_may_be_open(limit: int, clients: int) -> 
     assert most_clients(limit) == clients
 
 
-@pytest.mark.parametrize(
-    ("soft", "hard", "then"), [(256, 1024, "only 1024 files"), (1024, 4096, "4096"), (1024, 100_000, "65536")]
-)
-def test_the_limit_is_raised_as_far_as_it_goes(soft: int, hard: int, then: str) -> None:
+@pytest.mark.parametrize(("hard", "then"), [(1024, "only 1024 files may be open"), (4096, "4096 4096")])
+def test_the_limit_is_raised_as_far_as_it_goes(hard: int, then: str) -> None:
     code = (
-        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, min({hard}, "
-        "resource.getrlimit(resource.RLIMIT_NOFILE)[1])))\n"
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))\n"
         "from cluster.fleet.open_files import raise_limit\n"
         "try: print(raise_limit(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
         "except Exception as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    most = resource_hard()
-    assert then in done.stdout or (most < hard and str(min(most, 65_536)) in done.stdout)
-
-
-def resource_hard() -> int:
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert done.stdout.startswith(then)
 
 
 def test_the_first_that_complains_most_gravely_is_the_cause(tmp_path: Path) -> None:
