@@ -54,6 +54,7 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "generation_defaults": "false",
         "trusted_network": "true",
         "prefix_cache": "false",
+        "state_dir": str(tmp_path),
         "strict_fields": "true",
         "tool_call_parser": "hermes",
     }
