@@ -99,6 +99,11 @@ def _bases() -> Iterator[str]:
     yield from (base for base in ("/tmp", state, "/dev/shm") if base and len(base) <= _LONGEST_TMP)
 
 
+def credentials_path(run_dir: Path) -> Path:
+    """The file with which tools of this user join the cluster's calls."""
+    return run_dir / "credentials.json"
+
+
 def find(port: int | None = None) -> RunState:
     """The running cluster of this user, on `port` if there are several. ExpertMeshError when there is none."""
     states = [state for path in sorted(_directory().glob("*.json")) if (state := _read(path)) is not None]

@@ -15,16 +15,18 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
 from cluster.config import Config
+from cluster.config_load import tls_files
 from cluster.errors import ExpertMeshError, RayGone
 from cluster.fleet import local_ray, preflight, ray_logs, snapshot
 from cluster.fleet.mps import Mps
 from cluster.fleet.open_files import raise_limit
 from cluster.fleet.ray_token import ensure_token
-from cluster.fleet.run_state import RunDirectory, RunState
+from cluster.fleet.run_state import RunDirectory, RunState, credentials_path
 from cluster.fleet.signals import Signals, Stopped
 from cluster.fleet.watch import Watch
 from cluster.models import resolve
 from cluster.state_dir import cache_home
+from workers.transport.grpc.credentials import Credentials
 
 if TYPE_CHECKING:  # Ray is imported once its environment is in force
     from cluster.control.view import View
@@ -145,7 +147,9 @@ def _serve(
 ) -> None:
     from cluster.fleet.launch import start_actors, wait_ready
 
-    cluster = start_actors(config, plan, state.url)
+    credentials = Credentials.generate(tls_files(config), config.trusted_network)
+    credentials.write(credentials_path(Path(state.run_dir)))  # for `bench serve --router`
+    cluster = start_actors(config, plan, state.url, credentials)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
     for use in plan.uses:
         console.print(str(use), style="dim", highlight=False)
