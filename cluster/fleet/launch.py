@@ -14,11 +14,13 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.config import Config
+from cluster.control.api import AdminOptions
 from cluster.control.client import NAME, NAMESPACE, ControllerByName
 from cluster.control.controller import Controller
 from cluster.control.view import View
 from cluster.errors import ExpertMeshError, RayGone, StartError
 from cluster.fleet import gateway, local_ray
+from cluster.fleet.actor import node_address
 from cluster.fleet.expert_actor import ExpertWorker
 from cluster.fleet.preflight import Plan
 from cluster.fleet.router_actor import Router
@@ -66,11 +68,16 @@ class Cluster:
             raise RayGone(reason(error)) from error
 
 
-def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
+def start_actors(config: Config, plan: Plan, url: str, admin_token: str) -> Cluster:
     """Ask Ray for every process of the plan. Returns before they are ready."""
     holders = plan.workers or plan.routers  # with the local transport the router holds its experts itself
     controller = _actor(Controller, NAME, 1, max_concurrency=1000).remote(
-        plan.n_layers, plan.n_experts, holders, (*plan.workers, *plan.routers)
+        plan.n_layers,
+        plan.n_experts,
+        holders,
+        (*plan.workers, *plan.routers),
+        plan.expert_bytes,
+        AdminOptions(node_address(), config.admin_port, admin_token),
     )
     by_name = ControllerByName()
     actors = {}

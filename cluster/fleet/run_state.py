@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from cluster.errors import ExpertMeshError, StartError
 
 # Ray and HAProxy put Unix sockets below the run directory, whose paths may have 107 bytes.
 _LONGEST_TMP = 20
+_TOKEN = "admin_token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,22 @@ def make_run_dir() -> Path:
         return Path(tempfile.mkdtemp(prefix="em-", dir=base if len(base) <= _LONGEST_TMP else "/tmp"))
     except OSError as error:
         raise StartError(f"cannot make a temporary directory: {error}; TMPDIR says where") from error
+
+
+def make_admin_token(run_dir: Path) -> str:
+    """A new token for the admin API, kept where only this user reads it."""
+    token = secrets.token_urlsafe(32)
+    with open(os.open(run_dir / _TOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(token)
+    return token
+
+
+def admin_token(run_dir: Path) -> str:
+    """The token of the cluster in `run_dir`. ExpertMeshError when it is not there."""
+    try:
+        return (run_dir / _TOKEN).read_text(encoding="ascii")
+    except OSError as error:
+        raise ExpertMeshError(f"cannot read the admin token: {error}") from error
 
 
 def find(port: int | None = None) -> RunState:

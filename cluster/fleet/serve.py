@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from cluster.config import Config
 from cluster.errors import ExpertMeshError, RayGone
 from cluster.fleet import local_ray, preflight, snapshot
-from cluster.fleet.run_state import RunState, make_run_dir
+from cluster.fleet.run_state import RunState, make_admin_token, make_run_dir
 from cluster.fleet.signals import Signals, Stopped
 from cluster.fleet.watch import Watch
 from cluster.models import resolve
@@ -109,7 +109,7 @@ def _serve(
 ) -> None:
     from cluster.fleet.launch import start_actors, wait_ready
 
-    cluster = start_actors(config, plan, state.url)
+    cluster = start_actors(config, plan, state.url, make_admin_token(Path(state.run_dir)))
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
     for use in plan.uses:
         console.print(str(use), style="dim", highlight=False)
