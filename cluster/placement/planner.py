@@ -77,7 +77,7 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
     if sum(worker.slots for worker in fleet) < n_layers * n_experts:
         raise PlacementError(
             f"{n_layers * n_experts} experts do not fit into the {sum(worker.slots for worker in fleet)} slots of "
-            f"{len(fleet)} workers"
+            f"{len(fleet)} workers; more workers, or a larger --expert-slots, make room"
         )
     # An expert without rows needs a home all the same, and a little is what makes it count.
     loads_LE = np.maximum(loads_LE, loads_LE.mean() * 1e-6 + 1e-12)

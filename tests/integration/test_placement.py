@@ -1,4 +1,4 @@
-"""Experts that move while streams run. Catches a token that changes or is lost, a verb that leaves half of itself behind,
+"""Experts that move while streams run. Catches a token that changes or is lost, a verb that leaves half of itself,
 and a controller that comes back with an older placement."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOKENS = 400
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[RunningCluster]:
     directory = tmp_path_factory.mktemp("placement")
-    options = ("--routers", "2", "--expert-workers", "3", "--kv-cache-mb", "32")
+    options = ("--routers", "2", "--expert-workers", "3", "--kv-cache-mb", "32", "--expert-slots", "16")
     with running_cluster(directory, tiny_checkpoint, *options) as running:
         yield running
 
