@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from workers.errors import ExpertNotHeld
 from workers.kernels.memory import empty_weights, give_back
-from workers.kernels.ops import Delta, unsummed
+from workers.kernels.ops import Delta, Ops, unsummed
 from workers.kernels.select import ops_for
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -145,6 +146,12 @@ class ExpertShard:
             return None
         with self._lock:
             return self._answers.answer(message)
+
+    def by(self, ops: Ops) -> ExpertShard:
+        """The same slots, computed by other operations of the same device. Slots must not change while a graph runs."""
+        view = copy(self)  # of the handle: slots, counters and lock are the same
+        view._ops = ops
+        return view
 
     def begin_step(self, step: int) -> None:
         """Nothing to do: nothing outlives a dispatch in one process."""

@@ -90,7 +90,7 @@ class Operator:
         """A whole placement: by layer and expert, the workers that are to hold it and their shares."""
         async with self._lock:
             now = self._placement
-            if len(homes_LE) != now.n_layers or any(len(experts) != now.n_experts for experts in homes_LE):
+            if [len(experts) for experts in homes_LE] != [len(experts) for experts in now.replicas]:
                 raise PlacementError(f"the model has {now.n_layers} layers of {now.n_experts} experts")
             named = {worker for experts in homes_LE for homes in experts for worker in homes}
             goal = Placement.of(now.epoch + 1, sorted(named), homes_LE)
