@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from cluster.bench.lazy import LazyGroup
 from cluster.config_load import FIELDS, HINTS, Loaded, flag, load
 from cluster.errors import ExpertMeshError
+from cluster.fleet.operator_cli import drain, placement, rebalance
 from cluster.generate import generate
 from cluster.models.cli import app as model_app
 from cluster.state_dir import VARIABLE, settle
@@ -152,5 +153,8 @@ def config(loaded: Loaded, as_json: Json = False) -> None:
 
 
 app.command()(generate)
+app.command()(rebalance)
+app.command()(drain)
+app.add_typer(placement, name="placement")
 app.add_typer(model_app, name="model")
 app.add_typer(typer.Typer(cls=LazyGroup, no_args_is_help=True, help="Measure a running cluster."), name="bench")

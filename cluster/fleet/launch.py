@@ -14,11 +14,13 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.config import Config
+from cluster.control.api import AdminOptions
 from cluster.control.client import NAME, NAMESPACE, ControllerByName
 from cluster.control.controller import Controller
 from cluster.control.view import View
 from cluster.errors import ExpertMeshError, RayGone, StartError
 from cluster.fleet import gateway
+from cluster.fleet.actor import node_address
 from cluster.fleet.expert_actor import ExpertWorker
 from cluster.fleet.preflight import Plan
 from cluster.fleet.router_actor import Router
@@ -68,12 +70,18 @@ class Cluster:
             raise RayGone(reason(error)) from error
 
 
-def start_actors(config: Config, plan: Plan, url: str, credentials: Credentials) -> Cluster:
+def start_actors(config: Config, plan: Plan, url: str, credentials: Credentials, admin_token: str) -> Cluster:
     """Ask Ray for every process of the plan. Returns before they are ready."""
     own_ray = config.ray_address is None
     holders = plan.workers or plan.routers  # with the local transport the router holds its experts itself
     controller = _actor(Controller, NAME, 1, own_ray, max_concurrency=1000).remote(
-        plan.n_layers, plan.n_experts, holders, (*plan.workers, *plan.routers), plan.dense_layers
+        plan.n_layers,
+        plan.n_experts,
+        holders,
+        (*plan.workers, *plan.routers),
+        plan.dense_layers,
+        plan.expert_bytes,
+        AdminOptions(node_address(), config.admin_port, admin_token),
     )
     by_name = ControllerByName()
     actors = {}

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from cluster.state_dir import VARIABLE, cache_home
 
 # Ray and HAProxy put Unix sockets below the run directory, whose paths may have 107 bytes.
 _LONGEST_TMP = 20
+_TOKEN = "admin_token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,22 @@ def _bases() -> Iterator[str]:
 def credentials_path(run_dir: Path) -> Path:
     """The file with which tools of this user join the cluster's calls."""
     return run_dir / "credentials.json"
+
+
+def make_admin_token(run_dir: Path) -> str:
+    """A new token for the admin API, kept where only this user reads it."""
+    token = secrets.token_urlsafe(32)
+    with open(os.open(run_dir / _TOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(token)
+    return token
+
+
+def admin_token(run_dir: Path) -> str:
+    """The token of the cluster in `run_dir`. ExpertMeshError when it is not there."""
+    try:
+        return (run_dir / _TOKEN).read_text(encoding="ascii")
+    except OSError as error:
+        raise ExpertMeshError(f"cannot read the admin token: {error}") from error
 
 
 def find(port: int | None = None) -> RunState:

@@ -21,7 +21,7 @@ from cluster.fleet import local_ray, preflight, ray_logs, snapshot
 from cluster.fleet.mps import Mps
 from cluster.fleet.open_files import raise_limit
 from cluster.fleet.ray_token import ensure_token
-from cluster.fleet.run_state import RunDirectory, RunState, credentials_path
+from cluster.fleet.run_state import RunDirectory, RunState, credentials_path, make_admin_token
 from cluster.fleet.signals import Signals, Stopped
 from cluster.fleet.watch import Watch
 from cluster.models import resolve
@@ -149,7 +149,7 @@ def _serve(
 
     credentials = Credentials.generate(tls_files(config), config.trusted_network)
     credentials.write(credentials_path(Path(state.run_dir)))  # for `bench serve --router`
-    cluster = start_actors(config, plan, state.url, credentials)
+    cluster = start_actors(config, plan, state.url, credentials, make_admin_token(Path(state.run_dir)))
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
     for use in plan.uses:
         console.print(str(use), style="dim", highlight=False)
