@@ -112,12 +112,12 @@ def decode_kernel(
     g = tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    at_item = item_ptr + tl.program_id(0) * 4  # there, also where it is nobody's: so it need not wait for `n_items`
+    r, begin, sequence, position = tl.load(at_item), tl.load(at_item + 1), tl.load(at_item + 2), tl.load(at_item + 3)
     n_items = tl.load(base_ptr + R)
     head, c = tl.arange(0, HG2), tl.arange(0, D2)
     is_head = head < H // G
     for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-        r, begin = tl.load(item_ptr + item * 4), tl.load(item_ptr + item * 4 + 1)
-        sequence, position = tl.load(item_ptr + item * 4 + 2), tl.load(item_ptr + item * 4 + 3)
         row = r
         if ROWS:
             row = tl.load(row_ptr + r)
@@ -146,6 +146,10 @@ def decode_kernel(
             tl.store(part_ptr + at_part[:, None] * d + c[None, :], acc, mask=q_mask)
             tl.store(stat_ptr + at_part * 2, top, mask=is_head)
             tl.store(stat_ptr + at_part * 2 + 1, divisor, mask=is_head)
+        at_item += tl.num_programs(0) * 4
+        more = item + tl.num_programs(0) < n_items
+        r, begin = tl.load(at_item, mask=more, other=0), tl.load(at_item + 1, mask=more, other=0)
+        sequence, position = tl.load(at_item + 2, mask=more, other=0), tl.load(at_item + 3, mask=more, other=0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -153,29 +157,31 @@ def decode_kernel(
 @triton.jit
 def merge_kernel(
     part_ptr, stat_ptr, base_ptr, row_ptr, out_ptr, scale, H: tl.constexpr, d: tl.constexpr, D2: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    HM: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one row that decodes: its splits, in order. A row of one split is there already."""
-    r, h, c = tl.program_id(0), tl.program_id(1), tl.arange(0, D2)
+    """HM query heads of one row that decodes: its splits, in order. A row of one split is there already."""
+    r, h, c = tl.program_id(0), tl.program_id(1) * HM + tl.arange(0, HM), tl.arange(0, D2)
     if PDL:
         tl.extra.cuda.gdc_wait()
     begin, end = tl.load(base_ptr + r), tl.load(base_ptr + r + 1)
     if end - begin < 2:
         return
-    top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, D2], tl.float32)
+    top, total = tl.full([HM], float("-inf"), tl.float32), tl.zeros([HM], tl.float32)
+    acc = tl.zeros([HM, D2], tl.float32)
+    inside = (h < H)[:, None] & (c < d)[None, :]
     for item in range(begin, end):
-        at = (item * H + h + tl.arange(0, 1)).to(tl.int64)
-        part = tl.load(part_ptr + at[:, None] * d + c[None, :], mask=(c < d)[None, :], other=0.0)
-        its_top, its_total = tl.load(stat_ptr + at * 2), tl.load(stat_ptr + at * 2 + 1)
+        at = (item * H + h).to(tl.int64)
+        part = tl.load(part_ptr + at[:, None] * d + c[None, :], mask=inside, other=0.0)
+        its_top = tl.load(stat_ptr + at * 2, mask=h < H, other=0.0)
+        its_total = tl.load(stat_ptr + at * 2 + 1, mask=h < H, other=1.0)
         top, total, acc = merge(top, total, acc, its_top, its_total, part, scale)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    row = r + tl.arange(0, 1)
+    row = r
     if ROWS:
-        row = tl.load(row_ptr + row)
+        row = tl.load(row_ptr + r)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (row.to(tl.int64) * H + h)[:, None] * d + c[None, :], out, mask=(c < d)[None, :])
+    tl.store(out_ptr + (row * H + h).to(tl.int64)[:, None] * d + c[None, :], out, mask=inside)
 
 
 @triton.jit(do_not_specialize=["B"])
