@@ -18,7 +18,7 @@ from workers.kernels.cuda.launch import options, overlaps, power
 
 LOG2E = 1.4426950408889634
 SPLIT, STEP = 256, 64  # keys; the same for every batch and every row, or a row's bits would depend on its batch
-_PROGRAMS = 2112  # of a decoding step: a multiple of most cards' multiprocessors
+_PROGRAMS = 2112  # of a decoding step at least: what keeps a card busy; few of them take more than one split
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def attend(
     table_SB, b = who.block_table_SB, who.block_table_SB.shape[1]
     if items is not None:
         rows = {"ROWS": who.rows_R is not None}
-        kernels.decode_kernel[(min(who.most_items, max(_PROGRAMS // g, who.n_decode)), g)](
+        kernels.decode_kernel[(min(who.most_items, max(_PROGRAMS // g, 4 * who.n_decode)), g)](
             q_THd, k_CZGd, v_CZGd, table_SB, who.rows_R, items.base, items.items, out_THd, items.part, items.stat,
             scale * LOG2E, who.n_decode, b, HG2=max(16, group),
             num_warps=4, num_stages=(3 if d2 <= 128 else 2) if overlaps(device) else 2 if d2 <= 128 else 1, **sizes,

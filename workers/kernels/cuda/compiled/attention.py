@@ -112,12 +112,12 @@ def decode_kernel(
     g = tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    at_item = item_ptr + tl.program_id(0) * 4  # there, also where it is nobody's: so it need not wait for `n_items`
-    r, begin, sequence, position = tl.load(at_item), tl.load(at_item + 1), tl.load(at_item + 2), tl.load(at_item + 3)
     n_items = tl.load(base_ptr + R)
     head, c = tl.arange(0, HG2), tl.arange(0, D2)
     is_head = head < H // G
     for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
+        r, begin = tl.load(item_ptr + item * 4), tl.load(item_ptr + item * 4 + 1)
+        sequence, position = tl.load(item_ptr + item * 4 + 2), tl.load(item_ptr + item * 4 + 3)
         row = r
         if ROWS:
             row = tl.load(row_ptr + r)
@@ -146,10 +146,6 @@ def decode_kernel(
             tl.store(part_ptr + at_part[:, None] * d + c[None, :], acc, mask=q_mask)
             tl.store(stat_ptr + at_part * 2, top, mask=is_head)
             tl.store(stat_ptr + at_part * 2 + 1, divisor, mask=is_head)
-        at_item += tl.num_programs(0) * 4
-        more = item + tl.num_programs(0) < n_items
-        r, begin = tl.load(at_item, mask=more, other=0), tl.load(at_item + 1, mask=more, other=0)
-        sequence, position = tl.load(at_item + 2, mask=more, other=0), tl.load(at_item + 3, mask=more, other=0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -219,29 +215,27 @@ def prefill_kernel(
     at_head = (first_row + r).to(tl.int64) * H + g * (H // G) + head
     q_mask = is_m[:, None] & (c < d)[None, :]
     q = tl.load(q_ptr + at_head[:, None] * d + c[None, :], mask=q_mask, other=0.0)
-    top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM, 16], tl.float32)
-    acc = tl.zeros([BM, D2], tl.float32)
     all_top, all_total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     all_acc = tl.zeros([BM, D2], tl.float32)
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(first + 1 - WINDOW, 0) // SPLIT * SPLIT
     last = first + n_rows
-    for start in range(begin, last, BJ):
-        key = start + tl.arange(0, BJ)
-        is_key = key < last
-        block = tl.load(table_at + key // Z, mask=is_key, other=0).to(tl.int64)
-        at = ((block * Z + key % Z) * G + g)[:, None] * d + c[None, :]
-        kv_mask = is_key[:, None] & (c < d)[None, :]
-        k = tl.load(k_cache_ptr + at, mask=kv_mask, other=0.0)
-        v = tl.load(v_cache_ptr + at, mask=kv_mask, other=0.0)
-        seen = key[None, :] <= position[:, None]
-        if WINDOW > 0:
-            seen = seen & (key[None, :] > position[:, None] - WINDOW)
-        top, total, acc = step(q, k, v, seen, scale, top, total, acc)
-        if ((start + BJ) % SPLIT == 0) | (start + BJ >= last):
-            all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, tl.max(total, 1), acc, scale)
-            top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM, 16], tl.float32)
-            acc = tl.zeros([BM, D2], tl.float32)
+    for split in range(begin, last, SPLIT):
+        top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM, 16], tl.float32)
+        acc = tl.zeros([BM, D2], tl.float32)
+        for start in range(split, tl.minimum(split + SPLIT, last), BJ):
+            key = start + tl.arange(0, BJ)
+            is_key = key < last
+            block = tl.load(table_at + key // Z, mask=is_key, other=0).to(tl.int64)
+            at = ((block * Z + key % Z) * G + g)[:, None] * d + c[None, :]
+            kv_mask = is_key[:, None] & (c < d)[None, :]
+            k = tl.load(k_cache_ptr + at, mask=kv_mask, other=0.0)
+            v = tl.load(v_cache_ptr + at, mask=kv_mask, other=0.0)
+            seen = key[None, :] <= position[:, None]
+            if WINDOW > 0:
+                seen = seen & (key[None, :] > position[:, None] - WINDOW)
+            top, total, acc = step(q, k, v, seen, scale, top, total, acc)
+        all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, tl.max(total, 1), acc, scale)
     out = (all_acc / tl.maximum(all_total, 1e-30)[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at_head[:, None] * d + c[None, :], out, mask=q_mask)
