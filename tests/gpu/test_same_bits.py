@@ -42,8 +42,11 @@ def decode_batch(tokens: list[int], tables: torch.Tensor) -> Batch:
     n, position = len(tables), len(tokens) - 1
     others = torch.randint(SPEC.vocab_size, (n,), generator=torch.Generator().manual_seed(n))
     others[0] = tokens[-1]
-    return Batch(others, torch.full((n,), position), tables[:, position // Z].long() * Z + position % Z,
-                 tuple(range(n + 1)), torch.full((n,), position + 1, dtype=torch.int32), tables, torch.arange(n))  # fmt: skip
+    slots, context = (
+        tables[:, position // Z].long() * Z + position % Z,
+        torch.full((n,), position + 1, dtype=torch.int32),
+    )
+    return Batch(others, torch.full((n,), position), slots, tuple(range(n + 1)), context, tables, torch.arange(n))
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8", "fp8-rows"])
@@ -98,8 +101,9 @@ def test_the_same_tokens_drawn_on_the_device_a_step_ahead() -> None:
 
     model = made()
     draw = torch.Generator().manual_seed(0)
-    options = [{"temperature": 0.0}, {"temperature": 0.8}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05, "logprobs": 3},
-               {"frequency_penalty": 0.5, "repetition_penalty": 1.1}, {"logit_bias": {5: 3.0}, "min_tokens": 5},
+    options = [{"temperature": 0.0}, {"temperature": 0.8}, {"top_p": 0.9}, {"top_k": 40},
+               {"min_p": 0.05, "logprobs": 3}, {"frequency_penalty": 0.5, "repetition_penalty": 1.1},
+               {"logit_bias": {5: 3.0}, "min_tokens": 5},
                {"prompt_logprobs": 1}, {"allowed_ids": (7, 8, 9)}]  # fmt: skip
     jobs: list[Job] = []
     for i in range(36):
