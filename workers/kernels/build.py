@@ -15,7 +15,7 @@ import llvmlite.binding as llvm
 import numba
 from numba import types
 
-from workers.kernels import cpu, cpu_answer, cpu_dense, cpu_dispatch
+from workers.kernels import cpu, cpu_answer, cpu_dense, cpu_dispatch, cpu_ring
 
 _ENTRY = """
 declare i32 @"{native}"(ptr, ptr, i64)
@@ -31,7 +31,7 @@ define void @expertmesh_{name}(i64 %args) {{
 def main(path: Path) -> None:
     """Write the object file, all at once."""
     whole = llvm.parse_assembly("")
-    for function in cpu.KERNELS + cpu_answer.KERNELS + cpu_dense.KERNELS + cpu_dispatch.KERNELS:
+    for function in cpu.KERNELS + cpu_answer.KERNELS + cpu_dense.KERNELS + cpu_dispatch.KERNELS + cpu_ring.KERNELS:
         whole.link_in(_module(function))
     host = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, reloc="pic", jit=True

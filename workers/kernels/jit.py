@@ -93,3 +93,48 @@ def _unary(name: str) -> Any:
 # math.floor and math.sqrt would be calls of the C library, which no loop around them survives.
 floor = _unary("llvm.floor.f32")
 sqrt = _unary("llvm.sqrt.f32")
+
+
+@intrinsic
+def load_int32(_context: Any, _address: Any) -> Any:
+    """The int32 at an address that another process writes, and all that it wrote before; read exactly once."""
+
+    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        return b.load_atomic(b.inttoptr(args[0], _I32.as_pointer()), "acquire", 4)
+
+    return types.int32(types.int64), codegen
+
+
+@intrinsic
+def load_int64(_context: Any, _address: Any) -> Any:
+    """The int64 at an address that another process may write; read exactly once."""
+
+    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        return b.load_atomic(b.inttoptr(args[0], _I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def store_int32(_context: Any, _address: Any, _value: Any) -> Any:
+    """Write the int32 at an address, after everything that was written before."""
+
+    def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        value = b.trunc(args[1], _I32) if args[1].type != _I32 else args[1]
+        b.store_atomic(value, b.inttoptr(args[0], _I32.as_pointer()), "release", 4)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, _value), codegen
+
+
+@intrinsic
+def system_call(_context: Any, _function: Any, _number: Any, _a: Any, _b: Any, _c: Any, _d: Any) -> Any:
+    """Call the C library's `syscall`, whose address is the first argument, with four arguments."""
+
+    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        function, *values = args
+        kind = ir.FunctionType(_I64, [_I64] * 7)
+        zero = ir.Constant(_I64, 0)
+        return b.call(b.inttoptr(function, kind.as_pointer()), [*values, zero, zero])
+
+    return types.int64(*[types.int64] * 6), codegen

@@ -35,6 +35,8 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 HEADER_BYTES = 72
 #: Where it says how many pairs there are.
 N_PAIRS = struct.Struct("<48xI")
+#: Where things are in the control page of a ring in shared memory (`transport.shm.ring`).
+RING_SENT, RING_ENTRIES, RING_ENTRY_BYTES, RING_MESSAGES = 64, 1024, 32, 64
 #: Work on fewer bytes than this is done before another thread has woken up.
 PARALLEL_BYTES = 1 << 17
 
@@ -212,6 +214,9 @@ dispatch_plan = Kernel("dispatch_plan")
 weighted_sum = Kernel("weighted_sum")
 weigh_rows = Kernel("weigh_rows")
 read_request = Kernel("read_request")
+ring_publish = Kernel("ring_publish")
+ring_wait = Kernel("ring_wait")
+ring_wake = Kernel("ring_wake")
 _run_tape = Kernel("run_tape")
 
 

@@ -22,12 +22,13 @@ class Rows:
     it. `message` is None where there are only tensors.
     """
 
-    __slots__ = ("_request", "message", "n_pairs", "row_bytes", "tag")
+    __slots__ = ("_request", "asked", "message", "n_pairs", "row_bytes", "tag")
 
     def __init__(self, tag: Tag, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> None:
         """x_TD: token rows, the model's compute dtype; token_P, which row each pair takes, and expert_P, which expert
         computes it, ascending: int32 in host memory."""
         self.tag = tag
+        self.asked = 1  # how many workers are asked at once, this one included
         self.n_pairs = len(token_P)
         self.row_bytes = x_TD.shape[1] * x_TD.itemsize
         self.message: memoryview | None = None
@@ -39,7 +40,7 @@ class Rows:
         rows = cls.__new__(cls)
         wire.put_request_head(message, tag, n_tokens, n_pairs, width)
         rows.tag, rows.n_pairs, rows.row_bytes = tag, n_pairs, 4 * width
-        rows.message, rows._request = message, None
+        rows.message, rows._request, rows.asked = message, None, 1
         return rows
 
     @property
@@ -49,6 +50,11 @@ class Rows:
             assert self.message is not None
             self._request = wire.request(wire.parse_head(self.message), self.message[wire.HEADER_BYTES :])
         return self._request
+
+    def detach(self) -> None:
+        """What `message` lies in may be used otherwise from now on."""
+        if self.message is not None:
+            self.message, self._request = memoryview(bytes(self.message)), None
 
     @property
     def n_bytes(self) -> int:

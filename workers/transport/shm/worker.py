@@ -1,0 +1,114 @@
+"""The worker's end of a pair: a thread computes what comes in the router's ring, into a ring of its own.
+
+Legend: T token rows, P (token, expert) pairs, D hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+import torch
+
+from workers import wire
+from workers.errors import WireError
+from workers.kernels.threads import limit_threads
+from workers.shard import ExpertShard
+from workers.transport.answer import answer
+from workers.transport.batcher import Batcher
+from workers.transport.shm.ring import InRing, Message, OutRing
+from workers.wire import HEADER_BYTES, Header, Request
+
+_ERROR_BYTES = 4096
+
+
+class Lane:
+    """Answers one router. What other routers ask meanwhile for the same layer is one batch with it (`Batcher`)."""
+
+    def __init__(
+        self, offer: str, router: str, shard: ExpertShard, batcher: Batcher, threads: int, end: Callable[[str], None]
+    ) -> None:
+        """`offer`: what the router says of its ring. `end` is called, in the lane's thread, when the router writes
+        what makes no sense. Raises NotShared."""
+        self._requests = InRing(offer)
+        self._replies = OutRing()
+        self.text = self._replies.memory.name
+        self._shard = shard
+        self._batcher = batcher
+        self._threads = threads
+        self._end = end
+        self._cores = len(os.sched_getaffinity(0))
+        self._begin: int | None = None  # of the reply that is being written
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name=f"shm {router}", daemon=True)
+
+    def start(self) -> None:
+        """Answer from now on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """The router is gone, or shall go. From any thread; does not wait for what is being computed."""
+        self._is_closed = True
+        self._requests.rouse()
+
+    def _run(self) -> None:
+        requests, replies = self._requests, self._replies
+        try:
+            while not self._is_closed:
+                if requests.wait():
+                    message = requests.next()
+                    replies.memory.forget_file()  # the router has opened it
+                    replies.free(requests.done)
+                    # Workers that are asked at once share the cores; one that is asked alone has them all.
+                    limit_threads(max(1, min(self._threads, self._cores // message.asked)))
+                    self._answer(message)
+        except WireError as error:
+            self._end(str(error))
+        finally:
+            replies.memory.forget_file()
+
+    def _answer(self, message: Message) -> None:
+        content = message.content
+        n_bytes = self._batcher.answer_into(message.address, len(content), self._room)
+        if n_bytes:
+            self._publish(n_bytes)
+            return
+        header, request = _parse(content)
+        rows_bytes = header.n_pairs * header.width * header.dtype.itemsize
+        if rows_bytes > wire.MAX_PAYLOAD_BYTES:
+            raise WireError(f"{header.n_pairs} pairs would make a reply of {rows_bytes} bytes")
+        reply, _ = self._room(HEADER_BYTES + rows_bytes)
+        out_PD = torch.frombuffer(reply[HEADER_BYTES:], dtype=header.dtype).view(header.n_pairs, header.width)
+        result = answer(self._shard, self._batcher, header, request, lambda: not self._is_closed, out_PD)
+        if isinstance(result, tuple):
+            reply[:HEADER_BYTES] = wire.reply_head(header.tag, header.n_tokens, out_PD, result[1])
+            self._publish(len(reply))
+        elif result is not None:
+            error = wire.error_message(header.tag, result, _ERROR_BYTES)
+            reply, _ = self._room(len(error))
+            reply[:] = error
+            self._publish(len(error))
+
+    def _room(self, n_bytes: int) -> tuple[memoryview, int]:
+        """Where the next reply is to be written, and its address. Raises WireError: the router does not take replies."""
+        self._begin = begin = self._replies.room(n_bytes)
+        if begin is None:
+            raise WireError("more is asked for, but replies are not taken in")
+        return self._replies.view(begin, n_bytes), self._replies.address(begin)
+
+    def _publish(self, n_bytes: int) -> None:
+        assert self._begin is not None
+        self._replies.publish(self._begin, n_bytes)
+
+
+def _parse(content: memoryview) -> tuple[Header, Request]:
+    """The rows stay in the ring; what is checked is copied first, as the router could change it afterwards."""
+    header = wire.parse_head(bytes(content[:HEADER_BYTES]))
+    wire.check_request(header)
+    if header.payload_bytes != len(content) - HEADER_BYTES:
+        raise WireError(f"{header.payload_bytes} bytes announced in a message of {len(content)}")
+    n_rows = header.n_tokens * header.width
+    x_TD = torch.frombuffer(content, dtype=header.dtype, count=n_rows, offset=HEADER_BYTES)
+    pairs = content[HEADER_BYTES + x_TD.nbytes :]
+    return header, wire.with_rows(header, x_TD.view(header.n_tokens, header.width), memoryview(bytes(pairs)))
