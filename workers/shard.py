@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from workers.errors import ExpertNotHeld
-from workers.kernels.answer import Answers
-from workers.kernels.experts import LayerExperts
-from workers.kernels.linear import kept
 from workers.kernels.memory import empty_weights, give_back
+from workers.kernels.select import ops_for
+from workers.kernels.weights import Matrix, WeightFormat
 
 if TYPE_CHECKING:
     from workers.checkpoint import Checkpoint, ExpertWeights
@@ -51,17 +50,19 @@ class ExpertShard:
         """`dtype`: what to compute in. `stored`: what the checkpoint's experts are in, which they stay if they can."""
         self.device = torch.device(device)
         self.dtype = dtype or spec.dtype
-        keep = kept(self.dtype) if self.device.type == "cpu" else frozenset()
-        self.weight_dtype = stored if stored in keep else self.dtype
+        self._ops = ops_for(self.device, self.dtype)
+        self.weight_dtype = stored if stored in self._ops.stored_dtypes else self.dtype
         self.n_layers = spec.n_layers
         self.n_experts = spec.n_experts
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size
         self._layers = [
-            LayerExperts(spec.n_experts, spec.hidden_size, spec.ffn_size, self.device, self.dtype, self.weight_dtype)
+            self._ops.layer_experts(
+                spec.n_experts, spec.hidden_size, spec.ffn_size, WeightFormat(self.weight_dtype)
+            )
             for _ in range(spec.n_layers)
         ]
-        self._answers = Answers(self._layers) if self._layers[0].has_kernels else None
+        self._answers = self._ops.answers(self._layers)
         self._lock = threading.Lock()  # held while a layer computes, or changes what it holds
 
     @property
@@ -76,7 +77,7 @@ class ExpertShard:
     @property
     def expert_bytes(self) -> int:
         """Bytes that one replica takes."""
-        return 3 * self.hidden_size * self.ffn_size * self.weight_dtype.itemsize
+        return self._layers[0].expert_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -91,7 +92,7 @@ class ExpertShard:
         w13_2FD[:f], w13_2FD[f:] = weights.w1_FD, weights.w3_FD
         w2_DF.copy_(weights.w2_DF)
         with self._lock:
-            self._layers[layer].put(expert, w13_2FD, w2_DF)
+            self._layers[layer].put(expert, Matrix(w13_2FD), Matrix(w2_DF))
 
     def unload(self, layer: int, expert: int) -> None:
         """Free the replica of `(layer, expert)`. Raises ExpertNotHeld when there is none."""
@@ -100,19 +101,21 @@ class ExpertShard:
                 raise ExpertNotHeld(layer, (expert,))
             self._layers[layer].drop(expert)
 
-    def weights(self, layer: int) -> Mapping[int, tuple[Tensor, Tensor]]:
-        """`(w13_2FD, w2_DF)` of every expert of `layer` that is held, by expert; in the dtype they are stored in."""
+    def weights(self, layer: int) -> Mapping[int, tuple[Matrix, Matrix]]:
+        """w13 [2F, D] and w2 [D, F] of every expert of `layer` that is held, by expert; in the dtype they are stored in."""
         return self._layers[layer].weights
 
-    def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
-        """`y[p] = expert(expert_P[p])(x[token_P[p]])`, unweighted, in the shard's dtype. Returns [P, D].
+    def forward(
+        self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor, out_PD: Tensor | None = None
+    ) -> Tensor:
+        """`y[p] = expert(expert_P[p])(x[token_P[p]])`, unweighted, in the shard's dtype. [P, D]: `out_PD` if given.
 
         x_TD is in the shard's dtype on its device; token_P and expert_P are int32 or int64, and expert_P ascends.
         Raises ExpertNotHeld when an expert has no slot here.
         """
         with self._lock:
             try:
-                return self._layers[layer].forward(x_TD, token_P, expert_P)
+                return self._ops.experts(self._layers[layer], x_TD, token_P, expert_P, out_PD)
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
 
@@ -123,6 +126,16 @@ class ExpertShard:
         with self._lock:
             return self._answers.answer(message)
 
+    def reply_bytes(self, n_pairs: int) -> int:
+        """How long the reply is to a request of so many pairs that `answer_at` may answer; 0: it does not."""
+        return 0 if self._answers is None else self._answers.reply_bytes(n_pairs)
+
+    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: int) -> bool:
+        """`answer` from one address to another; see `Answers.answer_at`. `reply_bytes` said that there is a way."""
+        assert self._answers is not None
+        with self._lock:
+            return self._answers.answer_at(request, n_bytes, n_pairs, reply)
+
     def begin_step(self, step: int) -> None:
         """Nothing to do: nothing outlives a dispatch in one process."""
 
@@ -130,7 +143,7 @@ class ExpertShard:
         """Compute the experts of `layer` at once; the handle is the result. See `workers.model.experts.Experts`."""
         with self._lock:
             try:
-                return self._layers[layer].forward_combined(x_TD, expert_ids_TK, weights_TK)
+                return self._ops.experts_combined(self._layers[layer], x_TD, expert_ids_TK, weights_TK)
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.errors import WireError
-from workers.kernels.native import N_PAIRS
+from workers.kernels.message import N_PAIRS
 
 # Room for a round number of bytes of rows, their header and their pairs.
 FRAME_BYTES = (1 << 20) + (1 << 16)
@@ -164,18 +164,18 @@ def check_request(header: Header) -> None:
         raise WireError(f"a message of kind {header.kind} where only requests come")
 
 
-def reply_ns(message: memoryview, tag: Tag, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
-    """The nanoseconds that a worker computed if `message` is the whole REPLY to `tag`, of `shape` and `dtype`.
+def reply_ns(head: Buffer, n_bytes: int, tag: Tag, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    """The nanoseconds that a worker computed if a message of `n_bytes` that begins with `head` is the whole REPLY to
+    `tag`, of `shape` and `dtype`.
 
     None: it is something else, or makes no sense. One look instead of a Header: this is for what is expected.
     """
-    n_bytes = len(message) - HEADER_BYTES
-    magic, version, kind, code, *rest = _HEADER.unpack_from(message)
+    magic, version, kind, code, *rest = _HEADER.unpack_from(head)
     is_it = (
         tuple(rest[:6]) == tag
         and (magic, version, kind, code) == (_MAGIC, _VERSION, REPLY, _CODES[dtype])
         and (rest[7], rest[8]) == shape
-        and rest[9] == n_bytes == rest[7] * rest[8] * _ITEM_BYTES[code]
+        and rest[9] == n_bytes - HEADER_BYTES == rest[7] * rest[8] * _ITEM_BYTES[code]
         and rest[6]
     )
     compute_ns: int = rest[10]

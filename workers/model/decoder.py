@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import DenseWeights
-from workers.kernels.linear import PackedLinear
-from workers.kernels.norm import add_rms_norm
-from workers.model.attention import make_plan
+from workers.kernels.ops import AttentionMetadata, Ops
+from workers.kernels.select import ops_for
 from workers.model.batch import Batch
+from workers.model.captured import CapturedStep, CapturedSteps
 from workers.model.experts import Experts
-from workers.model.flow import Flow
 from workers.model.kv_cache import KVCache
 from workers.model.layer import DecoderLayer
-from workers.model.recorded import Recorder
+from workers.model.micro_batch import MicroBatch
 from workers.model.rope import Rope
 from workers.spec import ModelSpec
+
+Asked = tuple[Tensor, Tensor, Tensor]  # what a layer's experts are asked: rows, expert ids, weights
 
 
 class Decoder:
@@ -34,12 +35,15 @@ class Decoder:
         self.spec = spec
         self.experts = experts
         self.cache = cache
+        self._ops = ops_for(cache.device, cache.dtype)
         self._rope = Rope(spec.head_dim, spec.rope_theta, cache.device)
         self._embed_VD = dense.embed_VD.to(cache.device)
-        self._layers = [DecoderLayer(index, spec, weights, cache) for index, weights in enumerate(dense.layers)]
+        self._layers = [
+            DecoderLayer(index, spec, weights, cache, self._ops) for index, weights in enumerate(dense.layers)
+        ]
         self._norm_D = dense.norm_D.to(cache.device)
-        self._recorder = Recorder()
-        self._head = PackedLinear(dense.head_VD.to(cache.device))
+        self._captured = CapturedSteps[Asked](self._ops)
+        self._head = self._ops.matrix(dense.head_VD)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> Tensor:
@@ -48,27 +52,50 @@ class Decoder:
         While the experts compute one micro-batch, the attention of the next one runs. A sequence may lie in several
         micro-batches, in the order of its rows.
         """
-        experts, flows = self.experts, [self._recorder.flow(self._begin(b), i) for i, b in enumerate(batches)]
+        begun = [self._begin(batch) for batch in batches]
+        steps = [self._captured.step(batch, number) for number, batch in enumerate(begun)]
+        flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
         for layer in self._layers:
-            for flow in flows:
-                delta_TD = None if flow.handle is None else experts.combine(flow.handle)
-                flow.handle = experts.dispatch(layer.index, *layer.attend(flow, delta_TD))
-        logits = [self._logits(flow, experts.combine(flow.handle)) for flow in flows]
+            for batch, step in flights:
+                delta_TD = None if batch.handle is None else self.experts.combine(batch.handle)
+                batch.handle = self.experts.dispatch(layer.index, *self._attend(layer, batch, step, delta_TD))
+        logits = [self._logits(batch, self.experts.combine(batch.handle)) for batch, _ in flights]
         return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
 
-    def _begin(self, batch: Batch) -> Flow:
+    def _attend(
+        self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep[Asked] | None, delta_TD: Tensor | None
+    ) -> Asked:
+        if step is None:
+            return layer.attend(self._ops, batch, delta_TD)
+        if delta_TD is None:
+            return step.run(layer.index, lambda ops: layer.attend(ops, batch, None))
+        step.delta_TD.copy_(delta_TD)
+        return step.run(layer.index, lambda ops: layer.attend(ops, batch, step.delta_TD))
+
+    def _begin(self, batch: Batch) -> MicroBatch:
         """Everything that is the same in all layers."""
         device, n_rows = self.cache.device, batch.n_rows
-        cos_Td, sin_Td = self._rope.angles(batch.positions_T.to(device))
-        return Flow(
+        positions_T = batch.positions_T.to(device)
+        cos_Tr, sin_Tr = self._rope.angles(positions_T)
+        q_start = torch.tensor(batch.q_start)
+        n_sequences = len(q_start) - 1
+        sequence_T = torch.arange(n_sequences)
+        if n_rows != n_sequences:
+            sequence_T = sequence_T.repeat_interleave(q_start.diff())
+        return MicroBatch(
             x_TD=self._embed_VD.index_select(0, batch.token_ids_T.to(device)).to(self._norm_D.dtype),
-            plan=make_plan(batch, self.cache, self.spec.sliding_window),
-            slots_T=batch.slots_T.to(device),
-            rows_T=torch.arange(n_rows, device=device),
-            cos_Td=cos_Td,
-            sin_Td=sin_Td,
+            metadata=AttentionMetadata(
+                block_table_SB=batch.block_table_SB.to(device, torch.int32).contiguous(),
+                sequence_T=sequence_T.to(device),
+                position_T=positions_T.contiguous(),
+                slot_T=batch.slots_T.to(device).contiguous(),
+                q_start=batch.q_start,
+            ),
+            cos_Tr=cos_Tr,
+            sin_Tr=sin_Tr,
             logit_rows_R=None if len(batch.logit_rows_R) == n_rows else batch.logit_rows_R.to(device),
         )
 
-    def _logits(self, flow: Flow, delta_RD: Tensor) -> Tensor:
-        return self._head(add_rms_norm(flow.x_TD, delta_RD, self._norm_D, self.spec.norm_eps)).float()
+    def _logits(self, batch: MicroBatch, delta_RD: Tensor) -> Tensor:
+        ops = self._ops
+        return ops.linear(ops.add_rms_norm(batch.x_TD, delta_RD, self._norm_D, self.spec.norm_eps), self._head).float()

@@ -17,17 +17,12 @@ _log = logging.getLogger(__name__)
 
 
 def answer(
-    shard: ExpertShard,
-    batcher: Batcher,
-    header: Header,
-    request: Request,
-    is_wanted: Callable[[], bool],
-    out_PD: Tensor | None = None,
+    shard: ExpertShard, batcher: Batcher, header: Header, request: Request, is_wanted: Callable[[], bool]
 ) -> tuple[Tensor, int] | str | None:
-    """y_PD in host memory, `out_PD` if there is one, and the nanoseconds it took; or why it was not computed; None: nobody wants it any more."""
+    """y_PD in host memory and the nanoseconds it took; or why it was not computed; None: nobody wants it any more."""
     try:
         check(shard, header, request)
-        return batcher.compute(header.tag.layer, request, is_wanted, out_PD)
+        return batcher.compute(header.tag.layer, request, is_wanted)
     except CancelledError:
         return None
     except Exception as error:

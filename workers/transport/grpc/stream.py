@@ -142,7 +142,7 @@ class Stream:
         if awaited is None or self._answer is not None:
             return False
         tag, shape, dtype, rows = awaited
-        compute_ns = wire.reply_ns(message, tag, shape, dtype)
+        compute_ns = wire.reply_ns(message, len(message), tag, shape, dtype)
         if compute_ns is None:
             return False
         rows[:] = message[wire.HEADER_BYTES :]

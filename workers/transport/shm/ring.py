@@ -19,17 +19,22 @@ from typing import NamedTuple
 
 from workers import wire
 from workers.errors import WireError
-from workers.kernels import native
-from workers.kernels.native import RING_ENTRIES, RING_ENTRY_BYTES, RING_MESSAGES, RING_SENT
+from workers.kernels.cpu import kernel
+from workers.kernels.cpu.arguments import RingPublish, RingSleep
+from workers.kernels.cpu.kernel import HEAD
+from workers.kernels.message import RING_ENTRIES, RING_ENTRY_BYTES, RING_MESSAGES
 from workers.transport.shm.memory import OwnMemory, PeerMemory
 
 _DATA = 4096  # behind the control page
 RING_BYTES = _DATA + wire.MAX_PAYLOAD_BYTES + (1 << 16)  # of addresses; for memory see above
 _ALIGN = 64
-_DONE = 128  # in the control page: how many of the peer's messages this side is done with
+_SENT, _DONE = 64, 128  # in the control page: how many messages were sent, and how many of the peer's this side is
+#                          done with
 _ENTRY = struct.Struct("<QQQ")  # offset, bytes, how many workers were asked at once
 _COUNT = struct.Struct("<I")
 _COUNTS = 1 << 32
+_BEGIN, _BYTES, _ASKED = (HEAD + RingPublish._fields.index(name) for name in ("begin", "n_bytes", "asked"))
+_KNOWN = HEAD + RingSleep._fields.index("known")
 _FUTEX = {"x86_64": 202}.get(platform.machine(), 98)
 _NAP = array("q", (0, 50_000_000))  # a timespec: a wake that comes just before the sleep is lost, nobody sleeps longer
 
@@ -56,7 +61,8 @@ class OutRing:
         self._view = memoryview(memory.map)
         self._taken: deque[tuple[int, int]] = deque()  # begin and end of what may still be read, oldest first
         self._freed = 0  # messages whose room is free again
-        self._publish = array("q", (0, 0, 0, 0, memory.address, 0, 0, 0, _system_call(), _FUTEX))
+        values = RingPublish(memory.address, memory.address + _SENT, 0, 0, 0, _system_call(), _FUTEX)
+        self._publish = kernel.ring_publish.arguments(1, values)
 
     def room(self, n_bytes: int) -> int | None:
         """Where a message may lie, as an offset; None: too much is in flight."""
@@ -80,8 +86,8 @@ class OutRing:
     def publish(self, begin: int, n_bytes: int, asked: int = 1) -> None:
         """A message that has been written where there was `room` is there for the peer from now on."""
         self._taken.append((begin, (begin + n_bytes + _ALIGN - 1) // _ALIGN * _ALIGN))
-        self._publish[5], self._publish[6], self._publish[7] = begin, n_bytes, asked
-        native.ring_publish.run_alone(self._publish)
+        self._publish[_BEGIN], self._publish[_BYTES], self._publish[_ASKED] = begin, n_bytes, asked
+        kernel.ring_publish.run(1, self._publish)
 
     def free(self, n: int) -> None:
         """The peer is done with `n` messages, counted modulo 2**32. Raises WireError for more than there are."""
@@ -105,12 +111,14 @@ class InRing:
         memory = PeerMemory(name, RING_BYTES)
         self._view, self._address = memoryview(memory.map), memory.address
         self.received = 0
-        self._sleep = array("q", (0, 0, 0, 0, self._address + RING_SENT, 0, _NAP.buffer_info()[0], _system_call(), _FUTEX))
+        values = RingSleep(memory.address + _SENT, 0, _NAP.buffer_info()[0], _system_call(), _FUTEX)
+        self._sleep = kernel.ring_sleep.arguments(1, values)
+        self._rouse = kernel.ring_rouse.arguments(1, values)
 
     def wait(self) -> bool:
         """Whether there is a message; sleeps for one at most 50 ms."""
-        self._sleep[5] = known = (self.received + _COUNTS // 2) % _COUNTS - _COUNTS // 2  # as the kernel sees it: signed
-        native.ring_wait.run(1, self._sleep)
+        self._sleep[_KNOWN] = known = (self.received + _COUNTS // 2) % _COUNTS - _COUNTS // 2  # as the kernel sees it: signed
+        kernel.ring_sleep.run(1, self._sleep)
         return self._sleep[0] != known
 
     def next(self) -> Message:
@@ -132,4 +140,4 @@ class InRing:
 
     def rouse(self) -> None:
         """Wake the thread that waits, from another one: there is something else to look at."""
-        native.ring_wake.alone(self._address + RING_SENT, _system_call(), _FUTEX)
+        kernel.ring_rouse.run(1, self._rouse)

@@ -13,6 +13,7 @@ import torch
 
 from workers import wire
 from workers.errors import WireError
+from workers.kernels.message import N_PAIRS
 from workers.kernels.threads import limit_threads
 from workers.shard import ExpertShard
 from workers.transport.answer import answer
@@ -70,19 +71,21 @@ class Lane:
 
     def _answer(self, message: Message) -> None:
         content = message.content
-        n_bytes = self._batcher.answer_into(message.address, len(content), self._room)
-        if n_bytes:
-            self._publish(n_bytes)
-            return
-        header, request = _parse(content)
-        rows_bytes = header.n_pairs * header.width * header.dtype.itemsize
-        if rows_bytes > wire.MAX_PAYLOAD_BYTES:
-            raise WireError(f"{header.n_pairs} pairs would make a reply of {rows_bytes} bytes")
-        reply, _ = self._room(HEADER_BYTES + rows_bytes)
-        out_PD = torch.frombuffer(reply[HEADER_BYTES:], dtype=header.dtype).view(header.n_pairs, header.width)
-        result = answer(self._shard, self._batcher, header, request, lambda: not self._is_closed, out_PD)
+        n_pairs: int = N_PAIRS.unpack_from(content)[0]
+        if n_bytes := self._shard.reply_bytes(n_pairs):
+            reply, at = self._room(n_bytes)
+            if self._batcher.answer_at(message.address, len(content), n_pairs, reply, at):
+                self._publish(n_bytes)
+                return
+        self._answer_parsed(*_parse(content))
+
+    def _answer_parsed(self, header: Header, request: Request) -> None:
+        result = answer(self._shard, self._batcher, header, request, lambda: not self._is_closed)
         if isinstance(result, tuple):
-            reply[:HEADER_BYTES] = wire.reply_head(header.tag, header.n_tokens, out_PD, result[1])
+            y_PD, compute_ns = result
+            reply, _ = self._room(HEADER_BYTES + y_PD.nbytes)
+            reply[:HEADER_BYTES] = wire.reply_head(header.tag, header.n_tokens, y_PD, compute_ns)
+            reply[HEADER_BYTES:] = wire.raw(y_PD)
             self._publish(len(reply))
         elif result is not None:
             error = wire.error_message(header.tag, result, _ERROR_BYTES)

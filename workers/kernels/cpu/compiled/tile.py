@@ -1,4 +1,4 @@
-"""The innermost products for few rows: dot products of weight rows with token rows, written in LLVM code.
+"""The innermost products: dot products of weight rows with token rows, written in LLVM code.
 
 Addresses and sizes are int64; strides are in bytes.
 """
@@ -6,18 +6,18 @@ Addresses and sizes are int64; strides are in bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 
-from workers.kernels.jit import intrinsic
-from workers.kernels.native import FLOAT32
-from workers.kernels.vector import I32, I64, LANES, REGISTERS, Vectors
+from workers.kernels.cpu.compiled.jit import intrinsic
+from workers.kernels.cpu.kernel import FLOAT32
+from workers.kernels.cpu.compiled.vector import I32, I64, LANES, REGISTERS, Vectors
 
-#: Token rows of one tile: 4 weight rows x COLUMNS accumulators, 4 weight vectors and one of x fit the registers.
-COLUMNS = 6 if REGISTERS == 32 else 2
-
+#: Weight rows and most token rows of a tile.
+ROWS, COLUMNS = 4, 6
 
 class _Tile(Vectors):
     """Emits the LLVM code of one tile: `rows` weight rows times `columns` token rows, all dot products of length k.
@@ -91,6 +91,10 @@ class _Tile(Vectors):
         total = {pair: self._either(tail[pair], rest, main[pair], after) for pair in pairs}
         return [[total[r, j] for j in range(self.columns)] for r in range(len(weights))]
 
+    def rows(self, weight: Any, stride: Any, first: int, n: int) -> list[Any]:
+        """The addresses of `n` rows from row `first` on."""
+        return [self.b.add(weight, self.b.mul(stride, ir.Constant(I64, first + r))) for r in range(n)]
+
     def _either(self, one: Any, one_block: Any, other: Any, other_block: Any) -> Any:
         phi = self.b.phi(self.vector)
         phi.add_incoming(one, one_block)
@@ -120,47 +124,50 @@ class _Tile(Vectors):
             out = self.b.add(out, stride)
 
 
-def dot_tile(kind: int, rows: int, columns: int) -> Any:
+def dots(kind: int, rows: int, columns: int) -> Any:
     """The product of `rows` weight rows of a `kind` with `columns` token rows:
     `out[j, r] = dot(weight row r, token row j)`, stride in bytes.
 
-    Call it as `(weight, weight_stride, token_rows, k, out, out_stride, ahead)`, addresses and bytes.
+    Call it as `(weight, 0, weight_stride, token_rows, k, out, out_stride, ahead)`, addresses and bytes.
     """
 
-    @intrinsic
-    def tile(_context: Any, _w: Any, _dw: Any, _tokens: Any, _k: Any, _out: Any, _dout: Any, _ahead: Any) -> Any:
-        def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
-            weight, stride, tokens, k, out, out_stride, ahead = args
-            emit = _Tile(b, columns, kind)
-            weights = [b.add(weight, b.mul(stride, ir.Constant(I64, r))) for r in range(rows)]
-            acc = emit.dots(weights, ahead, tokens, k)
-            sums = emit.sums([acc[r][j] for j in range(columns) for r in range(rows)])
-            emit.store_sums(sums, rows, out, out_stride)
-            return ctx.get_dummy_value()
+    def emit(tile: _Tile, args: Any, first: int, rows: int) -> None:
+        weight, _, stride, tokens, k, out, out_stride, ahead = args
+        acc = tile.dots(tile.rows(weight, stride, first, rows), ahead, tokens, k)
+        sums = tile.sums([acc[r][j] for j in range(columns) for r in range(rows)])
+        tile.store_sums(sums, rows, tile.b.add(out, ir.Constant(I64, 4 * first)), out_stride)
 
-        return types.void(*[types.int64] * 7), codegen
-
-    return tile
+    return _tile(kind, rows, 1, columns, emit)
 
 
-def swiglu_tile(kind: int, rows: int, columns: int) -> Any:
-    """`out[j, r] = silu(dot(gate row r, token row j)) * dot(up row r, token row j)`, stride in bytes.
+def swiglu(kind: int, rows: int, columns: int) -> Any:
+    """`out[j, r] = silu(dot(gate row r, token row j)) * dot(up row r, token row j)`, stride in bytes; half as many.
 
     Call it as `(gate, up, weight_stride, token_rows, k, out, out_stride, ahead)`, addresses and bytes.
     """
 
+    def emit(tile: _Tile, args: Any, first: int, rows: int) -> None:
+        gate, up, stride, tokens, k, out, out_stride, ahead = args
+        weights = [*tile.rows(gate, stride, first, rows), *tile.rows(up, stride, first, rows)]
+        acc = tile.dots(weights, ahead, tokens, k)
+        order = [(r, j) for j in range(columns) for r in range(rows)]
+        gates, ups = tile.sums([acc[r][j] for r, j in order]), tile.sums([acc[rows + r][j] for r, j in order])
+        both = [tile.b.fmul(tile.silu(g), u) for g, u in zip(gates, ups, strict=True)]
+        tile.store_sums(both, rows, tile.b.add(out, ir.Constant(I64, 4 * first)), out_stride)
+
+    return _tile(kind, rows, 2, columns, emit)
+
+
+def _tile(kind: int, rows: int, matrices: int, columns: int, emit: Callable[[_Tile, Any, int, int], None]) -> Any:
+    """The tile in as few parts as the registers allow: accumulators, a vector of each weight row and one of x."""
+    parts = 1 if matrices * rows * (columns + 1) < REGISTERS else 2
+    rows_of_part = max(rows // parts, 1)
+
     @intrinsic
-    def tile(
-        _context: Any, _gate: Any, _up: Any, _dw: Any, _tokens: Any, _k: Any, _out: Any, _dout: Any, _ahead: Any
-    ) -> Any:
+    def tile(_context: Any, _w: Any, _up: Any, _dw: Any, _tokens: Any, _k: Any, _out: Any, _dout: Any, _ahead: Any) -> Any:
         def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
-            gate, up, stride, tokens, k, out, out_stride, ahead = args
-            emit = _Tile(b, columns, kind)
-            weights = [b.add(w, b.mul(stride, ir.Constant(I64, r))) for w in (gate, up) for r in range(rows)]
-            acc = emit.dots(weights, ahead, tokens, k)
-            order = [(r, j) for j in range(columns) for r in range(rows)]
-            gates, ups = emit.sums([acc[r][j] for r, j in order]), emit.sums([acc[rows + r][j] for r, j in order])
-            emit.store_sums([b.fmul(emit.silu(g), u) for g, u in zip(gates, ups, strict=True)], rows, out, out_stride)
+            for first in range(0, rows, rows_of_part):
+                emit(_Tile(b, columns, kind), args, first, rows_of_part)
             return ctx.get_dummy_value()
 
         return types.void(*[types.int64] * 8), codegen

@@ -1,4 +1,4 @@
-"""`python -m workers.kernels.build FILE`: compile the CPU kernels for this machine into one object file.
+"""`python -m workers.kernels.cpu.build FILE`: compile the CPU kernels for this machine into one object file.
 
 numba turns each kernel into LLVM code; a plain entry `expertmesh_NAME(args)` takes the place of numba's wrapper, which
 would tie the code to a process with numba in it; the whole is written as machine code.
@@ -15,7 +15,7 @@ import llvmlite.binding as llvm
 import numba
 from numba import types
 
-from workers.kernels import cpu, cpu_answer, cpu_dense, cpu_dispatch, cpu_ring
+from workers.kernels.cpu.compiled import answer, attention, dense, dispatch, products, ring
 
 _ENTRY = """
 declare i32 @"{native}"(ptr, ptr, i64)
@@ -31,8 +31,9 @@ define void @expertmesh_{name}(i64 %args) {{
 def main(path: Path) -> None:
     """Write the object file, all at once."""
     whole = llvm.parse_assembly("")
-    for function in cpu.KERNELS + cpu_answer.KERNELS + cpu_dense.KERNELS + cpu_dispatch.KERNELS + cpu_ring.KERNELS:
-        whole.link_in(_module(function))
+    for module in (answer, attention, dense, dispatch, products, ring):
+        for function in module.KERNELS:
+            whole.link_in(_module(function))
     host = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, reloc="pic", jit=True
     )

@@ -1,6 +1,6 @@
-"""What numba lacks for the CPU kernels: addresses as arrays, atomic counters, calls of machine code.
+"""What numba lacks for the CPU kernels: named arguments, addresses as arrays, atomic counters, calls of machine code.
 
-Addresses are int64 throughout: a kernel reads its arguments from one array of them.
+Addresses are int64 throughout.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import numba.extending
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+
+from workers.kernels.cpu.compiled import vector
+from workers.kernels.cpu.kernel import HEAD
 
 intrinsic: Callable[[Callable[..., Any]], Any] = numba.extending.intrinsic
 
@@ -52,6 +55,41 @@ def call(_context: Any, _function: Any, _args: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
+@intrinsic
+def load_int32(_context: Any, _address: Any) -> Any:
+    """The int32 at an address that another process writes, and all that it wrote before. Read once: a plain load could
+    be repeated after its value was checked."""
+
+    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        return b.load_atomic(b.inttoptr(args[0], _I32.as_pointer()), "acquire", 4)
+
+    return types.int32(types.int64), codegen
+
+
+@intrinsic
+def store_int32(_context: Any, _address: Any, _value: Any) -> Any:
+    """Write the int32 at an address, after everything that was written before."""
+
+    def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        value = args[1] if args[1].type == _I32 else b.trunc(args[1], _I32)
+        b.store_atomic(value, b.inttoptr(args[0], _I32.as_pointer()), "release", 4)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, _value), codegen
+
+
+@intrinsic
+def system_call(_context: Any, _function: Any, _number: Any, _a: Any, _b: Any, _c: Any, _d: Any) -> Any:
+    """Call the C library's `syscall`, whose address comes first, with a number and four arguments."""
+
+    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        function, *values = args
+        kind, none = ir.FunctionType(_I64, [_I64] * 7), ir.Constant(_I64, 0)
+        return b.call(b.inttoptr(function, kind.as_pointer()), [*values, none, none])
+
+    return types.int64(*[types.int64] * 6), codegen
+
+
 def _pointer(numba_type: Any, llvm_type: Any) -> Any:
     @intrinsic
     def cast(_context: Any, _address: Any) -> Any:
@@ -79,62 +117,32 @@ def bits_as_float32(_context: Any, bits: Any) -> Any:
     return types.float32(bits), codegen
 
 
-def _unary(name: str) -> Any:
+def reader(fields: Any) -> Any:
+    """A function that gives the arguments of a kernel, by the names that `cpu.arguments` defines."""
+    names = [
+        f"bits_as_float32(a[{HEAD + i}])" if kind == "float" else f"a[{HEAD + i}]"
+        for i, kind in enumerate(fields.__annotations__.values())
+    ]
+    scope = {"as_int64": as_int64, "bits_as_float32": bits_as_float32, "Fields": fields}
+    exec(f"def read(args):\n    a = as_int64(args)\n    return Fields({', '.join(names)})", scope)
+    return numba.njit(scope["read"])
+
+
+def _unary(emit: Callable[[Any, Any], Any]) -> Any:
     @intrinsic
     def function(_context: Any, _x: Any) -> Any:
         def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
-            return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(_F32, [_F32]), name), args)
+            return emit(b, args[0])
 
         return types.float32(types.float32), codegen
 
     return function
 
 
-# math.floor and math.sqrt would be calls of the C library, which no loop around them survives.
-floor = _unary("llvm.floor.f32")
-sqrt = _unary("llvm.sqrt.f32")
+def _emit_sqrt(b: Any, x: Any) -> Any:
+    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(_F32, [_F32]), "llvm.sqrt.f32"), [x])
 
 
-@intrinsic
-def load_int32(_context: Any, _address: Any) -> Any:
-    """The int32 at an address that another process writes, and all that it wrote before; read exactly once."""
-
-    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
-        return b.load_atomic(b.inttoptr(args[0], _I32.as_pointer()), "acquire", 4)
-
-    return types.int32(types.int64), codegen
-
-
-@intrinsic
-def load_int64(_context: Any, _address: Any) -> Any:
-    """The int64 at an address that another process may write; read exactly once."""
-
-    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
-        return b.load_atomic(b.inttoptr(args[0], _I64.as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def store_int32(_context: Any, _address: Any, _value: Any) -> Any:
-    """Write the int32 at an address, after everything that was written before."""
-
-    def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
-        value = b.trunc(args[1], _I32) if args[1].type != _I32 else args[1]
-        b.store_atomic(value, b.inttoptr(args[0], _I32.as_pointer()), "release", 4)
-        return ctx.get_dummy_value()
-
-    return types.void(types.int64, _value), codegen
-
-
-@intrinsic
-def system_call(_context: Any, _function: Any, _number: Any, _a: Any, _b: Any, _c: Any, _d: Any) -> Any:
-    """Call the C library's `syscall`, whose address is the first argument, with four arguments."""
-
-    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
-        function, *values = args
-        kind = ir.FunctionType(_I64, [_I64] * 7)
-        zero = ir.Constant(_I64, 0)
-        return b.call(b.inttoptr(function, kind.as_pointer()), [*values, zero, zero])
-
-    return types.int64(*[types.int64] * 6), codegen
+# math's would be calls of the C library, which no loop around them survives.
+exp = _unary(vector.exp)
+sqrt = _unary(_emit_sqrt)

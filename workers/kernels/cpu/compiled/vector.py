@@ -1,4 +1,4 @@
-"""LLVM code on the host's vector registers: loads, shuffles and the functions that the kernels need of float32.
+"""LLVM code on the host's vector registers: loads, shuffles and exp.
 
 Addresses are int64; one vector is LANES numbers.
 """
@@ -11,7 +11,7 @@ import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils
 
-from workers.kernels.native import BFLOAT16, FLOAT32
+from workers.kernels.cpu.kernel import BFLOAT16, FLOAT32
 
 I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -80,31 +80,32 @@ class Vectors:
             return self.b.bitcast(self.b.shl(words, ir.Constant(words.type, [16] * LANES)), self.vector)
         return self.b.fpext(self.b.bitcast(stored, ir.VectorType(ir.HalfType(), LANES)), self.vector)
 
-    def store(self, vector: Any, address: Any, mask: Any) -> None:
-        """Write the lanes of `vector` that are in the mask."""
-        pointer = self.at(address, self.vector)
-        name = f"llvm.masked.store.v{LANES}f32.p0"
-        store = self.function(name, ir.VoidType(), self.vector, pointer.type, I32, mask.type)
-        self.b.call(store, [vector, pointer, I32(4), mask])
-
     def silu(self, x: Any) -> Any:
-        """`x / (1 + exp(-x))`, exp within 2 ulp: a power of two times a polynomial on [-ln 2 / 2, ln 2 / 2]."""
-        b = self.b
+        """`x / (1 + exp(-x))`."""
+        e = exp(self.b, self.b.fsub(self.zero, x))
+        return self.b.fdiv(x, self.b.fadd(ir.Constant(self.vector, [1.0] * LANES), e))
 
-        def const(value: float) -> Any:
-            return ir.Constant(self.vector, [value] * LANES)
 
-        lower = self.function(f"llvm.minnum.v{LANES}f32", self.vector, self.vector, self.vector)
-        upper = self.function(f"llvm.maxnum.v{LANES}f32", self.vector, self.vector, self.vector)
-        round_ = self.function(f"llvm.rint.v{LANES}f32", self.vector, self.vector)
-        minus = b.call(upper, [b.call(lower, [b.fsub(self.zero, x), const(88.0)]), const(-87.0)])
-        power = b.call(round_, [b.fmul(minus, const(1.4426950216293335))])
-        rest = self.fma(power, const(-0.693359375), minus)
-        rest = self.fma(power, const(2.12194442e-4), rest)
-        value = const(1 / 5040)
-        for factorial in (720, 120, 24, 6, 2, 1, 1):
-            value = self.fma(value, rest, const(1 / factorial))
-        whole = b.fptosi(power, ir.VectorType(I32, LANES))
-        bits = ir.Constant(whole.type, [127] * LANES)
-        scale = b.bitcast(b.shl(b.add(whole, bits), ir.Constant(whole.type, [23] * LANES)), self.vector)
-        return b.fdiv(x, b.fadd(const(1.0), b.fmul(value, scale)))
+def exp(b: Any, x: Any) -> Any:
+    """exp of a float32 or of a vector of them, within 2 ulp where it is between exp(-87) and exp(88), which it is cut
+    off at: a power of two times a polynomial on [-ln 2 / 2, ln 2 / 2]. Written out, so that loops around it become
+    vectors, and a number gives the same bits alone and in a vector."""
+    lanes = x.type.count if isinstance(x.type, ir.VectorType) else 0
+    whole = ir.VectorType(I32, lanes) if lanes else I32
+
+    def const(type_: Any, value: float) -> Any:
+        return ir.Constant(type_, [value] * lanes if lanes else value)
+
+    def call(name: str, *values: Any) -> Any:
+        full = f"llvm.{name}.{f'v{lanes}f32' if lanes else 'f32'}"
+        return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(x.type, [x.type] * len(values)), full), values)
+
+    x = call("maxnum", call("minnum", x, const(x.type, 88.0)), const(x.type, -87.0))
+    power = call("rint", b.fmul(x, const(x.type, 1.4426950216293335)))
+    rest = call("fma", power, const(x.type, -0.693359375), x)
+    rest = call("fma", power, const(x.type, 2.12194442e-4), rest)
+    value = const(x.type, 1 / 5040)
+    for factorial in (720, 120, 24, 6, 2, 1, 1):
+        value = call("fma", value, rest, const(x.type, 1 / factorial))
+    biased = b.add(b.fptosi(power, whole), const(whole, 127))
+    return b.fmul(value, b.bitcast(b.shl(biased, const(whole, 23)), x.type))

@@ -7,6 +7,7 @@ directory under a name made of the sources, the compiler and the processor.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -23,6 +24,17 @@ _log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _loaded: list[Any] = []
+
+
+@functools.cache
+def usable() -> bool:
+    """Whether the kernels could be built and loaded here. If not, said once in the log, everything is plain torch."""
+    try:
+        library()
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        _log.warning("the CPU kernels are not available, plain torch is used instead: %s", error)
+        return False
+    return True
 
 
 def library() -> Any:
@@ -68,7 +80,7 @@ def object_file() -> Path:
 
 
 def _build(path: Path) -> None:
-    command = [sys.executable, "-m", "workers.kernels.build", os.fspath(path)]
+    command = [sys.executable, "-m", "workers.kernels.cpu.build", os.fspath(path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
         command, env=environment, timeout=_BUILD_SECONDS, stdin=subprocess.DEVNULL, capture_output=True, text=True
@@ -82,7 +94,7 @@ def _digest() -> str:
     import llvmlite.binding as llvm
 
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     for fact in (
         version("numba"),

@@ -1,0 +1,210 @@
+"""The arguments of every compiled kernel: the one definition that callers and kernels share.
+
+Every field is 8 bytes: an address, a size, a number of bytes, or a float32. A kernel reads them by name (see
+`compiled.jit.reader`), a caller names them too, so a new field cannot shift the others on one side alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Linear(NamedTuple):
+    """y[T, N] = x[T, K] @ weight[N, K].T + bias; with `up`, another weight: silu(x @ weight.T) * (x @ up.T)."""
+
+    x: int
+    x_stride: int
+    weight: int
+    up: int  # 0: none
+    bias: int  # 0: none
+    y: int
+    n_rows: int
+    k: int
+    n: int
+    kind: int  # how weights are stored
+    rows: int  # int64 [team, T]: room for the rows' addresses
+
+
+class Norm(NamedTuple):
+    """x[T, D] += scale * delta, then y = x / rms(x) * weight."""
+
+    x: int
+    x_stride: int
+    delta: int  # 0: none
+    delta_stride: int
+    weight: int  # 0: no y
+    y: int
+    n_rows: int
+    d: int
+    eps: float
+    scale: float
+
+
+class RotaryWrite(NamedTuple):
+    qkv: int
+    qkv_stride: int
+    q: int
+    n_rows: int
+    n_heads: int
+    n_kv: int
+    head: int
+    rotated: int  # of a head
+    slot: int
+    cos: int
+    sin: int
+    keys: int
+    values: int
+    q_norm: int  # 0: none
+    k_norm: int
+    q_norm_size: int  # entries that are normalised together
+    k_norm_size: int
+    eps: float
+
+
+class Attention(NamedTuple):
+    q: int
+    out: int
+    n_rows: int
+    n_heads: int
+    n_kv: int
+    head: int
+    keys: int
+    values: int
+    block_size: int
+    tables: int
+    table_stride: int
+    sequence: int
+    position: int
+    window: int
+    scratch: int  # each thread's: addresses of the queries, then their scores
+    scratch_stride: int
+    score_stride: int
+    scale: float
+
+
+class Gate(NamedTuple):
+    logits: int
+    logits_stride: int
+    bias: int  # 0: none
+    ids: int
+    weights: int
+    n_rows: int
+    n_experts: int
+    k: int
+    sigmoid: int
+    normalize: int
+    scores: int  # float32 [E]: room for a row's
+    scale: float
+
+
+class GateRows(NamedTuple):
+    """y[T, D] *= sigmoid(logits[T])."""
+
+    y: int
+    logits: int
+    n_rows: int
+    d: int
+
+
+class Plan(NamedTuple):
+    ids: int
+    weights: int
+    owner: int  # 0: one worker has all experts
+    counter: int  # 0: none
+    n_tokens: int
+    k: int
+    n_experts: int
+    n_workers: int
+    memory: int
+    messages: int  # 0: none are laid out
+    x: int
+    x_stride: int
+    d: int
+
+
+class WeightedSum(NamedTuple):
+    parts: int  # int64 [parts, 2]: the first pair of each part, ascending from 0, and where its rows begin
+    n_parts: int
+    place: int
+    weights: int
+    out: int
+    n_tokens: int
+    k: int
+    d: int
+
+
+class Pairs(NamedTuple):
+    """Where the experts' rows begin, and the addresses of each pair's row of x and of its hidden row."""
+
+    token: int  # int32
+    expert: int  # int32, ascending
+    n_pairs: int
+    n_experts: int
+    table: int
+    counters: int
+    x: int
+    x_stride: int
+    hidden: int
+    hidden_stride: int
+    starts: int
+    token_rows: int
+    hidden_rows: int
+    missing: int  # int64: the pairs whose experts have no weights are added to it
+
+
+class Experts(NamedTuple):
+    """y[pair, D] = w2 (silu(w1 x) * (w3 x)) of every pair whose expert has weights."""
+
+    table: int
+    starts: int
+    token_rows: int
+    hidden: int
+    hidden_stride: int
+    hidden_rows: int
+    y: int
+    d: int
+    f: int
+    n_experts: int
+    kind: int
+
+
+class ReadRequest(NamedTuple):
+    message: int
+    n_bytes: int
+    request_word: int  # the first word of a request
+    reply: int
+    reply_word: int
+    tables: int  # int64 [layers, 2]: the addresses of each layer's table and counters
+    n_layers: int
+    n_pairs: int  # that the reply has room for
+    pairs: int  # where the arguments of `Pairs` are: what the request says is filled in
+    experts: int  # and those of `Experts`
+    d: int
+    copies: int  # int32 [2 * n_pairs]: room for the pairs, which the sender may change after they were checked
+
+
+class RingPublish(NamedTuple):
+    """Note a message in the control page of a ring, count it, and wake who waits for it."""
+
+    page: int
+    sent: int  # the count, int32
+    begin: int  # of the message: an offset
+    n_bytes: int
+    asked: int  # how many workers were asked at once
+    syscall: int  # the C library's function
+    futex: int  # its number for futex
+
+
+class RingSleep(NamedTuple):
+    """Sleep while the count is the known one, at most for `nap`; then the first counter becomes the count."""
+
+    sent: int
+    known: int
+    nap: int  # a timespec
+    syscall: int
+    futex: int
+
+
+class RunGraph(NamedTuple):
+    n_calls: int
+    calls: int  # int64 [calls, 3]: kernel, its arguments, its team

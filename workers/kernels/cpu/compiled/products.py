@@ -1,0 +1,99 @@
+"""The CPU kernels of products: of the dense half, and of all experts of a layer at once.
+
+Imported only to build them (see `library`): numba is here.
+"""
+
+from __future__ import annotations
+
+import numba
+
+from workers.kernels.cpu import arguments
+from workers.kernels.cpu.compiled.jit import as_float32, as_int32, as_int64, reader, take, wait_for_team
+from workers.kernels.cpu.compiled.rows import dots, swiglu
+from workers.kernels.cpu.kernel import FLOAT32
+
+#: Weight rows that one thread takes at a time.
+UNIT = 64
+
+_linear, _pairs, _experts = reader(arguments.Linear), reader(arguments.Pairs), reader(arguments.Experts)
+
+
+def linear(args: int) -> None:
+    """See `arguments.Linear`."""
+    a = _linear(args)
+    stride = (4 if a.kind == FLOAT32 else 2) * a.k
+    token_rows = a.rows + 8 * a.n_rows * take(args + 16)  # every thread has its own
+    rows = as_int64(token_rows)
+    for t in range(a.n_rows):
+        rows[t] = a.x + t * a.x_stride
+    first = UNIT * take(args)
+    while first < a.n:
+        last, y = min(a.n, first + UNIT), a.y + 4 * first
+        if a.up != 0:
+            swiglu(a.kind, a.weight, a.up, stride, first, last, token_rows, a.n_rows, a.k, y, 4 * a.n)
+        else:
+            dots(a.kind, a.weight, 0, stride, first, last, token_rows, a.n_rows, a.k, y, 4 * a.n)
+        if a.bias != 0:
+            bias = as_float32(a.bias + 4 * first)
+            for t in range(a.n_rows):
+                row = as_float32(y + 4 * t * a.n)
+                for i in range(last - first):
+                    row[i] += bias[i]
+        first = UNIT * take(args)
+
+
+@numba.njit(inline="never")
+def place_pairs(args):  # type: ignore[no-untyped-def]
+    """See `arguments.Pairs`."""
+    a = _pairs(args)
+    token, expert, table, counters = as_int32(a.token), as_int32(a.expert), as_int64(a.table), as_int64(a.counters)
+    starts, token_rows, hidden_rows = as_int64(a.starts), as_int64(a.token_rows), as_int64(a.hidden_rows)
+    following = 0
+    for p in range(a.n_pairs):
+        while following <= expert[p]:
+            starts[following] = p
+            following += 1
+        token_rows[p] = a.x + token[p] * a.x_stride
+        hidden_rows[p] = a.hidden + p * a.hidden_stride
+    while following <= a.n_experts:
+        starts[following] = a.n_pairs
+        following += 1
+    for e in range(a.n_experts):
+        if table[2 * e] == 0:
+            as_int64(a.missing)[0] += starts[e + 1] - starts[e]
+        else:
+            counters[e] += starts[e + 1] - starts[e]
+
+
+def pairs(args: int) -> None:
+    """See `arguments.Pairs`."""
+    place_pairs(args)
+
+
+def experts(args: int) -> None:
+    """See `arguments.Experts`: first all hidden rows, then all results, shared out by blocks of weight rows."""
+    a = _experts(args)
+    table, starts, size = as_int64(a.table), as_int64(a.starts), 4 if a.kind == FLOAT32 else 2
+    blocks = (a.f + UNIT - 1) // UNIT
+    u = take(args)
+    while u < a.n_experts * blocks:
+        e, first = u // blocks, UNIT * (u % blocks)
+        begin, count = starts[e], starts[e + 1] - starts[e]
+        if count > 0 and table[2 * e] != 0:
+            gate, out, last = table[2 * e], a.hidden + begin * a.hidden_stride + 4 * first, min(a.f, first + UNIT)
+            up, rows = gate + a.f * size * a.d, a.token_rows + 8 * begin
+            swiglu(a.kind, gate, up, size * a.d, first, last, rows, count, a.d, out, a.hidden_stride)
+        u = take(args)
+    wait_for_team(as_int64(args)[3])
+    blocks = (a.d + UNIT - 1) // UNIT
+    u = take(args + 8)
+    while u < a.n_experts * blocks:
+        e, first = u // blocks, UNIT * (u % blocks)
+        begin, count = starts[e], starts[e + 1] - starts[e]
+        if count > 0 and table[2 * e] != 0:
+            rows, out, last = a.hidden_rows + 8 * begin, a.y + 4 * (begin * a.d + first), min(a.d, first + UNIT)
+            dots(a.kind, table[2 * e + 1], 0, size * a.f, first, last, rows, count, a.f, out, 4 * a.d)
+        u = take(args + 8)
+
+
+KERNELS = (linear, pairs, experts)

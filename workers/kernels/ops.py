@@ -1,0 +1,189 @@
+"""The operations that a device implements for a model: every one of them, with its shapes.
+
+Legend: T token rows, D hidden size or inputs, N outputs, F ffn, E experts, K choices a token, P (token, expert) pairs,
+H query heads, G key/value heads, d head size, r rotated part of a head, X = (H + 2G) * d, C cache blocks of Z rows,
+S sequences, B blocks a sequence. "Rows" are of the dtype and on the device of the `Ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from workers.gate_spec import GateSpec
+from workers.kernels.dispatch import Ints, Plan
+from workers.kernels.experts import LayerExperts
+from workers.kernels.weights import Matrix, WeightFormat
+
+Result = TypeVar("Result")
+
+
+class QKNorm(NamedTuple):
+    """RMSNorm of queries and keys before they are rotated. A weight of length d is for each head on its own; one of
+    length H * d (keys: G * d) for the whole row."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Whose the T rows of a micro-batch are, and where keys and values lie. Tensors are on the device.
+
+    Row t is at `position_T[t]` of sequence `sequence_T[t]`; its key and value go to cache row `slot_T[t]` = block *
+    block size + offset. Key j of sequence s lies in block `block_table_SB[s, j // Z]` at offset `j % Z`. The rows of
+    sequence s are `q_start[s]:q_start[s + 1]`, never none, at ascending positions.
+    """
+
+    block_table_SB: Tensor  # int32
+    sequence_T: Tensor  # int64
+    position_T: Tensor  # int64
+    slot_T: Tensor  # int64
+    q_start: tuple[int, ...]  # on the host
+
+
+class Graph(Protocol):
+    """Calls that were captured."""
+
+    def replay(self) -> None:
+        """Everything captured once more, in order, on the same memory. Raises KeyError(*experts) as `experts` does."""
+
+
+class Answers(Protocol):
+    """Answers whole requests of few rows, without Python between their bytes and the experts."""
+
+    def answer(self, message: memoryview) -> memoryview | None:
+        """The reply to a whole REQUEST of `workers.wire`; None where it has to be parsed and given to `experts`: for
+        many rows, for experts that are not held and for whatever is wrong."""
+
+    def reply_bytes(self, n_pairs: int) -> int:
+        """The length of the reply to a request of so many pairs; 0: it has to be parsed."""
+
+    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: int) -> bool:
+        """Write the reply to the request at an address to another, where there are `reply_bytes`; false, and nothing
+        is written, where `answer` gives None. The request may change meanwhile."""
+
+
+class Ops(Protocol):
+    """A device's kernels. Results are new tensors, contiguous, which the caller owns, but for what is said to be done
+    in place. Rows may be views; a row's result does not depend on the rows beside it where `exact_rows` says so."""
+
+    device: torch.device
+    dtype: torch.dtype  # of rows, cache and norms
+    stored_dtypes: frozenset[torch.dtype]  # what weights may stay, beside `dtype`
+    capture_rows: int  # steps of up to so many rows gain by being captured; 0: none does
+    exact_rows: bool  # whether every sum runs in one order, whatever else is computed with it
+
+    def matrix(self, weight_ND: Tensor, bias_N: Tensor | None = None) -> Matrix:
+        """Weights ready for `linear`: on the device and in the layout its products want. Once, when they are loaded."""
+
+    def linear(self, x_TD: Tensor, weight: Matrix) -> Tensor:
+        """`x @ weight.T`, with its scale and bias. [T, N]."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """`x / rms(x) * weight`, the mean square in float32. [T, D]."""
+
+    def add_rms_norm(
+        self, residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, scale: float = 1.0
+    ) -> Tensor:
+        """`residual += scale * delta` in place, then the norm of it. [T, D]."""
+
+    def add(self, residual_TD: Tensor, delta_TD: Tensor, scale: float = 1.0) -> None:
+        """`residual += scale * delta` in place."""
+
+    def rotary_write(
+        self,
+        qkv_TX: Tensor,
+        metadata: AttentionMetadata,
+        cos_Tr: Tensor,
+        sin_Tr: Tensor,
+        k_cache_CZGd: Tensor,
+        v_cache_CZGd: Tensor,
+        norm: QKNorm | None = None,
+    ) -> Tensor:
+        """Normalise and rotate q and k, write k and v to their cache rows. Returns q [T, H, d].
+
+        Rotary embedding by halves of the first r entries of a head: `x * cos + (-x2, x1) * sin`; the rest stays. cos
+        and sin are float32, by row; their second half repeats the first.
+        """
+
+    def attention(
+        self,
+        q_THd: Tensor,
+        k_cache_CZGd: Tensor,
+        v_cache_CZGd: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        """Causal attention over paged keys and values, of prompts and of decoding sequences alike. [T, H, d].
+
+        A row sees the keys up to its own position, of which the last `window` when there is one.
+        """
+
+    def gate(self, logits_TE: Tensor, spec: GateSpec, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Experts of each token, best first, and their weights: int64 [T, K], float32 [T, K].
+
+        bias_E, float32, is added to the scores for the choice alone.
+        """
+
+    def swiglu(self, x_TD: Tensor, w13: Matrix, w2: Matrix, gate: Matrix | None = None) -> Tensor:
+        """`w2 (silu(w1 x) * (w3 x))`, times `sigmoid(gate x)` where there is a gate (of one output). w13 is w1 over
+        w3. For what all rows go through: dense layers, shared experts. [T, D]."""
+
+    def layer_experts(
+        self, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
+    ) -> LayerExperts:
+        """Room for the experts of a layer, none held."""
+
+    def experts(
+        self,
+        layer: LayerExperts,
+        x_TD: Tensor,
+        token_P: Tensor,
+        expert_P: Tensor,
+        out_PD: Tensor | None = None,
+    ) -> Tensor:
+        """`y[p] = expert(expert_P[p])(x[token_P[p]])`, unweighted, and counts the rows. [P, D]: `out_PD` if given.
+
+        token_P and expert_P are int32 or int64; expert_P ascends. Raises KeyError(*experts) for those not held.
+        """
+
+    def experts_combined(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The weighted sum over each token's experts, all of this layer, added in expert order in float32. [T, D].
+
+        Raises KeyError as `experts` does.
+        """
+
+    def dispatch_plan(
+        self,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        owner_E: Ints,
+        n_workers: int,
+        counter_E: Ints,
+        pack_TD: Tensor | None = None,
+    ) -> Plan:
+        """Sort the pairs of a dispatch by (worker, expert, token). `owner_E[e]` is the worker of expert e.
+
+        ids_TK: int64, distinct within a row. counter_E: the pairs of each expert are added to it. pack_TD: rows of
+        which to lay out the workers' requests, where the device does that (`Plan.is_packed`).
+        """
+
+    def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
+        """`y[t] = sum over k of weights[t, k] * rows[place[t, k]]`, added in the order of k in float32. [T, D].
+
+        The rows are those of all parts, one after the other: [P_w, D] each, contiguous.
+        """
+
+    def answers(self, layers: Sequence[LayerExperts]) -> Answers | None:
+        """How requests are answered without Python, with the experts of `layers`; None: not on this device."""
+
+    def capture(self, function: Callable[[Ops], Result]) -> tuple[Graph, Result]:
+        """Call `function` once with the operations whose calls are captured; what it returns lies where every
+        `Graph.replay` writes. Nothing in it may read what a kernel writes. Only where there are `capture_rows`."""

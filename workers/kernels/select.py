@@ -1,0 +1,18 @@
+"""Which kernels a device gets. Asked once, where a model or a shard is built."""
+
+from __future__ import annotations
+
+import torch
+
+from workers.kernels.cpu.library import usable
+from workers.kernels.cpu.ops import CpuOps
+from workers.kernels.ops import Ops
+from workers.kernels.torch.ops import TorchOps
+
+
+def ops_for(device: torch.device | str, dtype: torch.dtype) -> Ops:
+    """The fastest operations there are for rows of `dtype` on `device`."""
+    device = torch.device(device)
+    if device.type == "cpu" and dtype is torch.float32 and usable():
+        return CpuOps()
+    return TorchOps(device, dtype)
