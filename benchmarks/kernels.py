@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.command import run
 from cluster.bench.common import alternate, machine, print_json, print_table
-from workers.kernels.experts import LayerExperts
 from workers.kernels.memory import use_huge_pages
-from workers.kernels.native import FEW_ROWS
+from workers.kernels.select import ops_for
 from workers.kernels.threads import set_threads
+from workers.kernels.weights import Matrix, WeightFormat
 
 _HIDDEN, _FFN, _EXPERTS = 512, 1792, 32
 _ROWS = (1, 2, 4, 16, 256, 2048)
@@ -45,7 +45,7 @@ def kernels(
         for row in _measure(ways, threads, n_rows, repeats)
     ]
     if as_json:
-        sizes = {"hidden": _HIDDEN, "ffn": _FFN, "expert_bytes": _expert_bytes(), "few_rows": FEW_ROWS}
+        sizes = {"hidden": _HIDDEN, "ffn": _FFN, "expert_bytes": _expert_bytes()}
         print_json({"machine": machine(), "repeats": repeats, **sizes, "used": USED, "figures": rows})
     else:
         _show(list(ways), rows)
@@ -56,14 +56,15 @@ def _ways() -> Iterator[tuple[str, Way]]:
     torch.manual_seed(0)
     w13 = [torch.randn(2 * _FFN, _HIDDEN) / _HIDDEN**0.5 for _ in range(_EXPERTS)]
     w2 = [torch.randn(_HIDDEN, _FFN) / _FFN**0.5 for _ in range(_EXPERTS)]
-    layer = LayerExperts(_EXPERTS, _HIDDEN, _FFN, torch.device("cpu"), torch.float32)
+    ops = ops_for("cpu", torch.float32)
+    layer = ops.layer_experts(_EXPERTS, _HIDDEN, _FFN, WeightFormat(torch.float32))
     for weight in w13 + w2:
         use_huge_pages(weight)  # as the weights of a shard are
     for expert in range(_EXPERTS):
-        layer.put(expert, w13[expert], w2[expert])
+        layer.put(expert, Matrix(w13[expert]), Matrix(w2[expert]))
 
     def ours(x_TD: Tensor, expert: int) -> Tensor:
-        return layer.forward(x_TD, torch.arange(len(x_TD)), torch.full((len(x_TD),), expert))
+        return ops.experts(layer, x_TD, torch.arange(len(x_TD)), torch.full((len(x_TD),), expert))
 
     yield USED, ours
     yield "linear", _swiglu(lambda x_TD, e: F.linear(x_TD, w13[e]), lambda h_TF, e: F.linear(h_TF, w2[e]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from workers.checkpoint import Checkpoint
-from workers.kernels.linear import kept
+from workers.kernels.select import ops_for
 from workers.model.batch import Batch
 from workers.model.decoder import Decoder
 from workers.model.kv_cache import KVCache
@@ -84,7 +84,7 @@ class Paged:
         shard = ExpertShard(spec, dtype=torch.float32) if widened else load_shard(checkpoint, every, torch.float32)
         for layer, expert in every if widened else ():
             shard.load(layer, expert, checkpoint.expert(layer, expert, torch.float32))
-        keep = () if widened else kept(torch.float32)
+        keep = () if widened else ops_for("cpu", torch.float32).stored_dtypes
         self.cache = KVCache(spec, n_blocks, block_size, torch.float32)
         for pool in (*self.cache.k, *self.cache.v):
             pool.fill_(float("nan"))  # what was never written must never count

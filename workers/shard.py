@@ -57,9 +57,7 @@ class ExpertShard:
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size
         self._layers = [
-            self._ops.layer_experts(
-                spec.n_experts, spec.hidden_size, spec.ffn_size, WeightFormat(self.weight_dtype)
-            )
+            self._ops.layer_experts(spec.n_experts, spec.hidden_size, spec.ffn_size, WeightFormat(self.weight_dtype))
             for _ in range(spec.n_layers)
         ]
         self._answers = self._ops.answers(self._layers)
@@ -102,7 +100,7 @@ class ExpertShard:
             self._layers[layer].drop(expert)
 
     def weights(self, layer: int) -> Mapping[int, tuple[Matrix, Matrix]]:
-        """w13 [2F, D] and w2 [D, F] of every expert of `layer` that is held, by expert; in the dtype they are stored in."""
+        """w13 [2F, D] and w2 [D, F] of every expert of `layer` that is held, by expert."""
         return self._layers[layer].weights
 
     def forward(

@@ -72,7 +72,7 @@ class Router:
         from cluster.router.build import build_engine
         from cluster.router.exchange import Exchange
         from workers.checkpoint import Checkpoint
-        from workers.device import pick
+        from workers.device import compute_dtype, pick
         from workers.kernels.threads import set_threads
 
         set_threads(self._threads)
@@ -87,6 +87,8 @@ class Router:
             self._make_transport(),
             reply_timeout_s=self._config.reply_timeout_s,
             rejoin_timeout_s=self._config.rejoin_timeout_s,
+            device=self._device,
+            dtype=compute_dtype(self._config.dtype, source.spec.dtype, self._device, self._config.expert_device),
         )
         return build_engine(self._config, source, exchange)
 

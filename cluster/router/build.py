@@ -14,8 +14,8 @@ from cluster.router.memory import check_memory, with_kv_cache
 from cluster.router.sizing import pool_blocks, step_bytes
 from workers.checkpoint import Checkpoint
 from workers.device import compute_dtype, pick
-from workers.kernels.linear import kept
 from workers.kernels.memory import give_back
+from workers.kernels.select import ops_for
 from workers.model.decoder import Decoder
 from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache, bytes_per_block
@@ -66,4 +66,4 @@ def dense_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 
 def kept_on(device: torch.device | str, dtype: torch.dtype) -> frozenset[torch.dtype]:
     """What weights may stay stored as on `device` to compute in `dtype`, beside `dtype` itself."""
-    return kept(dtype) if torch.device(device).type == "cpu" else frozenset()
+    return ops_for(device, dtype).stored_dtypes

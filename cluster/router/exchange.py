@@ -24,8 +24,8 @@ from cluster.placement.routes import Routes
 from cluster.router.split import rows_of, split
 from cluster.router.worker_pool import Reply, WorkerPool
 from workers.errors import WorkerLost
-from workers.kernels import native
-from workers.kernels.dispatch import Plan, weighted_sum
+from workers.kernels.dispatch import Plan
+from workers.kernels.select import ops_for
 from workers.transport.base import Rows, Tag, Transport
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
@@ -86,7 +86,10 @@ class Exchange:
         *,
         reply_timeout_s: float,
         rejoin_timeout_s: float,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """`device`, `dtype`: of the rows."""
         self._pool = WorkerPool(transport, reply_timeout_s)
         self._rejoin_timeout_s = rejoin_timeout_s
         self._router = secrets.randbits(64)
@@ -101,7 +104,7 @@ class Exchange:
         self._n_experts = len(placement.replicas[0])
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
         self._connect()
-        native.usable()  # loads the kernels, so that no step waits for it
+        self._ops = ops_for(device, dtype)  # loads the kernels too, so that no step waits for it
 
     @property
     def epoch(self) -> int:
@@ -157,7 +160,9 @@ class Exchange:
         rows_E = np.bincount(ids_TK.numpy().ravel(), minlength=self._n_experts) if routes.has_choice(layer) else None
         owner_E, counter_E = routes.owners(layer, rows_E), self.counters.rows_LE[layer]
         new_tag = partial(self._tag, layer, 0)
-        split_W, plan = split(x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag)
+        split_W, plan = split(
+            self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag
+        )
         rows_PD = x_TD.new_empty(plan.n_pairs, x_TD.shape[1])
         parts = []
         first = 0
@@ -177,7 +182,7 @@ class Exchange:
             lost = self._receive(handle.parts, y_TD)
             if lost:
                 self._repair(lost, y_TD)
-            y_TD = weighted_sum(y_TD, handle.plan)
+            y_TD = self._ops.weighted_sum(y_TD, handle.plan)
         with self._lock:
             self._outstanding[handle.epoch] -= 1
         return y_TD

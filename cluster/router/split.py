@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from workers.kernels.dispatch import Ints, Plan, plan
-from workers.kernels.linear import is_fast
-from workers.kernels.native import FEW_ROWS
+from workers.kernels.dispatch import Ints, Plan
+from workers.kernels.message import FEW_ROWS
+from workers.kernels.ops import Ops
 from workers.transport.base import Rows, Tag
 from workers.wire import FRAME_BYTES
 
@@ -20,6 +20,7 @@ NewTag = Callable[[], Tag]
 
 
 def split(
+    ops: Ops,
     x_TD: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
@@ -34,8 +35,8 @@ def split(
     expert, token). ids_TK (int64, distinct within a row) and weights_TK (float32) are on the host. counter_E: the rows
     of each expert are added to it. new_tag: gives each worker's rows theirs.
     """
-    few = is_fast(x_TD) and len(x_TD) <= FEW_ROWS and x_TD.nbytes <= FRAME_BYTES // 2
-    made = plan(ids_TK, weights_TK, owner_E, n_workers, counter_E, x_TD if few else None)
+    few = len(x_TD) <= FEW_ROWS and x_TD.nbytes <= FRAME_BYTES // 2
+    made = ops.dispatch_plan(ids_TK, weights_TK, owner_E, n_workers, counter_E, x_TD if few else None)
     return (_packed(x_TD.shape[1], made, new_tag) if made.is_packed else _cut(x_TD, made, new_tag)), made
 
 

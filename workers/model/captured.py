@@ -1,7 +1,7 @@
 """Decoding steps of few rows, captured: what was a dozen small kernels a layer is then one call.
 
-At a few rows the Python around the kernels takes as long as they do. The next step of as many rows runs the same kernels
-on the same memory, so they are captured once and replayed.
+At a few rows the Python around the kernels takes as long as they do. The next step of as many rows runs the same
+kernels on the same memory, so they are captured once and replayed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Generic
 
 import torch
-from torch import Tensor
 
 from workers.kernels.ops import Graph, Ops, Result
 from workers.model.micro_batch import MicroBatch

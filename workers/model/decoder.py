@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import DenseWeights
-from workers.kernels.ops import AttentionMetadata, Ops
+from workers.kernels.ops import AttentionMetadata
 from workers.kernels.select import ops_for
 from workers.model.batch import Batch
 from workers.model.captured import CapturedStep, CapturedSteps

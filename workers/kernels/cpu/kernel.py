@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels, on torch's own OpenMP threads: a second pool beside it would spin on the same cores."""
+"""Calls of the compiled kernels, on torch's own OpenMP threads: a second pool would spin on the same cores."""
 
 from __future__ import annotations
 

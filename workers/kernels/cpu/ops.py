@@ -32,10 +32,10 @@ class CpuOps:
     capture_rows = 32
     exact_rows = True
 
-    @property
-    def stored_dtypes(self) -> frozenset[torch.dtype]:
-        narrow = {torch.bfloat16, torch.float16} if kernel.widens_float16() else {torch.bfloat16}
-        return frozenset(narrow)
+    def __init__(self) -> None:
+        self.stored_dtypes = frozenset(
+            (torch.bfloat16, torch.float16) if kernel.widens_float16() else (torch.bfloat16,)
+        )
 
     def matrix(self, weight_ND: Tensor, bias_N: Tensor | None = None) -> Matrix:
         if weight_ND.dtype not in self.stored_dtypes:
@@ -247,7 +247,7 @@ class CpuOps:
         self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, missing_1: Tensor
     ) -> Tensor:
         x_TD, ids_TK, weights_TK = _with_unit_stride(x_TD), ids_TK.contiguous(), weights_TK.contiguous()
-        plan = Plan(*ids_TK.shape, layer.n_experts, 1)
+        plan = Plan(len(ids_TK), ids_TK.shape[1], layer.n_experts, 1)
         self._plan(plan, ids_TK, weights_TK, 0, 0, None)
         y_PD = self._empty(plan.n_pairs, layer.hidden_size)
         self._experts(layer, x_TD, plan.pairs_address, y_PD, missing_1)
@@ -288,7 +288,7 @@ class CpuOps:
         if pack_TD is not None:
             pack_TD = _with_unit_stride(pack_TD)
             row_bytes = 4 * pack_TD.shape[1]
-        plan = Plan(*ids_TK.shape, len(owner_E), n_workers, row_bytes)
+        plan = Plan(len(ids_TK), ids_TK.shape[1], len(owner_E), n_workers, row_bytes)
         ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
         self._plan(plan, ids_TK, weights_TK, address(owner_E), address(counter_E), pack_TD)
         return plan
@@ -357,6 +357,7 @@ class _Capturing(CpuOps):
     """Notes the calls instead, and keeps what they point into."""
 
     def __init__(self, graph: CpuGraph) -> None:
+        super().__init__()
         self._graph = graph
 
     def experts_combined(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

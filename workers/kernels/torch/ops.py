@@ -67,7 +67,7 @@ class TorchOps:
     ) -> Tensor:
         n_kv, head = k_cache_CZGd.shape[-2:]
         k_size = n_kv * head
-        q_TX, k_TX, v_TX = qkv_TX.split((qkv_TX.shape[1] - 2 * k_size, k_size, k_size), dim=1)
+        q_TX, k_TX, v_TX = torch.split(qkv_TX, [qkv_TX.shape[1] - 2 * k_size, k_size, k_size], dim=1)
         if norm is not None:
             q_TX, k_TX = (
                 self.rms_norm(x_TX.reshape(len(x_TX), -1, len(weight)), weight, norm.eps).flatten(1)
@@ -90,9 +90,7 @@ class TorchOps:
         out_THd = torch.empty_like(q_THd)
         size = k_cache_CZGd.shape[1]
         last_S = metadata.position_T[torch.tensor(metadata.q_start[1:], device=q_THd.device) - 1].tolist()
-        for (begin, end), sequence, last in zip(
-            pairwise(metadata.q_start), range(len(last_S)), last_S, strict=True
-        ):
+        for (begin, end), sequence, last in zip(pairwise(metadata.q_start), range(len(last_S)), last_S, strict=True):
             first_row = last + 1 - (end - begin)
             first = 0 if window is None else max(0, first_row + 1 - window)
             blocks = metadata.block_table_SB[sequence, first // size : last // size + 1].long()
@@ -106,7 +104,7 @@ class TorchOps:
             seen_NL = key_1L <= row_N1
             if window is not None:
                 seen_NL &= key_1L > row_N1 - window
-            q_GhNd = q_THd[begin:end].unflatten(1, (len(k_GLd), -1)).permute(1, 2, 0, 3)
+            q_GhNd = q_THd[begin:end].view(end - begin, len(k_GLd), -1, q_THd.shape[-1]).permute(1, 2, 0, 3)
             y_GhNd = F.scaled_dot_product_attention(
                 q_GhNd, k_GLd[:, None].expand(-1, q_GhNd.shape[1], -1, -1),
                 v_GLd[:, None].expand(-1, q_GhNd.shape[1], -1, -1), attn_mask=seen_NL, scale=scale,
@@ -173,7 +171,7 @@ class TorchOps:
     ) -> Plan:
         """Never lays out requests."""
         ids, weights = ids_TK.numpy(), weights_TK.numpy()
-        made = Plan(*ids.shape, len(owner_E), n_workers)
+        made = Plan(ids.shape[0], ids.shape[1], len(owner_E), n_workers)
         n_experts, ids_P = len(owner_E), ids.ravel()
         counter_E += np.bincount(ids_P, minlength=n_experts)
         order_P = np.argsort(owner_E[ids_P] * n_experts + ids_P, kind="stable")
@@ -195,7 +193,9 @@ class TorchOps:
 
     def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
         rows_PD = parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
-        place_TK, weights_TK = (torch.from_numpy(array).to(rows_PD.device) for array in (plan.place_TK, plan.weights_TK))
+        place_TK, weights_TK = (
+            torch.from_numpy(array).to(rows_PD.device) for array in (plan.place_TK, plan.weights_TK)
+        )
         total_TD = rows_PD.index_select(0, place_TK[:, 0]).float().mul_(weights_TK[:, :1])
         for k in range(1, plan.n_choices):
             total_TD += rows_PD.index_select(0, place_TK[:, k]).float().mul_(weights_TK[:, k : k + 1])

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from workers.kernels.reference import swiglu
+from workers.kernels.torch.ops import TorchOps
+from workers.kernels.weights import Matrix
 from workers.shard import ExpertShard
 from workers.transport.collective.group import Group
 from workers.transport.collective.mesh import c10d, connect_store, gloo_interface
@@ -208,11 +209,12 @@ class FixedWorker:
             self._group.to_routers(self._back_SD).wait()
 
 
-def masked_swiglu(x_SD: Tensor, expert_S: Tensor, experts: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
+def masked_swiglu(x_SD: Tensor, expert_S: Tensor, experts: Mapping[int, tuple[Matrix, Matrix]]) -> Tensor:
     """`y[s] = expert(expert_S[s])(x[s])`, zeros where that is none of `experts`. No size depends on `expert_S`."""
     y_SD = torch.zeros_like(x_SD, memory_format=torch.contiguous_format)
     x_SD = x_SD.contiguous()
-    for expert, (w13_2FD, w2_DF) in experts.items():
+    ops = TorchOps(x_SD.device, x_SD.dtype)
+    for expert, (w13, w2) in experts.items():
         is_its = expert_S[:, None] == expert
-        y_SD = torch.where(is_its, swiglu(x_SD, w13_2FD.to(x_SD.dtype), w2_DF.to(x_SD.dtype)), y_SD)
+        y_SD = torch.where(is_its, ops.swiglu(x_SD, w13, w2), y_SD)
     return y_SD

@@ -19,8 +19,8 @@ from cluster.router.build import build_engine, dense_bytes, expert_bytes
 from cluster.router.params import SamplingParams
 from cluster.router.sizing import context_limit, pool_blocks
 from workers.checkpoint import Checkpoint
-from workers.kernels import native
-from workers.kernels.linear import kept
+from workers.kernels import select
+from workers.kernels.select import ops_for
 from workers.shard import ExpertShard, load_shard
 
 CONFIG = Config(kv_cache_mb=1)
@@ -66,11 +66,11 @@ def test_a_checkpoint_of_16_bits_asks_for_half_the_memory(
     spec, norms = checkpoint.spec, (2 * checkpoint.spec.n_layers + 1) * checkpoint.spec.hidden_size
     expert = 3 * spec.hidden_size * spec.ffn_size
     assert expert_bytes(checkpoint, torch.float32) == 2 * expert
-    dense = checkpoint.dense(torch.float32, kept(torch.float32))
+    dense = checkpoint.dense(torch.float32, ops_for("cpu", torch.float32).stored_dtypes)
     held = {id(tensor): tensor.nbytes for tensor in (dense.embed_VD, dense.norm_D, dense.head_VD)}
     held |= {id(t): t.nbytes for layer in dense.layers for t in (getattr(layer, f.name) for f in fields(layer))}
     assert dense_bytes(checkpoint, torch.float32) == sum(held.values()) == checkpoint.bytes_read + 2 * norms
-    monkeypatch.setattr(native, "usable", lambda: False)
+    monkeypatch.setattr(select, "usable", lambda: False)
     assert expert_bytes(checkpoint, torch.float32) == 4 * expert
     assert dense_bytes(checkpoint, torch.float32) == 2 * checkpoint.bytes_read
 

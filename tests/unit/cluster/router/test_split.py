@@ -5,38 +5,38 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.router.split import split
 from workers import wire
-from workers.kernels import native
-from workers.kernels.dispatch import weighted_sum
+from workers.kernels.ops import Ops
+from workers.kernels.select import ops_for
+from workers.kernels.torch.ops import TorchOps
 from workers.wire import Tag
 
-
-@pytest.fixture(params=["compiled", "plain"])
-def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.usable()
-    if request.param == "plain":
-        monkeypatch.setattr(native, "usable", lambda: False)
+OPS = [ops_for("cpu", torch.float32), TorchOps(torch.device("cpu"), torch.float32)]
+assert OPS[0].exact_rows
+with_every = pytest.mark.parametrize("ops", OPS, ids=["compiled", "plain"])
 
 
 def new_tag() -> Tag:
     return Tag(1, 2, 3, 4, 5, 6)
 
 
-@pytest.mark.usefixtures("_kernels")
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # loaded at first use
+@with_every
+@settings(deadline=None)  # loaded at first use
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(4, 9), st.integers(1, 4), st.integers(0, 2**31))
-def test_every_pair_goes_to_its_owner_once_and_finds_its_place(t: int, k: int, e: int, w: int, seed: int) -> None:
+def test_every_pair_goes_to_its_owner_once_and_finds_its_place(
+    ops: Ops, t: int, k: int, e: int, w: int, seed: int
+) -> None:
     draw = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(t, 3 + seed % 2, generator=draw)[:, :3]
     ids_TK = torch.rand(t, e, generator=draw).argsort(dim=1)[:, :k]
     weights_TK = torch.rand(t, k, generator=draw)
     owner_E = np.random.default_rng(seed).integers(0, w, e)
     rows_E = np.ones(e, np.int64)
-    split_W, plan = split(x_TD, ids_TK, weights_TK, owner_E, w, rows_E, new_tag)
+    split_W, plan = split(ops, x_TD, ids_TK, weights_TK, owner_E, w, rows_E, new_tag)
     parts = list(split_W)
 
     assert rows_E.tolist() == (1 + torch.bincount(ids_TK.flatten(), minlength=e)).tolist()
@@ -53,7 +53,7 @@ def test_every_pair_goes_to_its_owner_once_and_finds_its_place(t: int, k: int, e
         assert len(token_P.unique()) == len(sent_TD), "a row is sent that no pair needs, or sent twice"
         replies.append((expert_P + 1)[:, None] * sent_TD[token_P.long()])  # expert e multiplies by e + 1
     assert [worker for worker, _ in parts] == sorted({int(owner) for owner in owner_E[ids_TK.numpy()].ravel()})
-    y_TD = weighted_sum(torch.cat(replies), plan)
+    y_TD = ops.weighted_sum(torch.cat(replies), plan)
 
     expected_TD = torch.zeros(t, 3)
     for token in range(t):
@@ -62,19 +62,20 @@ def test_every_pair_goes_to_its_owner_once_and_finds_its_place(t: int, k: int, e
     assert torch.equal(y_TD, expected_TD), "not added in expert order"
 
 
-@pytest.mark.usefixtures("_kernels")
-def test_one_expert_a_token_is_weighed_in_place_only_where_the_rows_are_in_order() -> None:
+@with_every
+def test_one_expert_a_token(ops: Ops) -> None:
     weights_T1 = torch.tensor([[0.5], [1.0], [3.0]])
     for ids in ([0, 0, 1], [1, 0, 0]):
         rows_PD, counter_E = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), np.zeros(2, np.int64)
-        _, plan = split(rows_PD, torch.tensor(ids)[:, None], weights_T1, np.array([0, 1]), 2, counter_E, new_tag)
+        _, plan = split(ops, rows_PD, torch.tensor(ids)[:, None], weights_T1, np.array([0, 1]), 2, counter_E, new_tag)
         expected_TD = weights_T1 * rows_PD[plan.place_TK[:, 0]]
-        assert torch.equal(weighted_sum(rows_PD, plan), expected_TD)
+        assert torch.equal(ops.weighted_sum(rows_PD, plan), expected_TD)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rows_are_added_in_float32(dtype: torch.dtype) -> None:
     ids_TK, weights_TK, rows_PD = torch.tensor([[2, 0]]), torch.tensor([[0.25, 0.75]]), torch.randn(2, 5).to(dtype)
-    _, plan = split(rows_PD[:1], ids_TK, weights_TK, np.zeros(3, np.int64), 1, np.zeros(3, np.int64), new_tag)
-    y_TD = weighted_sum(rows_PD, plan)
+    ops = TorchOps(torch.device("cpu"), dtype)
+    _, plan = split(ops, rows_PD[:1], ids_TK, weights_TK, np.zeros(3, np.int64), 1, np.zeros(3, np.int64), new_tag)
+    y_TD = ops.weighted_sum(rows_PD, plan)
     assert torch.equal(y_TD, (0.75 * rows_PD[:1].float() + 0.25 * rows_PD[1:].float()).to(dtype))

@@ -9,11 +9,11 @@ import torch
 
 from tests.unit.workers.test_shard import spec, weights
 from workers import wire
-from workers.kernels import native
+from workers.kernels.cpu.library import usable
 from workers.shard import ExpertShard
 from workers.wire import Tag
 
-pytestmark = pytest.mark.skipif(not native.usable(), reason="the CPU kernels cannot be built here")
+pytestmark = pytest.mark.skipif(not usable(), reason="the CPU kernels cannot be built here")
 
 TAG = Tag(router=2**64 - 1, epoch=7, step=2**40, layer=1, part=3, attempt=2)
 

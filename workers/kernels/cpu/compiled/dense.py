@@ -129,11 +129,12 @@ def rotary_write(args: int) -> None:
     a = _rotary(args)
     t = take(args)
     while t < a.n_rows:
-        k = a.qkv + t * a.qkv_stride + 4 * a.n_heads * a.head
+        q = a.qkv + t * a.qkv_stride
+        k = q + 4 * a.n_heads * a.head
         v = k + 4 * a.n_kv * a.head
         cos, sin = as_float32(a.cos + 4 * t * a.rotated), as_float32(a.sin + 4 * t * a.rotated)
         q_out, at = a.q + 4 * t * a.n_heads * a.head, 4 * as_int64(a.slot)[t] * a.n_kv * a.head
-        _heads(k - 4 * a.n_heads * a.head, q_out, a.n_heads, a.head, a.rotated, cos, sin, a.q_norm, a.q_norm_size, a.eps)
+        _heads(q, q_out, a.n_heads, a.head, a.rotated, cos, sin, a.q_norm, a.q_norm_size, a.eps)
         _heads(k, a.keys + at, a.n_kv, a.head, a.rotated, cos, sin, a.k_norm, a.k_norm_size, a.eps)
         value, out = as_float32(v), as_float32(a.values + at)
         for i in range(a.n_kv * a.head):

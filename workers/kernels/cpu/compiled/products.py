@@ -59,10 +59,11 @@ def place_pairs(args):  # type: ignore[no-untyped-def]
         starts[following] = a.n_pairs
         following += 1
     for e in range(a.n_experts):
-        if table[2 * e] == 0:
-            as_int64(a.missing)[0] += starts[e + 1] - starts[e]
-        else:
-            counters[e] += starts[e + 1] - starts[e]
+        count = starts[e + 1] - starts[e]
+        if table[2 * e] != 0:
+            counters[e] += count
+        elif count > 0:
+            as_int64(a.missing)[0] += count
 
 
 def pairs(args: int) -> None:

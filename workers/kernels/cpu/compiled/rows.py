@@ -2,8 +2,8 @@
 
 A dot product is one sequence of additions (see `tile`), whatever the tile, so a row's result does not depend on how
 many rows are computed with it. Few rows stream the weights once, at the speed of the memory; many rows go in blocks
-that stay in a core's cache while all weight rows of a unit pass. Weights are float32, bfloat16 or float16, rows and sums
-float32. Imported only to build the kernels (see `library`): numba is here.
+that stay in a core's cache while all weight rows of a unit pass. Weights are float32, bfloat16 or float16, rows and
+sums float32. Imported only to build the kernels (see `library`): numba is here.
 """
 
 from __future__ import annotations

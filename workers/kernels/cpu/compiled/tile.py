@@ -13,11 +13,12 @@ from llvmlite import ir
 from numba import types
 
 from workers.kernels.cpu.compiled.jit import intrinsic
-from workers.kernels.cpu.kernel import FLOAT32
 from workers.kernels.cpu.compiled.vector import I32, I64, LANES, REGISTERS, Vectors
+from workers.kernels.cpu.kernel import FLOAT32
 
 #: Weight rows and most token rows of a tile.
 ROWS, COLUMNS = 4, 6
+
 
 class _Tile(Vectors):
     """Emits the LLVM code of one tile: `rows` weight rows times `columns` token rows, all dot products of length k.
@@ -164,7 +165,9 @@ def _tile(kind: int, rows: int, matrices: int, columns: int, emit: Callable[[_Ti
     rows_of_part = max(rows // parts, 1)
 
     @intrinsic
-    def tile(_context: Any, _w: Any, _up: Any, _dw: Any, _tokens: Any, _k: Any, _out: Any, _dout: Any, _ahead: Any) -> Any:
+    def tile(
+        _context: Any, _w: Any, _up: Any, _dw: Any, _tokens: Any, _k: Any, _out: Any, _dout: Any, _ahead: Any
+    ) -> Any:
         def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
             for first in range(0, rows, rows_of_part):
                 emit(_Tile(b, columns, kind), args, first, rows_of_part)

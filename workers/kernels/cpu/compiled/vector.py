@@ -98,7 +98,9 @@ def exp(b: Any, x: Any) -> Any:
 
     def call(name: str, *values: Any) -> Any:
         full = f"llvm.{name}.{f'v{lanes}f32' if lanes else 'f32'}"
-        return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(x.type, [x.type] * len(values)), full), values)
+        return b.call(
+            cgutils.get_or_insert_function(b.module, ir.FunctionType(x.type, [x.type] * len(values)), full), values
+        )
 
     x = call("maxnum", call("minnum", x, const(x.type, 88.0)), const(x.type, -87.0))
     power = call("rint", b.fmul(x, const(x.type, 1.4426950216293335)))
