@@ -161,7 +161,7 @@ class Exchange:
         owner_E, counter_E = routes.owners(layer, rows_E), self.counters.rows_LE[layer]
         new_tag = partial(self._tag, layer, 0)
         split_W, plan = split(
-            self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag
+            self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag, self._room
         )
         rows_PD = x_TD.new_empty(plan.n_pairs, x_TD.shape[1])
         parts = []
@@ -179,10 +179,15 @@ class Exchange:
         """
         y_TD = handle.rows_PD
         if handle.plan is not None:
-            lost = self._receive(handle.parts, y_TD)
-            if lost:
-                self._repair(lost, y_TD)
-            y_TD = self._ops.weighted_sum(y_TD, handle.plan)
+            parts, rows_PD = handle.parts, handle.rows_PD
+            if lost := self._receive(parts, rows_PD):
+                for part in parts:  # what the transport has of them does not outlive the replies to come
+                    if part.reply.loss is None:
+                        rows_PD[part.at] = part.reply.out_PD
+                self._repair(lost, rows_PD)
+                y_TD = self._ops.weighted_sum((rows_PD,), handle.plan)
+            else:
+                y_TD = self._ops.weighted_sum([part.reply.out_PD for part in parts], handle.plan)
         with self._lock:
             self._outstanding[handle.epoch] -= 1
         return y_TD
@@ -213,6 +218,9 @@ class Exchange:
         tag = Tag(self._router, self._view.placement.epoch, self._step, layer, self._part, attempt)
         self._part += 1
         return tag
+
+    def _room(self, worker: int, n_bytes: int) -> memoryview | None:
+        return self._pool.transport.room(self._routes.workers[worker], n_bytes)
 
     def _send(self, worker: int, rows: Rows, at: slice | Tensor, out_PD: Tensor) -> Part:
         self.counters.sent_bytes += rows.n_bytes

@@ -6,8 +6,9 @@ Shape legend: T token rows of one part, P (token, expert) pairs of one part, D h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from workers import wire
@@ -36,11 +37,13 @@ class Rows:
         self._request: wire.Request | None = wire.Request(x_TD, token_P, expert_P)
 
     @classmethod
-    def packed(cls, tag: Tag, message: memoryview, n_tokens: int, n_pairs: int, width: int) -> Rows:
-        """`message`: a whole request, float32, but for its header, which is written here."""
+    def packed(
+        cls, tag: Tag, message: memoryview, n_tokens: int, n_pairs: int, width: int, dtype: torch.dtype
+    ) -> Rows:
+        """`message`: a whole request but for its header, which is written here."""
         rows = cls.__new__(cls)
-        wire.put_request_head(message, tag, n_tokens, n_pairs, width)
-        rows.tag, rows.n_pairs, rows.row_bytes = tag, n_pairs, 4 * width
+        wire.put_request_head(message, tag, n_tokens, n_pairs, width, dtype)
+        rows.tag, rows.n_pairs, rows.row_bytes = tag, n_pairs, dtype.itemsize * width
         rows.message, rows._request, rows.asked = message, None, 1
         return rows
 
@@ -65,6 +68,13 @@ class Rows:
         return sum(tensor.nbytes for tensor in self.request)
 
 
+class Received(NamedTuple):
+    """A reply: unweighted rows in the order of the pairs, and the nanoseconds that the worker computed."""
+
+    rows_PD: Tensor
+    compute_ns: int
+
+
 class Transport(Protocol):
     """A router's way to its expert workers. Not thread-safe: the step loop owns it.
 
@@ -80,14 +90,18 @@ class Transport(Protocol):
     def disconnect(self, worker: str) -> None:
         """Forget `worker`. What is in flight is lost."""
 
+    def room(self, worker: str, n_bytes: int) -> memoryview | None:
+        """Where the next request to `worker`, of so many bytes, may be laid out, so that sending it copies nothing.
+        None: anywhere."""
+
     def send(self, worker: str, rows: Rows) -> None:
         """Hand over `rows` and return at once. Raises WorkerLost when the stream is known to be broken."""
 
-    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
-        """Write the reply to the rows sent with `tag` into `out_PD`: unweighted, in the order of the pairs.
+    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> Received:
+        """The reply to the rows sent with `tag`, in `out_PD` or in memory of the transport's own, which stays as it is
+        until the next reply of this worker is received.
 
-        out_PD is contiguous and has the dtype and device of the rows. Returns the nanoseconds the worker computed.
-        Raises WorkerLost when the stream breaks, nothing came within `timeout_s`, or the worker refused the rows.
+        out_PD is contiguous and has the dtype and device of the rows. Raises WorkerLost when the stream breaks, nothing came within `timeout_s`, or the worker refused the rows.
         """
 
     def close(self) -> None:
@@ -118,10 +132,13 @@ class FastWay(Protocol):
 class Pair(Protocol):
     """A faster way that both ends of a stream have taken. Its calls are those of `Transport`, for one worker."""
 
+    def room(self, n_bytes: int) -> memoryview | None:
+        """Where the next request may be laid out."""
+
     def send(self, rows: Rows) -> bool:
         """False: the rows do not fit, and go over the stream. Raises WorkerLost."""
 
-    def receive(self, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
+    def receive(self, tag: Tag, timeout_s: float, out_PD: Tensor) -> Received:
         """The replies to what was sent this way come in the order of the requests. Raises WorkerLost."""
 
     def broken(self, reason: str) -> None:

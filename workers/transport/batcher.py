@@ -98,6 +98,21 @@ class Batcher:
         finally:
             self._computing.release()
 
+    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: memoryview, reply_at: int) -> bool:
+        """`ExpertShard.answer_at`, unless somebody computes: then it is better to be one batch with who else waits."""
+        if not self._computing.acquire(blocking=False):
+            return False
+        try:
+            began = time.perf_counter_ns()
+            if not self.shard.answer_at(request, n_bytes, n_pairs, reply_at):
+                return False
+            spent = time.perf_counter_ns() - began
+            self.rows += wire.stamp(reply, spent)
+            self.compute_seconds += spent / 1e9
+            return True
+        finally:
+            self._computing.release()
+
     def _compute(self, layer: int, requests: Sequence[Request]) -> list[tuple[Tensor | Exception, int]]:
         """For each request y_PD, or what the shard raised, and the nanoseconds its batch took."""
         began = time.perf_counter_ns()

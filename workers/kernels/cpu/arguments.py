@@ -116,10 +116,20 @@ class Plan(NamedTuple):
     n_experts: int
     n_workers: int
     memory: int
-    messages: int  # 0: none are laid out
+
+
+class PackRequest(NamedTuple):
+    """A worker's request behind its header: rows, token_P, expert_P."""
+
     x: int
     x_stride: int
     d: int
+    row: int  # int64: which rows
+    n_rows: int
+    token: int  # int32
+    expert: int  # int32
+    n_pairs: int
+    out: int
 
 
 class WeightedSum(NamedTuple):

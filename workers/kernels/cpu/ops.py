@@ -19,6 +19,7 @@ from workers.kernels.cpu.graph import CpuGraph
 from workers.kernels.cpu.kernel import Kernel, Values
 from workers.kernels.dispatch import Ints, Plan, address
 from workers.kernels.experts import LayerExperts
+from workers.kernels.message import HEADER_BYTES
 from workers.kernels.memory import use_huge_pages
 from workers.kernels.ops import Answers, AttentionMetadata, Graph, Ops, QKNorm, Result
 from workers.kernels.weights import Matrix, WeightFormat
@@ -248,7 +249,7 @@ class CpuOps:
     ) -> Tensor:
         x_TD, ids_TK, weights_TK = _with_unit_stride(x_TD), ids_TK.contiguous(), weights_TK.contiguous()
         plan = Plan(len(ids_TK), ids_TK.shape[1], layer.n_experts, 1)
-        self._plan(plan, ids_TK, weights_TK, 0, 0, None)
+        self._plan(plan, ids_TK, weights_TK, 0, 0)
         y_PD = self._empty(plan.n_pairs, layer.hidden_size)
         self._experts(layer, x_TD, plan.pairs_address, y_PD, missing_1)
         return self.weighted_sum((y_PD,), plan)
@@ -276,26 +277,14 @@ class CpuOps:
         self._run(kernel.experts, kernel.team(layer.expert_bytes), products._replace(y=y_PD.data_ptr()))
 
     def dispatch_plan(
-        self,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        owner_E: Ints,
-        n_workers: int,
-        counter_E: Ints,
-        pack_TD: Tensor | None = None,
+        self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints
     ) -> Plan:
-        row_bytes = 0
-        if pack_TD is not None:
-            pack_TD = _with_unit_stride(pack_TD)
-            row_bytes = 4 * pack_TD.shape[1]
-        plan = Plan(len(ids_TK), ids_TK.shape[1], len(owner_E), n_workers, row_bytes)
+        plan = Plan(*ids_TK.shape, len(owner_E), n_workers)
         ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
-        self._plan(plan, ids_TK, weights_TK, address(owner_E), address(counter_E), pack_TD)
+        self._plan(plan, ids_TK, weights_TK, address(owner_E), address(counter_E))
         return plan
 
-    def _plan(
-        self, plan: Plan, ids_TK: Tensor, weights_TK: Tensor, owner: int, counter: int, pack_TD: Tensor | None
-    ) -> None:
+    def _plan(self, plan: Plan, ids_TK: Tensor, weights_TK: Tensor, owner: int, counter: int) -> None:
         self._hold(plan)
         values = arguments.Plan(
             ids=ids_TK.data_ptr(),
@@ -307,12 +296,24 @@ class CpuOps:
             n_experts=plan.n_experts,
             n_workers=plan.n_workers,
             memory=plan.address,
-            messages=plan.messages_address,
-            x=_address(pack_TD),
-            x_stride=0 if pack_TD is None else 4 * pack_TD.stride(0),
-            d=0 if pack_TD is None else pack_TD.shape[1],
         )
         self._run(kernel.plan, 1, values)
+
+    def pack_request(self, plan: Plan, x_TD: Tensor, rows: slice, pairs: slice, message: memoryview) -> None:
+        x_TD = _with_unit_stride(x_TD)
+        token, expert = plan.pairs_address
+        values = arguments.PackRequest(
+            x=x_TD.data_ptr(),
+            x_stride=4 * x_TD.stride(0),
+            d=x_TD.shape[1],
+            row=plan.row_address + 8 * rows.start,
+            n_rows=rows.stop - rows.start,
+            token=token + 4 * pairs.start,
+            expert=expert + 4 * pairs.start,
+            n_pairs=pairs.stop - pairs.start,
+            out=address(message) + HEADER_BYTES,
+        )
+        self._run(kernel.pack_request, 1, values)
 
     def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
         table, first, d = array("q"), 0, parts[0].shape[1]

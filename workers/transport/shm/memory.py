@@ -16,8 +16,8 @@ from contextlib import suppress
 
 import numpy as np
 
-from workers.errors import ExpertMeshError
-
+#: Of this way between two processes, in their handshake.
+NAME = "shm"
 _NAME = "expertmesh-ring"
 _NONCE_BYTES = 16
 # Of linux/fcntl.h; Python names only the older ones. FUTURE_WRITE (Linux 5.1): no further writable mapping.
@@ -25,7 +25,7 @@ _ADD_SEALS, _GET_SEALS = 1033, 1034
 _SEALS = 0x01 | 0x02 | 0x04 | 0x10  # SEAL, SHRINK, GROW, FUTURE_WRITE
 
 
-class NotShared(ExpertMeshError):
+class NotShared(OSError):
     """Memory cannot be shared with that process. The text says why."""
 
 
@@ -76,6 +76,8 @@ class PeerMemory:
             self.map = mmap.mmap(file, n_bytes, prot=mmap.PROT_READ)
             if self.map[:_NONCE_BYTES].hex() != nonce:
                 raise NotShared(f"{path} is another process's")
+        except NotShared:
+            raise
         except (OSError, ValueError) as error:
             raise NotShared(f"its memory cannot be opened from here: {error}") from None
         finally:

@@ -5,6 +5,7 @@ Legend: P (token, expert) pairs, D hidden size.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 
@@ -13,8 +14,30 @@ from torch import Tensor
 
 from workers import wire
 from workers.errors import WireError, WorkerLost
-from workers.transport.base import Rows, Tag
+from workers.transport.base import Received, Rows, Tag
+from workers.transport.shm.memory import NAME, NotShared
 from workers.transport.shm.ring import InRing, OutRing
+
+_log = logging.getLogger(__name__)
+
+
+class ShmWay:
+    """Offers shared memory to every worker. A `FastWay`."""
+
+    name = NAME
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def offer(self, worker: str) -> Offered | None:
+        """None where this system has no such memory, which is said once."""
+        try:
+            return Offered(worker)
+        except NotShared as error:
+            if not self._said:
+                _log.warning("rows go over gRPC, not through shared memory: %s", error)
+                self._said = True
+            return None
 
 
 class Offered:
@@ -72,13 +95,14 @@ class Pair:
         self._room = None
         return True
 
-    def receive(self, tag: Tag, timeout_s: float, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, int]:
-        """The reply to `tag`, [P, D] of `dtype`: its rows, in the ring until the next call, and nanoseconds computed.
+    def receive(self, tag: Tag, timeout_s: float, out_PD: Tensor) -> Received:
+        """The reply to `tag`; its rows lie in the ring until the next call, or in `out_PD` where that is on a device.
 
         Raises WorkerLost, as `Transport.receive` does.
         """
         try:
-            return self._receive(tag, time.monotonic() + timeout_s, shape, dtype)
+            received = self._receive(tag, time.monotonic() + timeout_s, tuple(out_PD.shape), out_PD.dtype)
+            return received if out_PD.is_cpu else Received(out_PD.copy_(received.rows_PD), received.compute_ns)
         except WireError as error:
             self.broken(f"malformed reply: {error}")
         except TimeoutError:
@@ -95,9 +119,7 @@ class Pair:
         """Nobody uses the pair any more."""
         self.broken("closed")
 
-    def _receive(
-        self, tag: Tag, deadline: float, shape: tuple[int, int], dtype: torch.dtype
-    ) -> tuple[Tensor, int]:
+    def _receive(self, tag: Tag, deadline: float, shape: tuple[int, ...], dtype: torch.dtype) -> Received:
         replies, requests = self._replies, self._requests
         while True:
             while not replies.wait():
@@ -116,7 +138,7 @@ class Pair:
             compute_ns = wire.reply_ns(head, len(message.content), tag, shape, dtype)
             if compute_ns is not None:
                 content = message.content[wire.HEADER_BYTES :]
-                return torch.frombuffer(content, dtype=dtype).view(shape), compute_ns
+                return Received(torch.frombuffer(content, dtype=dtype).view(shape), compute_ns)
             self._look_at_unexpected(head, message.content, tag, rows)
 
     def _look_at_unexpected(self, head: bytes, content: memoryview, tag: Tag, rows: Rows) -> None:

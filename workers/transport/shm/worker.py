@@ -6,7 +6,6 @@ Legend: T token rows, P (token, expert) pairs, D hidden size.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 
 import torch
@@ -15,38 +14,56 @@ from workers import wire
 from workers.errors import WireError
 from workers.kernels.message import N_PAIRS
 from workers.kernels.threads import limit_threads
-from workers.shard import ExpertShard
-from workers.transport.answer import answer
+from workers.transport.base import Declined
 from workers.transport.batcher import Batcher
+from workers.transport.shm.memory import NAME, NotShared
 from workers.transport.shm.ring import InRing, Message, OutRing
+from workers.transport.threads import serve_thread
 from workers.wire import HEADER_BYTES, Header, Request
 
 _ERROR_BYTES = 4096
+
+
+class ShmAcceptor:
+    """Takes every offer of shared memory that can be opened from here. An `Acceptor`."""
+
+    name = NAME
+
+    def __init__(self, batcher: Batcher) -> None:
+        """Made by a thread that computes on as many threads as lanes shall."""
+        self._batcher = batcher
+        self._threads = torch.get_num_threads()
+
+    def accept(self, offer: str, router: str, end: Callable[[str], None]) -> Lane:
+        """Raises Declined."""
+        try:
+            return Lane(offer, router, self._batcher, self._threads, end)
+        except NotShared as error:
+            raise Declined(str(error)) from None
 
 
 class Lane:
     """Answers one router. What other routers ask meanwhile for the same layer is one batch with it (`Batcher`)."""
 
     def __init__(
-        self, offer: str, router: str, shard: ExpertShard, batcher: Batcher, threads: int, end: Callable[[str], None]
+        self, offer: str, router: str, batcher: Batcher, threads: int, end: Callable[[str], None]
     ) -> None:
         """`offer`: what the router says of its ring. `end` is called, in the lane's thread, when the router writes
         what makes no sense. Raises NotShared."""
         self._requests = InRing(offer)
         self._replies = OutRing()
         self.text = self._replies.memory.name
-        self._shard = shard
         self._batcher = batcher
         self._threads = threads
         self._end = end
         self._cores = len(os.sched_getaffinity(0))
         self._begin: int | None = None  # of the reply that is being written
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name=f"shm {router}", daemon=True)
+        self._name = f"shm-{router}"
 
     def start(self) -> None:
         """Answer from now on."""
-        self._thread.start()
+        serve_thread(self._run, self._name)
 
     def close(self) -> None:
         """The router is gone, or shall go. From any thread; does not wait for what is being computed."""
@@ -72,7 +89,7 @@ class Lane:
     def _answer(self, message: Message) -> None:
         content = message.content
         n_pairs: int = N_PAIRS.unpack_from(content)[0]
-        if n_bytes := self._shard.reply_bytes(n_pairs):
+        if n_bytes := self._batcher.shard.reply_bytes(n_pairs):
             reply, at = self._room(n_bytes)
             if self._batcher.answer_at(message.address, len(content), n_pairs, reply, at):
                 self._publish(n_bytes)
@@ -80,7 +97,7 @@ class Lane:
         self._answer_parsed(*_parse(content))
 
     def _answer_parsed(self, header: Header, request: Request) -> None:
-        result = answer(self._shard, self._batcher, header, request, lambda: not self._is_closed)
+        result = self._batcher.respond(header, request, lambda: not self._is_closed)
         if isinstance(result, tuple):
             y_PD, compute_ns = result
             reply, _ = self._room(HEADER_BYTES + y_PD.nbytes)
