@@ -84,6 +84,10 @@ class Config:
     rejoin_timeout_s: float = option(
         120.0, "how long a step waits for an expert that has no live replica", at_least=0.01
     )
+    tool_call_parser: Literal["mistral", "hermes", "llama3_json"] | None = option(
+        None, "how the model writes function calls; default: what its chat template teaches"
+    )
+    strict_fields: bool = option(False, "refuse requests with fields that are not known instead of ignoring those")
     max_body_bytes: int = option(8 * 1024 * 1024, "largest request body; a larger one gets 413", at_least=1024)
     api_keys_file: Path | None = option(  # noqa: RUF009
         None, "file with one API key per line; without it no key is asked for"

@@ -47,12 +47,13 @@ def generate(
 ) -> None:
     """Answer one prompt in this process: no cluster, no server."""
     from cluster.config_load import load
+    from workers.kernels.cores import available_cores
     from workers.kernels.threads import process_environment, set_threads
 
     with one_line_errors():
         settings = load({"model": model}, os.environ, config).config
         directory = resolve(settings.model)
-        threads = settings.router_threads or len(os.sched_getaffinity(0))
+        threads = settings.router_threads or available_cores()
         os.environ.update(process_environment(threads))  # before torch is imported
         from cluster.gateway.defaults import SamplingDefaults, read_defaults
         from cluster.gateway.tokenizer import Tokenizer

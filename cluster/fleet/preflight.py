@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from cluster.router.build import dense_bytes, expert_bytes
 from cluster.router.sizing import cluster_dtype, context_limit, pool_blocks, step_bytes
 from workers.checkpoint import Checkpoint
 from workers.device import Gpu, gpus
+from workers.kernels.cores import available_cores
 from workers.kernels.threads import worker_threads
 from workers.model.kv_cache import bytes_per_block
 
@@ -76,7 +76,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         wanted["dense weights"] = dense * config.routers
         wanted["KV caches"] = n_blocks * block * config.routers
         wanted["work"] = work * config.routers
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     return Plan(
         config=replace(config, transport=transport.transport),
         gpus=found,

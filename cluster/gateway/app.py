@@ -18,6 +18,7 @@ from cluster.gateway.openai_routes import openai_routes
 from cluster.gateway.service_routes import service_routes
 from cluster.gateway.token_routes import token_routes
 from cluster.gateway.tokenizer import Tokenizer
+from cluster.router.grammar import GrammarCompiler
 
 
 def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: Session) -> FastAPI:
@@ -28,7 +29,8 @@ def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: 
     """
     check_exposure(config)
     keys = ApiKeys.from_file(config.api_keys_file) if config.api_keys_file is not None else None
-    gateway = Gateway(config, model, tokenizer, TokenNames(tokenizer.pieces), session, Metrics())
+    grammars = GrammarCompiler(model.path, model.vocab_size, tokenizer.eos_ids)
+    gateway = Gateway(config, model, tokenizer, TokenNames(tokenizer.pieces), session, Metrics(), grammars)
     app = FastAPI(
         title="ExpertMesh",
         description="A mixture-of-experts model behind OpenAI's API",

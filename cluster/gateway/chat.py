@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -12,54 +12,23 @@ from starlette.responses import Response
 from cluster.errors import RequestError
 from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
+from cluster.gateway.conversation import Conversation, converse
 from cluster.gateway.generation import Answer, Choice, respond
-from cluster.gateway.prompts import encode
-from cluster.gateway.schemas import ChatRequest, Message
-from cluster.gateway.sequence_text import Delta, ScoredToken, SequenceText
+from cluster.gateway.parsers.parts import CallStart, Content, Part, Reasoning
+from cluster.gateway.parsers.written import Written, call_id
+from cluster.gateway.schemas import ChatRequest
+from cluster.gateway.sequence_text import Delta, ScoredToken
 from cluster.gateway.sse import TextEvents, event
 
 _HOLE = "\0"
 
 
-def plain_messages(messages: Iterable[Message]) -> list[dict[str, str]]:
-    """Messages as templates know them: text parts joined by line ends, and `system` for its newer name."""
-    plain = []
-    for message in messages:
-        content = message.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        role = "system" if message.role == "developer" else message.role
-        plain.append({"role": role, "content": content} | ({"name": message.name} if message.name else {}))
-    return plain
-
-
 async def chat(gateway: Gateway, request: ChatRequest) -> Response:
-    gateway.check_model(request.model)
     n_top = _top_logprobs(request)
-    prompt = gateway.tokenizer.apply_chat_template(plain_messages(request.messages))
-    prompt_ids = await encode(gateway, prompt, add_special_tokens=False)
-    limit = request.max_completion_tokens
-    name = "max_tokens" if limit is None else "max_completion_tokens"
-    limit = request.max_tokens if limit is None else limit
-    if limit is None:  # as long as it likes, or as the checkpoint says
-        room = max(gateway.model.max_context - len(prompt_ids), 1)
-        limit = min(gateway.model.defaults.max_new_tokens or room, room)
-    params = sampling.sampling_params(gateway, request, max_tokens=limit, logprobs=n_top)
-    sampling.check(gateway, prompt_ids, params, prompt="messages", max_tokens=name)
-    stops = sampling.stop_strings(request)
-    n = request.n or 1
-    choices = [
-        Choice(
-            i,
-            prompt_ids,
-            sampling.nth(params, i),
-            SequenceText(gateway.tokenizer.detokenizer(), stops, params.min_tokens),
-        )
-        for i in range(n)
-    ]
+    conversation = await converse(gateway, request, logprobs=n_top)
     stream, usage = sampling.stream_options(request)
-    form = ChatForm(gateway, logprobs=n_top, usage_in_chunks=usage)
-    return respond(gateway, choices, n, form, stream=stream, usage=usage)
+    form = ChatForm(gateway, conversation, logprobs=n_top, usage_in_chunks=usage, reasons=request.include_reasoning)
+    return respond(gateway, conversation.choices, request.n or 1, form, stream=stream, usage=usage)
 
 
 def _top_logprobs(request: ChatRequest) -> int | None:
@@ -73,8 +42,21 @@ def _top_logprobs(request: ChatRequest) -> int | None:
 class ChatForm:
     """Chat completions and their chunks, as OpenAI writes them."""
 
-    def __init__(self, gateway: Gateway, *, logprobs: int | None, usage_in_chunks: bool):
+    def __init__(
+        self,
+        gateway: Gateway,
+        conversation: Conversation,
+        *,
+        logprobs: int | None,
+        usage_in_chunks: bool,
+        reasons: bool | None,
+    ):
         self._names = gateway.names
+        self._legacy = conversation.tools.legacy
+        self._ends_with_calls = (
+            "stop" if conversation.tools.named else "function_call" if self._legacy else "tool_calls"
+        )
+        self._reasons = reasons is not False
         self._logprobs = logprobs
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": gateway.model.id}
         self._tail = {"usage": None} if usage_in_chunks else {}
@@ -85,33 +67,80 @@ class ChatForm:
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
         data = b""
-        if delta.scored:
+        if choice.parser is not None:
+            data = self._parts(choice, delta)
+        elif delta.scored:
             data = event(self._chunk(choice.index, {"content": delta.text}, self._scores(delta.scored)))
         elif delta.text:
             if (fast := self._fast.get(choice.index)) is None:
                 fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, {"content": _HOLE}), _HOLE)
             data = fast.event(delta.text)
         if delta.finish is not None:
-            data += event(self._chunk(choice.index, {}, finish=delta.finish))
+            data += event(self._chunk(choice.index, {}, finish=self._finish(choice, delta.finish)))
         return data
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        return self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
+    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
+        return event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage}) if wanted else b""
 
     def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
         choices = [
             {
                 "index": answer.choice.index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": self._message(answer),
                 "logprobs": None if self._logprobs is None else self._scores(answer.scored),
-                "finish_reason": answer.finish,
+                "finish_reason": self._finish(answer.choice, answer.finish),
             }
             for answer in answers
         ]
         return self._head | {"object": "chat.completion", "choices": choices, "usage": usage}
 
+    def _finish(self, choice: Choice, finish: str | None) -> str | None:
+        called = choice.parser is not None and choice.parser.n_calls > 0
+        return self._ends_with_calls if called and finish == "stop" else finish
+
+    def _message(self, answer: Answer) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.choice.parser is None:
+            return message
+        written = Written.of(answer.parts)
+        message["content"] = written.content or (None if written.calls else "")
+        if written.reasoning and self._reasons:
+            message["reasoning_content"] = written.reasoning
+        if written.calls and self._legacy:
+            message["function_call"] = {"name": written.calls[0].name, "arguments": written.calls[0].arguments}
+        elif written.calls:
+            message["tool_calls"] = [
+                {"id": call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in written.calls
+            ]
+        return message
+
+    def _parts(self, choice: Choice, delta: Delta) -> bytes:
+        """A chunk for each part; the first has the log-probabilities."""
+        data, scored = b"", list(delta.scored)
+        for part in delta.parts:
+            if (content := self._delta_of(part)) is not None:
+                data += event(self._chunk(choice.index, content, self._scores(scored) if scored else None))
+                scored = []
+        if scored:
+            data += event(self._chunk(choice.index, {"content": ""}, self._scores(scored)))
+        return data
+
+    def _delta_of(self, part: Part) -> dict[str, Any] | None:
+        if isinstance(part, Content):
+            return {"content": part.text}
+        if isinstance(part, Reasoning):
+            return {"reasoning_content": part.text} if self._reasons else None
+        if isinstance(part, CallStart):
+            function = {"name": part.name, "arguments": ""}
+            call = {"index": part.index, "id": call_id(), "type": "function", "function": function}
+        else:
+            function = {"arguments": part.text}
+            call = {"index": part.index, "function": function}
+        return {"function_call": function} if self._legacy else {"tool_calls": [call]}
+
     def _chunk(
-        self, index: int, delta: Mapping[str, str], logprobs: object = None, finish: str | None = None
+        self, index: int, delta: Mapping[str, Any], logprobs: object = None, finish: str | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return self._head | {"object": "chat.completion.chunk", "choices": [choice]} | self._tail

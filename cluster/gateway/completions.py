@@ -19,6 +19,7 @@ from cluster.gateway.prompts import echo_of, prompts
 from cluster.gateway.schemas import CompletionRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken, SequenceText
 from cluster.gateway.sse import TextEvents, event
+from cluster.gateway.structured import grammar_of
 from cluster.router import limits
 from cluster.router.params import TokenLogprobs
 
@@ -28,11 +29,13 @@ _DEFAULT_MAX_TOKENS = 16
 
 async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
     gateway.check_model(request.model)
+    gateway.check_unknown(request)
+    grammar = await grammar_of(gateway, request)
     n = request.n or 1
     choices: list[Choice] = []
     for text, prompt_ids in await prompts(gateway, request.prompt):
         echo = await echo_of(gateway, text, prompt_ids) if request.echo else None
-        choices += _choices(gateway, request, len(choices), echo, prompt_ids, n)
+        choices += _choices(gateway, request, len(choices), echo, prompt_ids, n, grammar)
     if len(choices) > limits.MAX_CHOICES:
         message = f"'n' times the prompts is {len(choices)}; at most {limits.MAX_CHOICES} are allowed"
         raise RequestError(message, code="invalid_value", param="n")
@@ -42,7 +45,13 @@ async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
 
 
 def _choices(
-    gateway: Gateway, request: CompletionRequest, start: int, echo: Echo | None, prompt_ids: list[int], n: int
+    gateway: Gateway,
+    request: CompletionRequest,
+    start: int,
+    echo: Echo | None,
+    prompt_ids: list[int],
+    n: int,
+    grammar: str,
 ) -> list[Choice]:
     max_tokens = request.max_tokens
     if max_tokens is None:
@@ -56,6 +65,7 @@ def _choices(
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
     )
+    params = replace(params, grammar=grammar)
     # To the router an answer without tokens makes sense for its scores only; an echo alone does not get that far.
     checked = params if max_tokens else replace(params, prompt_logprobs=params.prompt_logprobs or 0)
     sampling.check(gateway, prompt_ids, checked, prompt="prompt", max_tokens="max_tokens")
@@ -65,7 +75,12 @@ def _choices(
             start + i,
             prompt_ids,
             sampling.nth(params, i),
-            SequenceText(gateway.tokenizer.detokenizer(after_text=True), stops, params.min_tokens),
+            SequenceText(
+                gateway.tokenizer.detokenizer(after_text=True, special=request.skip_special_tokens is False),
+                stops,
+                params.min_tokens,
+                shows_stop=bool(request.include_stop_str_in_output),
+            ),
             echo=echo,
         )
         for i in range(n)
@@ -101,8 +116,8 @@ class CompletionForm:
             fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, _HOLE), _HOLE)
         return fast.event(delta.text)
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        return self._head | {"choices": [], "usage": usage}
+    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
+        return event(self._head | {"choices": [], "usage": usage}) if wanted else b""
 
     def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
         return self._head | {"choices": [self._choice(answer) for answer in answers], "usage": usage}

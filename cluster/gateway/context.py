@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from cluster.config import Config
@@ -11,8 +13,17 @@ from cluster.errors import RequestError
 from cluster.gateway.defaults import SamplingDefaults
 from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.metrics import Metrics
+from cluster.gateway.schemas import UNSUPPORTED, Body
 from cluster.gateway.tokenizer import Tokenizer
+from cluster.router.grammar import GrammarCompiler
 from cluster.router.params import SamplingParams, StepOutput
+
+log = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=256)
+def _log_unknown(name: str) -> None:
+    log.info("requests have the field %r, which this server does not know; it is ignored", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,18 @@ class Gateway:
     names: TokenNames  # of the tokenizer's tokens
     session: Session
     metrics: Metrics
+    grammars: GrammarCompiler
+
+    def check_unknown(self, body: Body) -> None:
+        """Raise RequestError for a field that changes the answer elsewhere and cannot here; with `strict_fields` for
+        any that is not known. The others are ignored, and named in the log once."""
+        for name in body.unknown():
+            if name in UNSUPPORTED:
+                raise RequestError(f"'{name}' is not supported", code="unsupported_parameter", param=name)
+            if self.config.strict_fields:
+                message = f"'{name[:200]}' is not a known parameter"
+                raise RequestError(message, code="unknown_parameter", param=name[:200])
+            _log_unknown(name[:64])
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError (404) where `name` is not the model that is served."""

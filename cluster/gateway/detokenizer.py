@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from cluster.errors import CheckpointError
@@ -98,6 +99,11 @@ class Pieces:
         for token_id in special:
             self.shown[token_id] = ""
 
+    @cached_property
+    def with_special(self) -> list[str | None]:
+        """`shown`, but special tokens by their names."""
+        return [_whole(piece) for piece in self.raw]
+
     def bytes_of(self, token_id: int) -> bytes:
         return self.raw[token_id] if token_id < len(self.raw) else b""
 
@@ -113,14 +119,15 @@ class Detokenizer:
     """The text of one sequence, as its tokens come.
 
     `after_text`: the tokens go on after a text, as in a completion, so that their first space counts. Else they
-    begin an answer, and a tokenizer that puts a space before every first word has it dropped.
+    begin an answer, and a tokenizer that puts a space before every first word has it dropped. `special`: special tokens
+    have text too.
     """
 
     __slots__ = ("_decoder", "_pieces", "_shown", "_size", "_strip")
 
-    def __init__(self, pieces: Pieces, *, after_text: bool = False):
+    def __init__(self, pieces: Pieces, *, after_text: bool = False, special: bool = False):
         self._pieces = pieces
-        self._shown = pieces.shown
+        self._shown = pieces.with_special if special else pieces.shown
         self._size = len(pieces.shown)
         self._strip = pieces.strips_first_space and not after_text
         self._decoder: codecs.IncrementalDecoder | None = None  # only while bytes of a character are missing

@@ -13,8 +13,10 @@ from starlette.responses import Response
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
+from cluster.gateway.parsers.message_parser import MessageParser
+from cluster.gateway.parsers.parts import Part
 from cluster.gateway.sequence_text import Delta, FinishReason, ScoredToken, SequenceText
-from cluster.gateway.sse import EventStream, JsonAnswer, event
+from cluster.gateway.sse import EventStream, JsonAnswer
 from cluster.router.params import SamplingParams, TokenLogprobs
 
 
@@ -28,13 +30,14 @@ class Echo:
 
 @dataclass(slots=True)
 class Choice:
-    """One sequence of a request."""
+    """One sequence of a request. `parser` finds function calls and reasoning in its text where there may be any."""
 
     index: int
     prompt_ids: list[int]
     params: SamplingParams
     text: SequenceText
     echo: Echo | None = None
+    parser: MessageParser | None = None
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class Answer:
 
     choice: Choice
     text: str = ""
+    parts: list[Part] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
@@ -59,8 +63,8 @@ class Form(Protocol):
         """The events of more text, and of the end."""
         ...
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The chunk with the usage."""
+    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
+        """The events after the last choice has ended; `wanted`: with the usage."""
         ...
 
     def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
@@ -85,12 +89,12 @@ async def _events(
             if choice.index not in opened:
                 opened.add(choice.index)
                 data = form.opening(choice, delta)
-            if delta.text or delta.scored or delta.finish:
+            if delta.text or delta.scored or delta.finish or delta.parts:
                 data += form.delta(choice, delta)
             if data:
                 yield data
-    if with_usage:
-        yield event(form.usage(_usage(choices, n)))
+    if last := form.closing(usage_of(choices, n), with_usage):
+        yield last
 
 
 async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) -> dict[str, Any]:
@@ -99,13 +103,14 @@ async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) ->
         async for choice, delta in deltas:
             answer = answers[choice.index]
             answer.text += delta.text
+            answer.parts += delta.parts
             answer.scored += delta.scored
             answer.finish = delta.finish
             answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
-    return form.whole(answers, _usage(choices, n))
+    return form.whole(answers, usage_of(choices, n))
 
 
-def _usage(choices: Sequence[Choice], n: int) -> dict[str, int]:
+def usage_of(choices: Sequence[Choice], n: int) -> dict[str, int]:
     """A prompt counts once, however many answers it got."""
     prompt = sum(len(choice.prompt_ids) for choice in choices[::n])
     completion = sum(choice.text.n_tokens for choice in choices)
@@ -140,6 +145,8 @@ async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice,
                 if output.finish == "error" or output.finish == "cancelled":
                     raise RequestError(output.error or "The sequence was ended", code="internal_error", status=500)
                 delta = text.feed(output)
+                if choice.parser is not None:
+                    _parse(choice.parser, delta)
                 yield choice, delta
                 if delta.finish is not None:
                     return
@@ -147,6 +154,13 @@ async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice,
     finally:
         metrics.open_sequences.dec()
         metrics.tokens.inc(text.n_tokens)
+
+
+def _parse(parser: MessageParser, delta: Delta) -> None:
+    """Fill in `delta.parts`."""
+    delta.parts = parser.push(delta.text)
+    if delta.finish is not None:
+        delta.parts += parser.finish()
 
 
 async def _merge(

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.errors import RequestError
-from cluster.gateway.schemas import NEUTRAL, UNSUPPORTED
+from cluster.gateway.schemas import NEUTRAL
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +82,9 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
     path, error = max(paths, key=lambda item: len(item[0]))
     if not path:  # a name of a field that is no text
         return RequestError(f"The body: {error['msg']}", code="invalid_json")
-    param, name = _dotted(path), path[-1]
+    param = _dotted(path)
     if error["type"] == "missing":
         return _invalid(f"'{param}' is required", "missing_required_parameter", param)
-    if error["type"] == "extra_forbidden":
-        if name in UNSUPPORTED:
-            return _invalid(f"'{param}' is not supported", "unsupported_parameter", param)
-        return _invalid(f"'{param}' is not a known parameter", "unknown_parameter", param)
     if NEUTRAL.intersection(part for part in path if isinstance(part, str)):
         return _invalid(f"'{param}' is not supported with this value", "unsupported_parameter", param)
     if path[0] in _WANTED:

@@ -6,16 +6,26 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
+from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Echo
 from cluster.gateway.schemas import Prompt
 
-_LONG = 20_000  # characters; a longer text takes milliseconds, in which no other stream would move
+_LONG = 8_000  # characters; a longer text takes milliseconds, in which no other stream would move
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
+def check_length(gateway: Gateway, text: str, param: str) -> None:
+    """Raise RequestError where the field `param` cannot fit, however it is tokenised: before it is."""
+    most = gateway.model.max_context
+    if len(text) > most * max(gateway.tokenizer.longest_piece, 1):
+        message = f"This model's maximum context length is {most} tokens; '{param}' has {len(text)} characters"
+        raise RequestError(message, code="context_length_exceeded", param=param)
+
+
 async def encode(gateway: Gateway, text: str, *, add_special_tokens: bool) -> list[int]:
+    """The token ids of `text`; beside the event loop where it is long."""
     if len(text) < _LONG:
         return gateway.tokenizer.encode(text, add_special_tokens)
     return await asyncio.to_thread(gateway.tokenizer.encode, text, add_special_tokens)
@@ -51,6 +61,7 @@ async def prompts(gateway: Gateway, prompt: Prompt) -> list[tuple[str | None, li
 
 async def _encode_prompt(gateway: Gateway, text: str) -> list[int]:
     """An empty prompt is the model's first token, if it has one."""
+    check_length(gateway, text, "prompt")
     ids = await encode(gateway, text, add_special_tokens=True)
     bos_id = gateway.tokenizer.bos_id
     return ids or ([bos_id] if bos_id is not None else [])

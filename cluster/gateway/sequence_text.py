@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.gateway.detokenizer import Detokenizer
+from cluster.gateway.parsers.parts import Part
 from cluster.gateway.stops import StopFinder
 from cluster.router.params import StepOutput, TokenLogprobs
 
@@ -30,18 +31,22 @@ class Delta:
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    parts: list[Part] = field(default_factory=list)  # of `text`, where function calls or reasoning are looked for
 
 
 class SequenceText:
     """Detokenises one sequence, ends it at a stop string, and keeps log-probabilities in step with the text.
 
     Text of the first `min_tokens` tokens is not searched for stop strings. A token that ends the sequence has no
-    text. `n_tokens` counts every token, shown or not.
+    text. `n_tokens` counts every token, shown or not. `shows_stop`: the stop string is part of the text.
     """
 
-    __slots__ = ("_detokenizer", "_finder", "_min_tokens", "_scored", "_seen", "_shown", "n_tokens")
+    __slots__ = ("_detokenizer", "_finder", "_min_tokens", "_scored", "_seen", "_shown", "_shows_stop", "n_tokens")
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = (), min_tokens: int = 0):
+    def __init__(
+        self, detokenizer: Detokenizer, stops: Sequence[str] = (), min_tokens: int = 0, *, shows_stop: bool = False
+    ):
+        self._shows_stop = shows_stop
         self._detokenizer = detokenizer
         self._finder = StopFinder(stops) if stops else None
         self._min_tokens = min_tokens
@@ -82,7 +87,8 @@ class SequenceText:
     def _search(self, text: str) -> str:
         if self._finder is None or self.n_tokens <= self._min_tokens:
             return text
-        return self._finder.push(text)
+        text = self._finder.push(text)
+        return text + self._finder.matched if self._shows_stop and self._finder.matched else text
 
     def _delta(self, text: str, output: StepOutput, finish: FinishReason | None) -> Delta:
         self._shown += len(text)

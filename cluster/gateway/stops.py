@@ -31,7 +31,7 @@ class StopFinder:
         self._firsts = frozenset(stop[0] for stop in stops)
         self._lengths = [0] * len(stops)  # how much of each stop string the text now ends with
         self._held = ""
-        self.matched = False
+        self.matched = ""  # the stop string that was found
 
     def push(self, text: str) -> str:
         """The text that is safe to show now that `text` has come; when `matched`, what is left before the stop."""
@@ -42,7 +42,7 @@ class StopFinder:
         for end in range(held + 1, len(text) + 1):
             longest = self._advance(text[end - 1])
             if longest:
-                self.matched, self._held = True, ""
+                self.matched, self._held = text[end - longest : end], ""
                 return text[: end - longest]
         keep = len(text) - max(self._lengths)
         self._held = text[keep:]

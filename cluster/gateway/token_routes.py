@@ -6,8 +6,8 @@ from fastapi import APIRouter
 
 from cluster.errors import RequestError
 from cluster.gateway import responses
-from cluster.gateway.chat import plain_messages
 from cluster.gateway.context import Gateway
+from cluster.gateway.conversation import plain_messages
 from cluster.gateway.prompts import encode
 from cluster.gateway.schemas import DetokenizeRequest, TokenizeRequest
 

@@ -14,6 +14,7 @@ import tokenizers
 from cluster.errors import CheckpointError, RequestError
 from cluster.gateway.chat_template import ChatTemplate, Message
 from cluster.gateway.detokenizer import Detokenizer, Pieces
+from cluster.gateway.parsers.formats import tool_format_of
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -93,7 +94,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of `text`, with what the tokenizer puts around a text (usually a first token) if asked."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # encode_batch gives the GIL away, encode does not: a long text is encoded beside the event loop.
+        ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def offsets(self, text: str) -> list[int]:
@@ -126,9 +128,9 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self, *, after_text: bool = False) -> Detokenizer:
-        """For the tokens of one sequence as they come; see `Detokenizer`."""
-        return Detokenizer(self.pieces, after_text=after_text)
+    def detokenizer(self, *, after_text: bool = False, special: bool = False) -> Detokenizer:
+        """For the tokens of one sequence as they come. `special`: special tokens are shown by their names."""
+        return Detokenizer(self.pieces, after_text=after_text, special=special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, special tokens by their name; may be no whole character."""
@@ -140,7 +142,23 @@ class Tokenizer:
         source = self._template_source
         return ChatTemplate(source, self.special_tokens) if source is not None else None
 
-    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    @property
+    def tool_format(self) -> str | None:
+        """How the chat template teaches the model to call functions; None: it does not."""
+        return tool_format_of(self._template_source or "")
+
+    def teaches(self, mark: str) -> bool:
+        """Whether the chat template holds `mark`."""
+        return mark in (self._template_source or "")
+
+    @cached_property
+    def longest_piece(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self.pieces.raw), default=0)
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any
+    ) -> str:
         """The prompt of a conversation; encode it with `add_special_tokens=False`, as it names its first token.
 
         Raises RequestError where the template refuses the messages, or where there is no template.
@@ -148,7 +166,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise RequestError("This model has no chat template; use /v1/completions",
                                code="unsupported_endpoint", param="model")  # fmt: skip
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **extra)
 
 
 def _untrimmed(definition: dict[str, Any]) -> dict[str, Any]:

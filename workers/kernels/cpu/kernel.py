@@ -9,7 +9,7 @@ import struct
 from array import array
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 
@@ -53,7 +53,7 @@ class Kernel(Generic[Values]):
         """`brief`: one thread keeps the GIL, for waiting to get it back would take longer than the work."""
         self.name = name
         self._brief = brief
-        self._floats = [i for i, kind in enumerate(fields.__annotations__.values()) if kind == "float"]
+        self._floats = [i for i, kind in enumerate(get_type_hints(fields).values()) if kind is float]
 
     @functools.cached_property
     def address(self) -> int:

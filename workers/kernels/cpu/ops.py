@@ -95,7 +95,7 @@ class CpuOps:
         eps: float,
         scale: float,
     ) -> None:
-        assert x_TD.stride(1) == 1, "rows are changed in place"
+        assert x_TD.stride(1) == 1 or x_TD.numel() == 0, "rows are changed in place"
         values = arguments.Norm(
             x=x_TD.data_ptr(),
             x_stride=4 * x_TD.stride(0),
@@ -188,6 +188,7 @@ class CpuOps:
         logits_TE = _with_unit_stride(logits_TE)
         n_rows, n_experts = logits_TE.shape
         ids_TK, weights_TK = self._empty(n_rows, spec.top_k, dtype=torch.int64), self._empty(n_rows, spec.top_k)
+        scores_E = self._empty(n_experts)
         values = arguments.Gate(
             logits=logits_TE.data_ptr(),
             logits_stride=4 * logits_TE.stride(0),
@@ -199,7 +200,7 @@ class CpuOps:
             k=spec.top_k,
             sigmoid=spec.score == "sigmoid",
             normalize=spec.normalize,
-            scores=self._empty(n_experts).data_ptr(),
+            scores=scores_E.data_ptr(),
             scale=spec.scale,
         )
         self._run(kernel.gate, 1, values)
@@ -210,8 +211,10 @@ class CpuOps:
         hidden_TF = self._linear(x_TD, w13.rows(0, ffn_size), w13.rows(ffn_size, 2 * ffn_size))
         y_TD = self._linear(hidden_TF, w2)
         if gate is not None:
-            logits = self._linear(x_TD, gate).data_ptr()
-            values = arguments.GateRows(y=y_TD.data_ptr(), logits=logits, n_rows=len(y_TD), d=y_TD.shape[1])
+            logits_T1 = self._linear(x_TD, gate)
+            values = arguments.GateRows(
+                y=y_TD.data_ptr(), logits=logits_T1.data_ptr(), n_rows=len(y_TD), d=y_TD.shape[1]
+            )
             self._run(kernel.gate_rows, kernel.team(y_TD.nbytes), values)
         return y_TD
 
@@ -279,7 +282,7 @@ class CpuOps:
     def dispatch_plan(
         self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints
     ) -> Plan:
-        plan = Plan(*ids_TK.shape, len(owner_E), n_workers)
+        plan = Plan(len(ids_TK), ids_TK.shape[1], len(owner_E), n_workers)
         ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
         self._plan(plan, ids_TK, weights_TK, address(owner_E), address(counter_E))
         return plan

@@ -111,13 +111,13 @@ class Served:
 
 
 @contextmanager
-def serve(path: Path, vocab_size: int | None = None, **options: Any) -> Iterator[Served]:
+def serve(path: Path, vocab_size: int | None = None, *, max_context: int = 256, **options: Any) -> Iterator[Served]:
     """`vocab_size`: rows of the model's embedding; default: one for each token."""
     tokenizer = Tokenizer(path)
     vocab_size = vocab_size or tokenizer.vocab_size
     session = FakeSession(vocab_size, tokenizer.eos_ids)
     model = ModelCard(
-        "tiny", str(path), max_context=256, vocab_size=vocab_size, created=1_700_000_000,
+        "tiny", str(path), max_context=max_context, vocab_size=vocab_size, created=1_700_000_000,
         defaults=read_defaults(path),
     )  # fmt: skip
     app = create_app(Config(**options), model, tokenizer, session)

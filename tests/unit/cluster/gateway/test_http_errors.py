@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from cluster.errors import RequestError
-from tests.unit.cluster.gateway.fake_gateway import Served
+from tests.unit.cluster.gateway.fake_gateway import Served, serve
 
+F: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 USER: dict[str, Any] = {"role": "user", "content": "Hello"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [USER]}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "Hello"}
@@ -58,9 +60,26 @@ def post(served: Served, path: str, body: Any) -> httpx.Response:
         ({"max_tokens": 10**9}, "{prompt}", "context_length_exceeded"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
-        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
-        ({"nonsense": 1}, "nonsense", "unknown_parameter"),
-        ({"guided_json": {}}, "guided_json", "unsupported_parameter"),
+        ({"logits_processors": []}, "logits_processors", "unsupported_parameter"),
+        ({"guided_json": {"type": "objekt"}}, "guided_json", "invalid_value"),
+        ({"guided_json": "{"}, "json", "invalid_value"),
+        ({"guided_regex": "(("}, "guided_regex", "invalid_value"),
+        ({"guided_choice": []}, "guided_choice", "invalid_value"),
+        ({"guided_grammar": "start: x"}, "guided_grammar", "invalid_value"),
+        ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice", "invalid_value"),
+        ({"structured_outputs": {"regex": "(("}}, "structured_outputs.regex", "invalid_value"),
+        ({"response_format": {"type": "json"}}, "response_format.type", "invalid_value"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema.schema",
+            "missing_required_parameter",
+        ),
+        (
+            {"guided_json": {"properties": {"a": {"items": {"type": "x"}}}}},
+            "guided_json.properties.a.items",
+            "invalid_value",
+        ),
+        ({"allowed_token_ids": [340]}, "allowed_token_ids", "invalid_value"),
         ({"model": "other"}, "model", "model_not_found"),
         ({"model": None}, "model", "invalid_value"),
     ],
@@ -77,7 +96,8 @@ def test_a_bad_field_is_named(served: Served, path: str, change: dict[str, Any],
     ("change", "param", "code"),
     [
         ({"messages": []}, "messages", "invalid_value"),
-        ({"messages": [USER | {"role": "tool"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [USER | {"role": "tester"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{}] * 4097}, "messages", "invalid_value"),
         ({"messages": [USER, {"role": "user"}]}, "messages[1].content", "missing_required_parameter"),
         ({"messages": [USER | {"content": 5}]}, "messages[0].content", "invalid_value"),
         (
@@ -85,12 +105,22 @@ def test_a_bad_field_is_named(served: Served, path: str, change: dict[str, Any],
             "messages[0].content[0].type",
             "invalid_value",
         ),
-        ({"messages": [USER | {"tool_calls": [{}]}]}, "messages[0].tool_calls", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "unsupported_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
+        (
+            {"messages": [USER | {"tool_calls": [{}]}]},
+            "messages[0].tool_calls[0].function",
+            "missing_required_parameter",
+        ),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+        ({"tools": [F, F]}, "tools", "invalid_value"),
+        (
+            {"tools": [F], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "invalid_value",
+        ),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"tools": [F], "tool_choice": "required", "guided_regex": "a"}, "tool_choice", "invalid_value"),
+        ({"continue_final_message": True}, "continue_final_message", "invalid_value"),
         ({"store": True}, "store", "unsupported_parameter"),
-        ({"reasoning_effort": "low"}, "reasoning_effort", "unsupported_parameter"),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
         ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
@@ -123,6 +153,13 @@ def test_a_bad_field_of_chat_is_named(served: Served, change: dict[str, Any], pa
 )
 def test_a_bad_field_of_completions_is_named(served: Served, change: dict[str, Any], param: str, code: str) -> None:
     assert refused(post(served, "/v1/completions", TEXT | change)) == (400, param, code)
+
+
+def test_unknown_fields_are_ignored_unless_they_are_to_be_refused(served: Served, byte_level_path: Path) -> None:
+    odd = CHAT | {"nonsense": 1, "messages": [USER | {"more": [1]}], "stream_options": None}
+    assert post(served, "/v1/chat/completions", odd | {"logits_processors": None}).status_code == 200
+    with serve(byte_level_path, strict_fields=True) as strict:
+        assert refused(post(strict, "/v1/chat/completions", odd)) == (400, "nonsense", "unknown_parameter")
 
 
 @pytest.mark.parametrize(

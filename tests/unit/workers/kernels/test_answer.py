@@ -135,7 +135,7 @@ def test_an_expert_that_is_not_held_is_left_to_the_usual_way() -> None:
 def test_many_rows_are_left_to_the_usual_way() -> None:
     held = shard()
     assert held.answer(memoryview(message(torch.randn(33, 37), [(0, 0)]))) is None
-    assert held.answer(memoryview(message(torch.randn(2, 37), [(0, 0)] * 33))) is None
+    assert held.answer(memoryview(message(torch.randn(2, 37), [(0, 0)] * 161))) is None
 
 
 def test_rows_of_other_dtypes_are_left_to_the_usual_way() -> None:

@@ -6,7 +6,7 @@ Addresses are int64 throughout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import numba
 import numba.extending
@@ -120,8 +120,8 @@ def bits_as_float32(_context: Any, bits: Any) -> Any:
 def reader(fields: Any) -> Any:
     """A function that gives the arguments of a kernel, by the names that `cpu.arguments` defines."""
     names = [
-        f"bits_as_float32(a[{HEAD + i}])" if kind == "float" else f"a[{HEAD + i}]"
-        for i, kind in enumerate(fields.__annotations__.values())
+        f"bits_as_float32(a[{HEAD + i}])" if kind is float else f"a[{HEAD + i}]"
+        for i, kind in enumerate(get_type_hints(fields).values())
     ]
     scope = {"as_int64": as_int64, "bits_as_float32": bits_as_float32, "Fields": fields}
     exec(f"def read(args):\n    a = as_int64(args)\n    return Fields({', '.join(names)})", scope)

@@ -1,0 +1,135 @@
+"""A chat request, whichever endpoint it came through, to the sequences that answer it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.errors import RequestError
+from cluster.gateway import sampling
+from cluster.gateway.context import Gateway
+from cluster.gateway.generation import Choice
+from cluster.gateway.prompts import check_length, encode
+from cluster.gateway.schemas import ChatRequest, FunctionCall, Message
+from cluster.gateway.sequence_text import SequenceText
+from cluster.gateway.structured import grammar_of
+from cluster.gateway.tools import Toolbox, call_grammar, parser, taught, toolbox
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What is needed to answer: one choice for each of `n`."""
+
+    choices: list[Choice]
+    tools: Toolbox
+
+
+def plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Messages as templates know them: text parts joined by line ends, `system` and `tool` for their other names, the
+    arguments of a call as an object.
+
+    Raises RequestError for a message without content that is no assistant's call.
+    """
+    plain: list[dict[str, Any]] = []
+    for i, message in enumerate(messages):
+        content = message.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
+        told: dict[str, Any] = {"role": role, "content": content}
+        calls = [call.function for call in message.tool_calls or ()]
+        if message.function_call is not None:
+            calls.append(message.function_call)
+        if calls:
+            ids = [call.id for call in message.tool_calls or ()] or [None] * len(calls)
+            told["tool_calls"] = [_call(call, id_) for call, id_ in zip(calls, ids, strict=False)]
+            told["content"] = content or ""
+        elif content is None:
+            if role != "assistant":
+                where = f"messages[{i}].content"
+                raise RequestError(f"'{where}' is required", code="missing_required_parameter", param=where)
+            told["content"] = message.refusal or ""
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(message, name)) is not None:
+                told[name] = value
+        plain.append(told)
+    return plain
+
+
+def _call(call: FunctionCall, id_: str | None) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.arguments or "{}")
+    except ValueError:
+        arguments = call.arguments  # as it was written: the model said so once
+    told = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return told if id_ is None else {"id": id_, **told}
+
+
+def render(gateway: Gateway, request: ChatRequest, tools: Toolbox) -> str:
+    """The prompt of a conversation. Raises RequestError where the template refuses it."""
+    messages = plain_messages(request.messages)
+    described = tools.described
+    more = dict(request.chat_template_kwargs or {})
+    if request.documents is not None:
+        more["documents"] = request.documents
+    if described is not None and gateway.tokenizer.tool_format is None:
+        messages, described = taught(messages, described), None
+    generate = request.add_generation_prompt is not False
+    if not request.continue_final_message:
+        return gateway.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tools=described, **more)
+    last = messages[-1]["content"].strip()
+    if request.add_generation_prompt or messages[-1]["role"] != "assistant" or not last:
+        message = "'continue_final_message' needs an assistant's text last, and no 'add_generation_prompt'"
+        raise RequestError(message, code="invalid_value", param="continue_final_message")
+    prompt = gateway.tokenizer.apply_chat_template(messages, add_generation_prompt=False, tools=described, **more)
+    return prompt[: prompt.rindex(last) + len(last)] if last in prompt else prompt
+
+
+async def converse(gateway: Gateway, request: ChatRequest, *, logprobs: int | None = None) -> Conversation:
+    """Check, render, tokenise. Raises RequestError naming the field at fault."""
+    gateway.check_model(request.model)
+    gateway.check_unknown(request)
+    tools = toolbox(request)
+    grammar = await call_grammar(gateway, tools)
+    if asked := await grammar_of(gateway, request):
+        if grammar:
+            message = "'response_format' and a required tool call exclude each other"
+            raise RequestError(message, code="invalid_value", param="tool_choice")
+        grammar = asked
+    prompt = render(gateway, request, tools)
+    check_length(gateway, prompt, "messages")
+    prompt_ids = await encode(gateway, prompt, add_special_tokens=bool(request.add_special_tokens))
+    limit = request.max_completion_tokens
+    name = "max_tokens" if limit is None else "max_completion_tokens"
+    limit = request.max_tokens if limit is None else limit
+    if limit is None:  # as long as it likes, or as the checkpoint says
+        room = max(gateway.model.max_context - len(prompt_ids), 1)
+        limit = min(gateway.model.defaults.max_new_tokens or room, room)
+    params = sampling.sampling_params(gateway, request, max_tokens=limit, logprobs=logprobs)
+    params = replace(params, grammar=grammar)
+    sampling.check(gateway, prompt_ids, params, prompt="messages", max_tokens=name)
+    stops = sampling.stop_strings(request)
+    shows_special = request.skip_special_tokens is False or _marks_are_special(gateway, tools)
+    choices = [
+        Choice(
+            i,
+            prompt_ids,
+            sampling.nth(params, i),
+            SequenceText(
+                gateway.tokenizer.detokenizer(special=shows_special),
+                stops,
+                params.min_tokens,
+                shows_stop=bool(request.include_stop_str_in_output),
+            ),
+            parser=parser(gateway, tools, prompt, follows_grammar=bool(grammar)),
+        )
+        for i in range(request.n or 1)
+    ]
+    return Conversation(choices, tools)
+
+
+def _marks_are_special(gateway: Gateway, tools: Toolbox) -> bool:
+    """Whether calls begin with a special token, which has no text otherwise."""
+    return tools.described is not None and gateway.tokenizer.tool_format == "mistral"

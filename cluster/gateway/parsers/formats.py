@@ -1,0 +1,37 @@
+"""How model families write function calls and reasoning, and which of it a chat template teaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """Calls are JSON after `opening`; `closing` may follow. Without `opening` an answer that begins with a bracket is
+    calls as a whole."""
+
+    opening: str
+    closing: str = ""
+    mark: str = ""  # what a chat template that teaches the format holds; empty: `opening`
+
+
+TOOL_FORMATS = {
+    # Mistral and Mixtral Instruct: [TOOL_CALLS] [{"name": ..., "arguments": {...}}], later [TOOL_CALLS]name{...}
+    "mistral": ToolFormat("[TOOL_CALLS]"),
+    # Hermes, Qwen 2.5, Qwen3, SmolLM2: <tool_call>{"name": ..., "arguments": {...}}</tool_call>
+    "hermes": ToolFormat("<tool_call>", "</tool_call>"),
+    # Llama 3.1 on: {"name": ..., "parameters": {...}}, several separated by semicolons
+    "llama3_json": ToolFormat("", "", mark='"parameters"'),
+}
+DEFAULT_FORMAT = "hermes"
+THINK, END_THINK = "<think>", "</think>"
+
+
+def tool_format_of(template: str) -> str | None:
+    """The name of the format that the source of a chat template teaches; None where it knows nothing of tools."""
+    if "tools" not in template:
+        return None
+    for name, found in TOOL_FORMATS.items():
+        if (found.mark or found.opening) in template:
+            return name
+    return DEFAULT_FORMAT

@@ -1,0 +1,132 @@
+"""The tools of a chat request: what the template is told of them, what the answer must follow, how calls are found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import RequestError
+from cluster.gateway.context import Gateway
+from cluster.gateway.parsers.formats import DEFAULT_FORMAT, END_THINK, THINK, TOOL_FORMATS
+from cluster.gateway.parsers.message_parser import MessageParser
+from cluster.gateway.schemas import ChatRequest, Function, JsonObject, NamedFunction, NamedTool
+from cluster.gateway.structured import ANY_OBJECT, compiled
+from cluster.router import grammar
+
+_TAUGHT = (
+    "You can call functions to help the user. They are described here, as JSON:\n{tools}\n"
+    'To call one, answer with <tool_call>{{"name": NAME, "arguments": ARGUMENTS}}</tool_call>, where ARGUMENTS is a '
+    "JSON object that its parameters describe."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """`choice`: "none", "auto", "required", or the name of the function to call."""
+
+    functions: tuple[Function, ...]
+    choice: str
+    one_call: bool
+    legacy: bool  # asked for as `functions`, to be answered as `function_call`
+
+    @property
+    def described(self) -> list[JsonObject] | None:
+        """For a chat template; None without any that the model may call."""
+        if self.choice == "none" or not self.functions:
+            return None
+        functions = [
+            function.model_dump(exclude_none=True, exclude=set(function.unknown())) for function in self.functions
+        ]
+        return [{"type": "function", "function": function} for function in functions]
+
+    @property
+    def named(self) -> str | None:
+        return None if self.choice in ("none", "auto", "required") else self.choice
+
+
+def toolbox(request: ChatRequest) -> Toolbox:
+    """Raises RequestError where a choice names no tool, or there is none to choose from."""
+    legacy = request.functions is not None and request.tools is None
+    functions = tuple(request.functions or ()) if legacy else tuple(tool.function for tool in request.tools or ())
+    param = "function_call" if legacy else "tool_choice"
+    asked: str | NamedTool | NamedFunction | None = request.function_call if legacy else request.tool_choice
+    if isinstance(asked, NamedTool):
+        asked = asked.function
+    choice = asked.name if isinstance(asked, NamedFunction) else asked
+    if choice is None:
+        choice = "auto" if functions else "none"
+    known = {function.name for function in functions}
+    if len(known) < len(functions):
+        raise RequestError("Two tools have the same name", code="invalid_value", param="tools")
+    if choice not in ("none", "auto", *known) and not (choice == "required" and known):
+        what = "needs 'tools'" if not known else f"names `{choice[:64]}`, which is none of the tools"
+        raise RequestError(f"'{param}' {what}", code="invalid_value", param=param)
+    return Toolbox(functions, choice, legacy or request.parallel_tool_calls is False, legacy)
+
+
+async def call_grammar(gateway: Gateway, tools: Toolbox) -> str:
+    """What the answer follows where a call is required; "" where it is not."""
+    schemas = {function.name: function.parameters or ANY_OBJECT for function in tools.functions}
+    if tools.named is not None:
+        return await compiled(gateway, "tools", schemas[tools.named], grammar.from_json_schema)
+    if tools.choice != "required":
+        return ""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "parameters": schema},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for name, schema in schemas.items()
+    ]
+    # The definitions that a function's schema refers to are looked for at the root.
+    shared: dict[str, Any] = {}
+    for schema in schemas.values():
+        for key in ("$defs", "definitions"):
+            shared.setdefault(key, {}).update(schema.get(key, {}))
+    whole = {"type": "array", "minItems": 1, "items": {"anyOf": calls}} | {k: v for k, v in shared.items() if v}
+    if tools.one_call:
+        whole["maxItems"] = 1
+    return await compiled(gateway, "tools", whole, grammar.from_json_schema)
+
+
+def parser(gateway: Gateway, tools: Toolbox, prompt: str, *, follows_grammar: bool) -> MessageParser | None:
+    """For one answer to `prompt`; None where there is nothing to find in it."""
+    thinks = gateway.tokenizer.teaches(THINK) and not follows_grammar
+    if tools.described is None and not thinks:
+        return None
+    form = None
+    if tools.described is not None:
+        form = TOOL_FORMATS[gateway.config.tool_call_parser or gateway.tokenizer.tool_format or DEFAULT_FORMAT]
+    return MessageParser(
+        form,
+        only_calls=tools.choice == "required",
+        named=tools.named,
+        one_call=tools.one_call,
+        thinks=thinks,
+        is_thinking=thinks and prompt.rstrip().endswith(THINK) and END_THINK not in prompt[prompt.rfind(THINK) :],
+    )
+
+
+def taught(messages: Sequence[dict[str, Any]], tools: Sequence[JsonObject]) -> list[dict[str, Any]]:
+    """`messages` for a template that knows nothing of tools: they are described in the system message, and calls and
+    results written as text."""
+    text = _TAUGHT.format(tools="\n".join(json.dumps(tool["function"]) for tool in tools))
+    told: list[dict[str, Any]] = []
+    for message in messages:
+        content = message.get("content") or ""
+        if message["role"] == "tool":
+            told.append({"role": "user", "content": f"<tool_response>{content}</tool_response>"})
+        elif message.get("tool_calls"):
+            calls = [json.dumps(call["function"]) for call in message["tool_calls"]]
+            told.append(
+                {"role": "assistant", "content": content + "".join(f"<tool_call>{c}</tool_call>" for c in calls)}
+            )
+        else:
+            told.append(message)
+    if told and told[0]["role"] == "system":
+        return [{"role": "system", "content": f"{told[0]['content']}\n\n{text}"}, *told[1:]]
+    return [{"role": "system", "content": text}, *told]
