@@ -62,6 +62,12 @@ class Config:
     gpus_per_expert_worker: float = option(
         0.0, "share of a GPU of each expert worker; 0: a whole one, less where there are too few", at_least=0, at_most=1
     )
+    expert_slots: int = option(
+        0,
+        "experts that each expert worker has room for, over all layers; 0: what its GPU holds, on a CPU half more than "
+        "an equal share",
+        at_least=0,
+    )
     gpu_memory_utilization: float = option(
         0.9, "share of a GPU's memory that is taken: what weights leave of it is KV cache", at_least=0.05, at_most=1.0
     )

@@ -13,8 +13,8 @@ from __future__ import annotations
 from workers.errors import CheckpointError, DeviceError, ExpertMeshError, WireError, WorkerLost
 
 __all__ = [
-    "CheckpointError", "ConfigError", "DeviceError", "ExpertMeshError", "RayGone", "RequestError", "StartError",
-    "WireError", "WorkerLost",
+    "CheckpointError", "ConfigError", "DeviceError", "ExpertMeshError", "PlacementError", "RayGone", "RequestError",
+    "StartError", "WireError", "WorkerLost",
 ]  # fmt: skip
 
 
@@ -24,6 +24,10 @@ class ConfigError(ExpertMeshError):
 
 class StartError(ExpertMeshError):
     """The cluster cannot start."""
+
+
+class PlacementError(ExpertMeshError):
+    """A change of the placement that cannot be made, or was not: the one before is in force."""
 
 
 class RayGone(ExpertMeshError):

@@ -148,3 +148,10 @@ def _gpu(index: int, handle: object) -> Gpu:
     # Two transfers a cycle: NVML states HBM's and GDDR's clocks so that this holds for both.
     bytes_per_s = 2 * clock_mhz * 10**6 * width_bits // 8
     return Gpu(index, name, memory.total, memory.free, bytes_per_s)
+
+
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; a copy to a GPU is one that nobody waits for."""
+    if device.type != "cuda" or not host.is_cpu:
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)

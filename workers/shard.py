@@ -6,6 +6,7 @@ Legend: T token rows, P (token, expert) pairs, K choices a token, D hidden, F ff
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from workers.errors import ExpertNotHeld
 from workers.kernels.memory import empty_weights, give_back
+from workers.kernels.ops import Delta
 from workers.kernels.select import ops_for
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -61,6 +63,7 @@ class ExpertShard:
             for _ in range(spec.n_layers)
         ]
         self._answers = self._ops.answers(self._layers)
+        self.only_launches = self.device.type == "cuda" and self._ops.exact_rows
         self._lock = threading.Lock()  # held while a layer computes, or changes what it holds
 
     @property
@@ -81,6 +84,11 @@ class ExpertShard:
     def weight_bytes(self) -> int:
         """Bytes of expert weights resident on the device."""
         return self.expert_bytes * sum(len(layer.held) for layer in self._layers)
+
+    def reserve(self, layer: int, n_experts: int) -> None:
+        """Say how many experts of `layer` are to be held, so that their memory is taken once."""
+        with self._lock:
+            self._layers[layer].reserve(n_experts)
 
     def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         """Put a replica of `(layer, expert)` on the device, as `weight_dtype`; replaces one that is there."""
@@ -137,7 +145,7 @@ class ExpertShard:
     def begin_step(self, step: int) -> None:
         """Nothing to do: nothing outlives a dispatch in one process."""
 
-    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Delta:
         """Compute the experts of `layer` at once; the handle is the result. See `workers.model.experts.Experts`."""
         with self._lock:
             try:
@@ -145,7 +153,7 @@ class ExpertShard:
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
 
-    def combine(self, handle: Tensor) -> Tensor:
+    def combine(self, handle: Delta) -> Delta:
         """y_TD, in the dtype of the dispatched rows: the weighted sum, added in expert order in float32."""
         return handle
 
@@ -161,7 +169,10 @@ def load_shard(source: Checkpoint, experts: Iterable[tuple[int, int]], dtype: to
     Raises CheckpointError.
     """
     shard = ExpertShard(source.spec, source.device, dtype, source.expert_dtype)
-    for layer, expert in experts:
+    wanted = tuple(experts)
+    for layer, n_experts in Counter(layer for layer, _ in wanted).items():
+        shard.reserve(layer, n_experts)
+    for layer, expert in wanted:
         shard.load(layer, expert, source.expert(layer, expert, shard.weight_dtype))
     give_back()
     return shard

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.control.view import Member, View
+from cluster.placement.placement import Placement
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ class ControllerClient:
         self._controller = controller
         self._describe = describe
         self._on_view = on_view
+        self._view: View | None = None
+        self._handover: Placement | None = None  # what the controller asked for
         self._news = asyncio.Event()
         self._loop = asyncio.get_event_loop()
         self._task = self._loop.create_task(self._run())
@@ -45,16 +49,16 @@ class ControllerClient:
         self._task.cancel()
 
     async def _run(self) -> None:
-        known, away = 0, False
+        away = False
         while True:
             try:
-                view = await self._call(known)
+                heard = await self._call()
                 if away:
                     _log.warning("the controller is back")
                     away = False
-                if view is not None and view.version != known:
-                    known = view.version
-                    self._on_view(view)
+                if heard is not None and (self._view is None or heard.version != self._view.version):
+                    self._view = heard
+                    self._on_view(heard)
             except (RayError, TimeoutError) as error:
                 if not away:
                     _log.warning("the controller is away (%s); going on with the last view", type(error).__name__)
@@ -64,16 +68,21 @@ class ControllerClient:
                 _log.exception("a round of membership failed")
                 await asyncio.sleep(_RETRY_S)
 
-    async def _call(self, known: int) -> View | None:
-        """One call; None when it was left alone because there is something to tell."""
+    async def _call(self) -> View | None:
+        """One call; None when it was left alone because there is something to tell, or asks for the placement."""
         self._news.clear()
-        call = asyncio.ensure_future(self._controller.sync.remote(self._describe(), known))
+        version, told = (0, 0) if self._view is None else (self._view.version, self._view.placement.epoch)
+        member = replace(self._describe(), told=told)
+        call = asyncio.ensure_future(self._controller.sync.remote(member, version, self._handover))
+        self._handover = None
         news = asyncio.create_task(self._news.wait())
         try:
             await asyncio.wait({call, news}, timeout=_CALL_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if call.done():
-                view: View = call.result()
-                return view
+                heard: View | None = call.result()
+                if heard is None and self._view is not None:  # the controller was restarted and knows an older one
+                    self._handover = self._view.placement
+                return heard
             if news.done():
                 return None
             raise TimeoutError

@@ -13,10 +13,13 @@ import psutil
 import ray
 
 from cluster.control.client import NAME
+from cluster.control.epochs import Change
 from cluster.control.membership import Membership
 from cluster.control.view import Member, View
+from cluster.errors import PlacementError
 from cluster.placement.placement import Placement, striped
 
+CHANGE_TIMEOUT_S = 300.0  # for the workers to load and verify what a change adds
 _POLL_S = 1.0  # a call that has no news returns after this: it is the heartbeat
 _SWEEP_S = 0.25
 
@@ -38,15 +41,21 @@ class Controller:
         self._node = ray.get_runtime_context().get_node_id()
         self._sweeper = asyncio.get_event_loop().create_task(self._sweep())
 
-    async def sync(self, member: Member, known_version: int) -> View:
+    async def sync(self, member: Member, known_version: int, placement: Placement | None = None) -> View | None:
         """Register, live, acknowledge `member.epoch`, and hear of the others.
 
-        Returns as soon as the view is another than `known_version`, else after a second with the same one.
+        Returns as soon as the view is another than `known_version`, else after a second with the same one. None asks
+        for another call at once, with the placement that the member heard of last: it is newer than the one known
+        here, because this controller was restarted.
         """
-        self._membership.report(member, time.monotonic())
+        now = time.monotonic()
+        if placement is not None:
+            self._membership.adopt(placement)
+        self._membership.report(member, now, known_version)
         self._remember(member)
-        async with self._changed:
-            self._changed.notify_all()
+        await self._notify()
+        if member.told > self._membership.epochs.placement.epoch:
+            return None
         return await self._news(known_version)
 
     async def watch(self, known_version: int) -> View:
@@ -55,19 +64,25 @@ class Controller:
         myself = Member("controller", NAME, os.getpid(), self._node, "ready", "")
         return replace(view, members=(*view.members, myself))
 
-    async def publish(self, placement: Placement) -> None:
-        """Put the next placement in force."""
-        self._membership.publish(placement)
-        async with self._changed:
-            self._changed.notify_all()
+    async def change(self, placement: Placement, reason: str, timeout_s: float = CHANGE_TIMEOUT_S) -> Change:
+        """Bring the next placement into force, see `epochs`; returns when it is, and what it replaced is out of use.
 
-    async def acknowledged(self) -> int:
-        """The newest epoch that every live router works with."""
-        return self._membership.acknowledged()
+        Raises PlacementError when it cannot be made or was given up: the placement before is then in force.
+        """
+        change = self._membership.propose(placement, reason, time.monotonic(), timeout_s)
+        await self._notify()
+        async with self._changed:
+            await self._changed.wait_for(lambda: change.done)
+        if change.error:
+            raise PlacementError(f"{reason}: {change.error}")
+        return change
 
     async def drain(self) -> None:
         """Tell every member that the cluster is being stopped."""
         self._membership.drain()
+        await self._notify()
+
+    async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
@@ -94,8 +109,7 @@ class Controller:
             for member in self._membership.hung(time.monotonic()):
                 self._end(member)
             if self._membership.view.version != before:
-                async with self._changed:
-                    self._changed.notify_all()
+                await self._notify()
 
     def _remember(self, member: Member) -> None:
         known = self._processes.get(member.id)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
+from cluster.control.epochs import Change, Epochs
 from cluster.control.groups import regroup
 from cluster.control.view import Member, View
+from cluster.placement.edit import check
+from cluster.placement.load import Load, merged
 from cluster.placement.placement import Placement
 from workers.transport.collective.group import Group
 
@@ -24,7 +27,8 @@ class Membership:
     """
 
     def __init__(self, placement: Placement, expected: Collection[str], now: float, first_version: int) -> None:
-        self._placement = placement
+        self.epochs = Epochs(placement)
+        self._loads: dict[str, Load] = {}
         self._expected = frozenset(expected)
         self._started = now
         self._version = first_version
@@ -38,8 +42,19 @@ class Membership:
         self._regroup_at = now
         self._view: View | None = None
 
-    def report(self, member: Member, now: float) -> None:
-        """`member` said something: it registers, lives on, acknowledges an epoch, or tells of its group."""
+    def report(self, member: Member, now: float, known_version: int = 0) -> None:
+        """`member` said something: it registers, lives on, acknowledges an epoch, or tells of its group.
+
+        `known_version` is that of its view: versions rise also across a restart with a clock that was put back.
+        """
+        if known_version > self._version:
+            self._version = known_version
+            self._changed()
+        if member.load is not None:
+            self._loads[member.id] = member.load
+        if member.preparation is not None:
+            self.epochs.prepared(member.id, member.preparation)
+        member = replace(member, load=None, preparation=None)
         known = self._members.get(member.id)
         self._members[member.id] = member
         self._heard[member.id] = now
@@ -51,6 +66,7 @@ class Membership:
             self._changed()
         else:
             self._view = None
+        self.advance(now)
         self._regroup(now)
 
     def sweep(self, now: float, is_dead: Callable[[Member], bool]) -> None:
@@ -59,7 +75,9 @@ class Membership:
             silent = now - self._heard[member.id] > LOST_AFTER_S
             if member.state != "lost" and (silent or is_dead(member)):
                 self._members[member.id] = replace(member, state="lost")
+                self._loads.pop(member.id, None)
                 self._changed()
+        self.advance(now)
         self._regroup(now)
 
     def hung(self, now: float) -> list[Member]:
@@ -72,12 +90,37 @@ class Membership:
             del self._hung_at[member_id]
         return [self._members[member_id] for member_id in hung]
 
-    def publish(self, placement: Placement) -> None:
-        """Put the next placement in force; ValueError unless its epoch follows the present one."""
-        if placement.epoch != self._placement.epoch + 1:
-            raise ValueError(f"epoch {placement.epoch} does not follow epoch {self._placement.epoch}")
-        self._placement = placement
+    def advance(self, now: float) -> None:
+        """Let a change of the placement take the next step that is possible."""
+        before = self.epochs.version
+        self.epochs.advance(self._members, now)
+        if self.epochs.version != before:
+            self._changed()
+
+    def propose(self, placement: Placement, reason: str, now: float, timeout_s: float) -> Change:
+        """Begin a change of the placement. PlacementError when it cannot be made."""
+        check(placement, self.slots)
+        change = self.epochs.propose(placement, reason, now, timeout_s)
         self._changed()
+        self.advance(now)
+        return change
+
+    def adopt(self, placement: Placement) -> None:
+        """A member handed over the placement it works with, after a restart of the controller."""
+        before = self.epochs.version
+        self.epochs.adopt(placement)
+        if self.epochs.version != before:
+            self._changed()
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """By live expert worker, how many experts it can hold; 0: not known."""
+        return {m.id: m.slots for m in self._sorted() if m.role == "expert" and m.state in ("starting", "ready")}
+
+    @property
+    def load(self) -> Load | None:
+        """What all live routers together dispatched; None before the first said so."""
+        return merged(self._loads.values())
 
     def drain(self) -> None:
         """From now on the cluster is being stopped."""
@@ -85,19 +128,19 @@ class Membership:
             self._draining = True
             self._changed()
 
-    def acknowledged(self) -> int:
-        """The newest epoch that every live router works with: experts that only older ones name can be unloaded."""
-        routers = [member for member in self._members.values() if member.role == "router" and member.state != "lost"]
-        return min((member.epoch for member in routers), default=self._placement.epoch)
-
     def settled(self, now: float) -> bool:
         """Whether the view may be shown: all expected members reported, or had the time to."""
-        return now - self._started >= REBUILD_S or self._expected <= self._members.keys()
+        told = max((member.told for member in self._members.values()), default=0)
+        complete = self._expected <= self._members.keys() and told <= self.epochs.placement.epoch
+        return complete or now - self._started >= REBUILD_S
 
     @property
     def view(self) -> View:
         if self._view is None:
-            self._view = View(self._version, self._sorted(), self._placement, self._group, self._draining)
+            self._view = View(
+                self._version, self._sorted(), self.epochs.placement, self.epochs.next, self.epochs.acknowledged,
+                self._group, self._draining,
+            )  # fmt: skip
         return self._view
 
     def _regroup(self, now: float) -> None:
@@ -106,7 +149,7 @@ class Membership:
         if self._group is not None and not self._heard_of(self._group, now):
             return
         # Versions rise across restarts of the controller, and so do groups that are numbered after them.
-        group = regroup(self._placement, self._sorted(), self._group, self._version + 1)
+        group = regroup(self.epochs.placement, self._sorted(), self._group, self._version + 1)
         if group != self._group:
             self._put(group)
             if group is not None:
@@ -131,4 +174,4 @@ class Membership:
 
 def _news(member: Member) -> Member:
     """`member` without what changes and need not wake every other member."""
-    return replace(member, detail={}, group=None, broken=0)
+    return replace(member, detail={}, group=None, broken=0, told=0)

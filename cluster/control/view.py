@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.placement.load import Load
 from cluster.placement.placement import Placement
+from workers.probe import Probe
 from workers.transport.collective.group import Group
 
 Role = Literal["gateway", "router", "expert", "controller"]
 State = Literal["starting", "ready", "draining", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How far an expert worker is with the placement that is to come."""
+
+    epoch: int  # of that placement
+    probes: Mapping[tuple[int, int], Probe]  # of the experts that get a replica and that it holds, by (layer, expert)
+    error: str = ""  # why it cannot hold what that placement wants of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +39,13 @@ class Member:
     store: str = ""  # of a router that takes part in collective groups: host:port of the store it hosts, once loaded
     group: Group | None = None  # the one it was told last
     broken: int = 0  # number of the newest group that broke under it
+    told: int = 0  # epoch of the newest placement it has heard of
     slots: int = 0  # of an expert worker: experts it has memory for, those it holds among them; 0: not known
     bytes_per_s: int = 0  # of an expert worker: what its memory gives, which is what decoding takes; 0: not known
     detail: dict[str, object] = field(default_factory=dict)  # numbers for people: experts held, blocks free
+    # For the controller alone, not shown to the other members:
+    load: Load | None = None  # of a router: the rows it dispatched
+    preparation: Preparation | None = None  # of an expert worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +55,8 @@ class View:
     version: int
     members: tuple[Member, ...]  # by role and id; those that left stay, as `lost`
     placement: Placement
+    next: Placement | None = None  # the one being prepared: workers load what it adds, nobody routes by it
+    acknowledged: bool = True  # every live router works with `placement`: workers unload what it does not name
     group: Group | None = None  # None: there is none yet, or the last one broke; those in it leave it
     draining: bool = False  # the cluster is being stopped: finish what is open, take nothing new
 

@@ -14,6 +14,7 @@ from cluster.config import Config
 from cluster.control.client import ControllerClient
 from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.fleet.shard_keeper import ShardKeeper
 from cluster.placement.placement import Placement
 from workers.checkpoint import Checkpoint
 from workers.device import Capacity, capacity, compute_dtype, describe, pick
@@ -45,10 +46,11 @@ class ExpertWorker:
         self._capacity = Capacity()
         self._device = torch.device("cpu")
         self._state: State = "starting"
-        self._epoch = 0
+        self._keeper: ShardKeeper | None = None
+        self._view: View | None = None
         self._group: Group | None = None
         self._server: ExpertServer | CollectiveServer | None = None
-        self._placed: asyncio.Future[Placement] = asyncio.get_event_loop().create_future()
+        self._first_view = asyncio.Event()
         self._membership = ControllerClient(controller, self._member, self._on_view)
         self._started = start_or_end(self._start(), worker)
 
@@ -57,14 +59,20 @@ class ExpertWorker:
         return await asyncio.shield(self._started)
 
     async def _start(self) -> str:
-        placement = await self._placed
-        self._server = await asyncio.to_thread(self._load, placement)
+        await self._first_view.wait()
+        assert self._view is not None
+        placement = self._view.placement
+        shard, source = await asyncio.to_thread(self._load, placement)
+        self._server = server = self._make_server(shard)
+        await asyncio.to_thread(server.start)
+        self._keeper = ShardKeeper(self._worker, shard, source, placement.epoch, self._membership.tell)
         self._source = None
-        self._epoch, self._state = placement.epoch, "ready"
+        self._state = "ready"
+        self._on_view(self._view)  # which may have changed meanwhile
         self._membership.tell()
-        return self._server.address
+        return server.address
 
-    def _load(self, placement: Placement) -> ExpertServer | CollectiveServer:
+    def _load(self, placement: Placement) -> tuple[ExpertShard, Checkpoint]:
         config = self._config
         self._device = device = pick(config.expert_device, self._gpu_ids)
         self._source = source = Checkpoint(self._checkpoint, device)
@@ -72,9 +80,7 @@ class ExpertWorker:
         shard = load_shard(source, placement.shard(self._worker), dtype)
         share = config.gpus_per_expert_worker * config.gpu_memory_utilization
         self._capacity = capacity(device, share, shard.expert_bytes)
-        server = self._make_server(shard)
-        server.start()
-        return server
+        return shard, source
 
     def _make_server(self, shard: ExpertShard) -> ExpertServer | CollectiveServer:
         config = self._config
@@ -86,11 +92,12 @@ class ExpertWorker:
         )
 
     def _on_view(self, view: View) -> None:
-        self._group = view.group
+        self._group, self._view = view.group, view
+        self._first_view.set()
+        if self._keeper is not None:
+            self._keeper.follow(view)
         if isinstance(self._server, CollectiveServer):
             self._server.join(view.group)
-        if not self._placed.done() and self._worker in view.placement.workers:
-            self._placed.set_result(view.placement)
         if view.draining and self._state == "ready":
             self._state = "draining"
             assert self._server is not None
@@ -105,10 +112,19 @@ class ExpertWorker:
             node=self._node,
             state=self._state,
             address="" if server is None else server.address,
-            epoch=self._epoch,
+            epoch=0 if self._keeper is None else self._keeper.epoch,
             group=self._group,
             broken=server.broken if isinstance(server, CollectiveServer) else 0,
-            slots=self._capacity.slots,
+            slots=self._slots(),
             bytes_per_s=self._capacity.bytes_per_s,
+            preparation=None if self._keeper is None else self._keeper.preparation,
             detail=describe(self._device) | loading(self._source) | ({} if server is None else server.numbers()),
         )
+
+    def _slots(self) -> int:
+        """Experts it has room for: as configured, as its GPU has memory, or half more than an equal share of all."""
+        config = self._config
+        if config.expert_slots or self._capacity.slots or self._view is None:
+            return config.expert_slots or self._capacity.slots
+        placement = self._view.placement
+        return -(-3 * placement.n_layers * placement.n_experts // (2 * max(1, config.expert_workers or 1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -23,6 +24,9 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     from workers.checkpoint import Checkpoint
     from workers.transport.base import Transport
     from workers.transport.collective.client import CollectiveTransport
+
+
+_ACKNOWLEDGE_S = 0.01  # between two looks at what is in flight, after a new placement
 
 
 class Router:
@@ -64,6 +68,8 @@ class Router:
         service = GenerationService(engine, self._host, router=self._id, state="starting", exchange=self._exchange)
         await service.start()
         self._service = service
+        assert self._view is not None
+        self._on_view(self._view)  # which may have changed while the exchange was made
         await self._follow_state()
         self._membership.tell()
         return service.address
@@ -129,10 +135,22 @@ class Router:
             self._collective.join(view.group)
         if self._exchange is not None:
             self._exchange.publish(view.placement, view.addresses("expert"))
+            if self._exchange.epoch < view.placement.epoch:
+                self._begin(self._acknowledge(view.placement.epoch))
         if self._service is not None:
-            change = self._loop.create_task(self._follow_state())
-            self._changes.add(change)
-            change.add_done_callback(self._changes.discard)
+            self._begin(self._follow_state())
+
+    def _begin(self, change: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+
+    async def _acknowledge(self, epoch: int) -> None:
+        """Tell the controller as soon as no dispatch under an older placement is in flight any more."""
+        assert self._exchange is not None
+        while self._exchange.epoch < epoch:  # noqa: ASYNC110 (the step loop waits for nobody)
+            await asyncio.sleep(_ACKNOWLEDGE_S)
+        self._membership.tell()
 
     async def _follow_state(self) -> None:
         """Ready once every worker can be reached: one that leaves later is waited for by the step that needs it.
@@ -160,6 +178,7 @@ class Router:
             store="" if self._service is None else self._store_address,
             group=None if self._view is None else self._view.group,
             broken=0 if self._collective is None else self._collective.broken,
+            load=None if self._exchange is None else self._exchange.load(),
             detail=self._detail(),
         )
 

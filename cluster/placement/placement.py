@@ -2,24 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+Homes = Mapping[str, float]  # the workers that hold an expert, each with its share of the expert's rows
+
+
+class Replica(NamedTuple):
+    """One copy of an expert."""
+
+    worker: str
+    layer: int
+    expert: int
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`workers[replicas[layer][expert][i]]` holds replica i of expert `expert` of layer `layer`."""
+    """`workers[replicas[layer][expert][i]]` holds replica i of expert `expert` of layer `layer`.
+
+    `shares[layer][expert][i]` is the part of the expert's rows that replica i is to get; those of an expert add up
+    to 1. None: all replicas of an expert get the same.
+    """
 
     epoch: int
     workers: tuple[str, ...]
     replicas: tuple[tuple[tuple[int, ...], ...], ...]
+    shares: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+
+    @classmethod
+    def of(cls, epoch: int, workers: Iterable[str], homes_LE: Sequence[Sequence[Homes]]) -> Self:
+        """From the homes of each expert. Shares are scaled to add up to 1; equal ones where all are 0."""
+        names = tuple(workers)
+        index = {worker: i for i, worker in enumerate(names)}
+        replicas, shares = [], []
+        for experts in homes_LE:
+            ordered = [sorted((index[worker], share) for worker, share in homes.items()) for homes in experts]
+            replicas.append(tuple(tuple(i for i, _ in homes) for homes in ordered))
+            shares.append(tuple(_scaled([share for _, share in homes]) for homes in ordered))
+        return cls(epoch, names, tuple(replicas), tuple(shares))
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.replicas)
+
+    @property
+    def n_experts(self) -> int:
+        """Experts of a layer."""
+        return len(self.replicas[0])
+
+    def share(self, layer: int, expert: int) -> tuple[float, ...]:
+        """The shares of the replicas of `(layer, expert)`, in the order of `replicas`."""
+        n = len(self.replicas[layer][expert])
+        return (1 / n,) * n if self.shares is None else self.shares[layer][expert]
 
     def holders(self, layer: int, expert: int) -> tuple[str, ...]:
         """The workers that hold `(layer, expert)`, in a fixed order."""
         return tuple(self.workers[index] for index in self.replicas[layer][expert])
 
+    def homes(self) -> list[list[dict[str, float]]]:
+        """By layer and expert, the workers that hold it and their shares: for whoever makes the next placement."""
+        return [
+            [
+                dict(zip(self.holders(layer, expert), self.share(layer, expert), strict=True))
+                for expert in range(self.n_experts)
+            ]
+            for layer in range(self.n_layers)
+        ]
+
     def shard(self, worker: str) -> tuple[tuple[int, int], ...]:
-        """The `(layer, expert)` pairs that `worker` holds, ascending."""
+        """The `(layer, expert)` pairs that `worker` holds, ascending; none for a worker that is not in it."""
+        if worker not in self.workers:
+            return ()
         index = self.workers.index(worker)
         return tuple(
             (layer, expert)
@@ -27,6 +81,24 @@ class Placement:
             for expert, holders in enumerate(experts)
             if index in holders
         )
+
+    def all_replicas(self) -> frozenset[Replica]:
+        """Every copy."""
+        return frozenset(
+            Replica(self.workers[index], layer, expert)
+            for layer, experts in enumerate(self.replicas)
+            for expert, holders in enumerate(experts)
+            for index in holders
+        )
+
+    def numbered(self, epoch: int) -> Placement:
+        """The same placement under another epoch."""
+        return replace(self, epoch=epoch)
+
+
+def _scaled(shares: Sequence[float]) -> tuple[float, ...]:
+    total = sum(shares)
+    return tuple(share / total for share in shares) if total > 0 else (1 / len(shares),) * len(shares)
 
 
 def striped(n_layers: int, n_experts: int, workers: Sequence[str], epoch: int = 1) -> Placement:

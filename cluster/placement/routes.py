@@ -6,6 +6,7 @@ Legend: L layers, E experts of a layer.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,26 +16,41 @@ from cluster.placement.placement import Placement
 Ints = NDArray[np.int64]
 
 
-class Routes:
-    """Where rows go while the workers in `down` are to be avoided.
+@dataclass(slots=True)
+class _Choice:
+    """An expert with several live replicas."""
 
-    All rows that a dispatch has for one expert go to one replica: an expert's rows are then the same batch whatever
-    the placement, and so are its results to the last bit.
+    expert: int
+    workers: tuple[int, ...]
+    shares: tuple[float, ...]  # above 0
+    rows: list[int]  # that each has been given
+
+
+class Routes:
+    """Where rows go while the workers in `down` are to be avoided. Used by one thread.
+
+    All rows that a dispatch has for one expert go to one replica, and over many dispatches each replica gets its
+    share. Results do not depend on the choice: the rows of an expert give the same bits whatever they are
+    computed with.
     """
 
     def __init__(self, placement: Placement, down: Collection[str] = ()) -> None:
         self.workers = placement.workers
         avoided = {index for index, worker in enumerate(placement.workers) if worker in down}
         self._owner_LE = np.zeros((len(placement.replicas), len(placement.replicas[0])), np.int64)
-        self._choices: list[list[tuple[int, tuple[int, ...]]]] = []
+        self._choices: list[list[_Choice]] = []
         for layer, experts in enumerate(placement.replicas):
             choices = []
             for expert, holders in enumerate(experts):
+                homes = zip(holders, placement.share(layer, expert), strict=True)
+                live = [(index, share) for index, share in homes if index not in avoided]
+                # A replica without a share is a spare: it takes rows when the others are down.
+                active = [(index, share) for index, share in live if share > 0] or [(index, 1.0) for index, _ in live]
                 # An expert without a live replica stays with a dead one: the exchange waits for it.
-                live = tuple(index for index in holders if index not in avoided) or holders
-                self._owner_LE[layer, expert] = live[0]
-                if len(live) > 1:
-                    choices.append((expert, live))
+                self._owner_LE[layer, expert] = active[0][0] if active else holders[0]
+                if len(active) > 1:
+                    workers, shares = zip(*active, strict=True)
+                    choices.append(_Choice(expert, workers, shares, [0] * len(active)))
             self._choices.append(choices)
 
     def has_choice(self, layer: int) -> bool:
@@ -44,8 +60,8 @@ class Routes:
     def owners(self, layer: int, rows_E: Ints | None) -> Ints:
         """The worker (an index into `workers`) that computes each expert of `layer`, for a dispatch of `rows_E` rows.
 
-        Where there is a choice, the replica on the worker with the fewest rows so far takes them, large loads first;
-        `rows_E` is needed only there.
+        The replica whose rows, with these, would be the fewest for its share takes them. `rows_E` is needed only
+        where there is a choice.
         """
         owner_E: Ints = self._owner_LE[layer]
         choices = self._choices[layer]
@@ -53,10 +69,10 @@ class Routes:
             return owner_E
         assert rows_E is not None
         owner_E = owner_E.copy()
-        fixed_E = rows_E.copy()
-        fixed_E[[expert for expert, _ in choices]] = 0
-        load_W = np.bincount(owner_E, fixed_E, minlength=len(self.workers))
-        for expert, live in sorted(choices, key=lambda choice: -rows_E[choice[0]]):
-            owner_E[expert] = owner = min(live, key=lambda index: load_W[index])
-            load_W[owner] += rows_E[expert]
+        for choice in choices:
+            if rows := int(rows_E[choice.expert]):
+                given, shares = choice.rows, choice.shares
+                best = min(range(len(given)), key=lambda i: (given[i] + rows) / shares[i])
+                given[best] += rows
+                owner_E[choice.expert] = choice.workers[best]
         return owner_E

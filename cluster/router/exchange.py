@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.placement.load import Load, LoadMeter
 from cluster.placement.placement import Placement
 from cluster.placement.routes import Routes
 from cluster.router.split import rows_of, split
@@ -61,6 +62,7 @@ class Counters:
     """Sums since start, for observability. Written by the step loop alone."""
 
     rows_LE: NDArray[np.int64]  # rows dispatched to each expert
+    worker_rows: dict[str, int] = field(default_factory=dict)  # rows sent to each worker, one for each of their experts
     repairs: int = 0  # parts sent again after a loss
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -77,6 +79,8 @@ class Exchange:
     The step loop owns it; only `publish`, `epoch` and `close` are for other threads. A lost or late reply is repaired
     within `combine`: the same rows go to another replica, or wait until there is one.
     """
+
+    only_launches = False
 
     def __init__(
         self,
@@ -103,6 +107,7 @@ class Exchange:
         self._may_have_left = False  # whether the pool may have workers that are not in the view any more
         self._n_experts = len(placement.replicas[0])
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
+        self._meter = LoadMeter(self.counters.rows_LE, self.counters.worker_rows)
         self._connect()
         self._ops = ops_for(device, dtype)  # loads the kernels too, so that no step waits for it
 
@@ -111,6 +116,10 @@ class Exchange:
         """The acknowledgement: no rows are, or will be, routed under an older epoch than this one."""
         with self._lock:
             return min((epoch for epoch, n in self._outstanding.items() if n), default=self._published.placement.epoch)
+
+    def load(self) -> Load:
+        """The rows of experts and workers. From any thread, but always the same one."""
+        return self._meter.read()
 
     def numbers(self) -> dict[str, Any]:
         """How the exchange is doing, under the names of the generation service's DescribeReply. From any thread."""
@@ -223,8 +232,10 @@ class Exchange:
         return self._pool.transport.room(self._routes.workers[worker], n_bytes)
 
     def _send(self, worker: int, rows: Rows, at: slice | Tensor, out_PD: Tensor) -> Part:
-        self.counters.sent_bytes += rows.n_bytes
-        return Part(rows, at, self._pool.send(self._routes.workers[worker], rows, out_PD))
+        name, counters = self._routes.workers[worker], self.counters
+        counters.sent_bytes += rows.n_bytes
+        counters.worker_rows[name] = counters.worker_rows.get(name, 0) + rows.n_pairs
+        return Part(rows, at, self._pool.send(name, rows, out_PD))
 
     def _receive(self, parts: Iterable[Part], rows_PD: Tensor) -> list[Part]:
         """Wait for the replies and put them in their places; returns the parts that were lost."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -20,8 +21,7 @@ class LayerExperts:
         self.hidden_size = hidden_size
         self.ffn_size = ffn_size
         self.format = weight_format
-        #: int64 [E], on the host: the rows each expert computed since its weights came.
-        self.rows_E = torch.zeros(n_experts, dtype=torch.int64)
+        self._rows_E = torch.zeros(n_experts, dtype=torch.int64)
         #: int64 [E, 2], on the host: the addresses of w13 and w2; 0: not held.
         self.address_E2 = torch.zeros(n_experts, 2, dtype=torch.int64)
         self._weights: dict[int, tuple[Matrix, Matrix]] = {}
@@ -33,6 +33,11 @@ class LayerExperts:
         return self.format.bytes(2 * f, d) + self.format.bytes(d, f)
 
     @property
+    def rows_E(self) -> Tensor:
+        """int64 [E], on the host: the rows each expert computed since its weights came."""
+        return self._rows_E
+
+    @property
     def held(self) -> frozenset[int]:
         """The experts that have weights here."""
         return frozenset(self._weights)
@@ -41,6 +46,9 @@ class LayerExperts:
     def weights(self) -> Mapping[int, tuple[Matrix, Matrix]]:
         """w13 and w2 of the experts that have weights here."""
         return self._weights
+
+    def reserve(self, n_experts: int) -> None:
+        """Take memory for so many experts, where they lie in one piece."""
 
     def put(self, expert: int, w13: Matrix, w2: Matrix) -> None:
         """Give `expert` its weights: w1 (gate) over w3 (up) [2F, D], and w2 (down) [D, F]; kept, not copied."""
@@ -53,6 +61,6 @@ class LayerExperts:
         del self._weights[expert]
         self.address_E2[expert] = 0
 
-    def missing(self, expert_ids: torch.Tensor) -> list[int]:
+    def missing(self, expert_ids: Tensor) -> list[int]:
         """The experts among `expert_ids` that have no weights here, ascending."""
         return sorted(set(expert_ids.flatten().tolist()) - self.held)

@@ -47,6 +47,26 @@ class AttentionMetadata:
     q_start: tuple[int, ...]  # on the host
 
 
+class Unsummed(NamedTuple):
+    """The rows of a layer's experts that are not added up yet: the norm that follows does it on its way.
+
+    A token's sum is that of `weights_TK * rows_PD[place_TK]`, in float32, in ascending order of place: expert order.
+    """
+
+    rows_PD: Tensor
+    place_TK: Tensor  # int32; -1: nothing
+    weights_TK: Tensor  # float32
+
+
+Delta = Tensor | Unsummed  #: What is added to the residual stream.
+
+
+def summed(delta: Delta) -> Tensor:
+    """The delta, of operations that never leave rows unsummed."""
+    assert isinstance(delta, Tensor), "rows that are not added up are for the operations that made them"
+    return delta
+
+
 class Graph(Protocol):
     """Calls that were captured."""
 
@@ -76,7 +96,7 @@ class Ops(Protocol):
     device: torch.device
     dtype: torch.dtype  # of rows, cache and norms
     stored_dtypes: frozenset[torch.dtype]  # what weights may stay, beside `dtype`
-    capture_rows: int  # steps of up to so many rows gain by being captured; 0: none does
+    capture_rows: int  # steps of up to so many rows gain by capturing each layer; 0: none does
     exact_rows: bool  # whether every sum runs in one order, whatever else is computed with it
 
     def matrix(self, weight_ND: Tensor, bias_N: Tensor | None = None) -> Matrix:
@@ -89,11 +109,24 @@ class Ops(Protocol):
         """`x / rms(x) * weight`, the mean square in float32. [T, D]."""
 
     def add_rms_norm(
-        self, residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, scale: float = 1.0
+        self, residual_TD: Tensor, delta: Delta, weight_D: Tensor, eps: float, scale: float = 1.0
     ) -> Tensor:
         """`residual += scale * delta` in place, then the norm of it. [T, D]."""
 
-    def add(self, residual_TD: Tensor, delta_TD: Tensor, scale: float = 1.0) -> None:
+    def add_norm_gate(
+        self,
+        residual_TD: Tensor,
+        delta: Delta,
+        weight_D: Tensor,
+        eps: float,
+        gate: Matrix,
+        spec: GateSpec,
+        bias_E: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`add_rms_norm`, and what `gate` makes of its product with the gate: x [T, D], ids and weights [T, K]."""
+
+    def add(self, residual_TD: Tensor, delta: Delta, scale: float = 1.0) -> None:
         """`residual += scale * delta` in place."""
 
     def rotary_write(
@@ -154,10 +187,10 @@ class Ops(Protocol):
         token_P and expert_P are int32 or int64; expert_P ascends. Raises KeyError(*experts) for those not held.
         """
 
-    def experts_combined(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def experts_combined(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Delta:
         """The weighted sum over each token's experts, all of this layer, added in expert order in float32. [T, D].
 
-        Raises KeyError as `experts` does.
+        Raises KeyError as `experts` does, where it does not only launch.
         """
 
     def dispatch_plan(

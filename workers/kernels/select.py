@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from workers.kernels.cpu.library import usable
@@ -15,4 +17,8 @@ def ops_for(device: torch.device | str, dtype: torch.dtype) -> Ops:
     device = torch.device(device)
     if device.type == "cpu" and dtype is torch.float32 and usable():
         return CpuOps()
+    if device.type == "cuda" and dtype.itemsize == 2 and find_spec("triton") is not None:
+        from workers.kernels.cuda.ops import CudaOps
+
+        return CudaOps(device, dtype)
     return TorchOps(device, dtype)

@@ -10,10 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """What the numbers of a weight matrix are stored as. `scaled`: one float32 for each output belongs to them."""
+    """What the numbers of a weight matrix are stored as.
+
+    `scaled`: one float32 for each output belongs to them. `rows`: what is multiplied with them is made of that dtype
+    too, with one float32 for each row.
+    """
 
     dtype: torch.dtype
     scaled: bool = False
+    rows: bool = False
 
     def bytes(self, n_outputs: int, n_inputs: int) -> int:
         """Bytes of a matrix of that size, without a bias."""

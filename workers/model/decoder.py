@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import DenseWeights
-from workers.kernels.ops import AttentionMetadata
+from workers.device import to_device
+from workers.kernels.ops import AttentionMetadata, Delta, Ops
 from workers.kernels.select import ops_for
 from workers.model.batch import Batch
 from workers.model.captured import CapturedStep, CapturedSteps
@@ -57,45 +58,67 @@ class Decoder:
         flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
         for layer in self._layers:
             for batch, step in flights:
-                delta_TD = None if batch.handle is None else self.experts.combine(batch.handle)
-                batch.handle = self.experts.dispatch(layer.index, *self._attend(layer, batch, step, delta_TD))
-        logits = [self._logits(batch, self.experts.combine(batch.handle)) for batch, _ in flights]
+                delta = None if batch.handle is None else self.experts.combine(batch.handle)
+                batch.handle = self.experts.dispatch(layer.index, *self._attend(layer, batch, step, delta))
+        logits = [self._logits(self._ops, batch, self.experts.combine(batch.handle)) for batch, _ in flights]
         return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
 
+    @torch.no_grad()
+    def compute(
+        self, ops: Ops, token_T: Tensor, metadata: AttentionMetadata, logit_rows_R: Tensor | None = None
+    ) -> Tensor:
+        """One micro-batch by `ops`, layer after layer: the wanted logits, float32 [R, V]. Everything is on the
+        device, so that all of it only launches where the experts do.
+
+        token_T: int64. logit_rows_R: None means all rows.
+        """
+        batch, delta = self._micro_batch(token_T, metadata, logit_rows_R), None
+        for layer in self._layers:
+            handle = self.experts.dispatch(layer.index, *layer.attend(ops, batch, delta))
+            delta = self.experts.combine(handle)
+        assert delta is not None
+        return self._logits(ops, batch, delta)
+
+    @property
+    def ops(self) -> Ops:
+        """The operations of its device."""
+        return self._ops
+
     def _attend(
-        self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep[Asked] | None, delta_TD: Tensor | None
+        self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep[Asked] | None, delta: Delta | None
     ) -> Asked:
         if step is None:
-            return layer.attend(self._ops, batch, delta_TD)
-        if delta_TD is None:
+            return layer.attend(self._ops, batch, delta)
+        if delta is None:
             return step.run(layer.index, lambda ops: layer.attend(ops, batch, None))
-        step.delta_TD.copy_(delta_TD)
+        assert isinstance(delta, Tensor)
+        step.delta_TD.copy_(delta)
         return step.run(layer.index, lambda ops: layer.attend(ops, batch, step.delta_TD))
 
     def _begin(self, batch: Batch) -> MicroBatch:
-        """Everything that is the same in all layers."""
+        """A micro-batch whose inputs are on the device."""
         device, n_rows = self.cache.device, batch.n_rows
-        positions_T = batch.positions_T.to(device)
-        cos_Tr, sin_Tr = self._rope.angles(positions_T)
         q_start = torch.tensor(batch.q_start)
         n_sequences = len(q_start) - 1
         sequence_T = torch.arange(n_sequences)
         if n_rows != n_sequences:
             sequence_T = sequence_T.repeat_interleave(q_start.diff())
-        return MicroBatch(
-            x_TD=self._embed_VD.index_select(0, batch.token_ids_T.to(device)).to(self._norm_D.dtype),
-            metadata=AttentionMetadata(
-                block_table_SB=batch.block_table_SB.to(device, torch.int32).contiguous(),
-                sequence_T=sequence_T.to(device),
-                position_T=positions_T.contiguous(),
-                slot_T=batch.slots_T.to(device).contiguous(),
-                q_start=batch.q_start,
-            ),
-            cos_Tr=cos_Tr,
-            sin_Tr=sin_Tr,
-            logit_rows_R=None if len(batch.logit_rows_R) == n_rows else batch.logit_rows_R.to(device),
+        metadata = AttentionMetadata(
+            block_table_SB=to_device(batch.block_table_SB.to(torch.int32), device).contiguous(),
+            sequence_T=to_device(sequence_T, device),
+            position_T=to_device(batch.positions_T, device).contiguous(),
+            slot_T=to_device(batch.slots_T, device).contiguous(),
+            q_start=batch.q_start,
         )
+        every = len(batch.logit_rows_R) == n_rows
+        logit_rows_R = None if every else to_device(batch.logit_rows_R, device)
+        return self._micro_batch(to_device(batch.token_ids_T, device), metadata, logit_rows_R)
 
-    def _logits(self, batch: MicroBatch, delta_RD: Tensor) -> Tensor:
-        ops = self._ops
-        return ops.linear(ops.add_rms_norm(batch.x_TD, delta_RD, self._norm_D, self.spec.norm_eps), self._head).float()
+    def _micro_batch(self, token_T: Tensor, metadata: AttentionMetadata, logit_rows_R: Tensor | None) -> MicroBatch:
+        """Everything that is the same in all layers."""
+        cos_Tr, sin_Tr = self._rope.angles(metadata.position_T)
+        x_TD = self._embed_VD.index_select(0, token_T).to(self._norm_D.dtype)
+        return MicroBatch(x_TD=x_TD, metadata=metadata, cos_Tr=cos_Tr, sin_Tr=sin_Tr, logit_rows_R=logit_rows_R)
+
+    def _logits(self, ops: Ops, batch: MicroBatch, delta: Delta) -> Tensor:
+        return ops.linear(ops.add_rms_norm(batch.x_TD, delta, self._norm_D, self.spec.norm_eps), self._head).float()

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from workers.kernels.ops import Delta
+
 
 class Experts(Protocol):
     """Computes the expert half of every MoE layer: an `ExpertShard` in one process, an `Exchange` in a cluster.
@@ -13,6 +15,8 @@ class Experts(Protocol):
     Shape legend: T token rows of one micro-batch, D hidden size, K experts per token.
     Not thread-safe: one step loop owns it. Several dispatches may be in flight, each combined once.
     """
+
+    only_launches: bool  # whether dispatch and combine only launch kernels, so that a step with them can be captured
 
     def begin_step(self, step: int) -> None:
         """The dispatches that follow belong to step `step`; those of a step that failed are not combined any more."""
@@ -25,10 +29,11 @@ class Experts(Protocol):
         T may be 0.
         """
 
-    def combine(self, handle: Any) -> Tensor:
+    def combine(self, handle: Any) -> Delta:
         """y_TD, in the dtype of x_TD: per row, the weighted sum over its experts, added in expert order in float32.
 
-        The caller owns y_TD and may write to it.
+        The caller owns y_TD and may write to it. Rows that are not added up yet (`Unsummed`) may stand for it where the
+        operations of the model's device take them.
         """
 
     def micro_batches(self, n_rows: int) -> int:

@@ -21,7 +21,7 @@ from workers.kernels.dispatch import Ints, Plan, address
 from workers.kernels.experts import LayerExperts
 from workers.kernels.message import HEADER_BYTES
 from workers.kernels.memory import use_huge_pages
-from workers.kernels.ops import Answers, AttentionMetadata, Graph, Ops, QKNorm, Result
+from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, summed
 from workers.kernels.weights import Matrix, WeightFormat
 
 
@@ -77,14 +77,28 @@ class CpuOps:
         return y_TD
 
     def add_rms_norm(
-        self, residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, scale: float = 1.0
+        self, residual_TD: Tensor, delta: Delta, weight_D: Tensor, eps: float, scale: float = 1.0
     ) -> Tensor:
         y_TD = self._empty(*residual_TD.shape)
-        self._norm(residual_TD, _with_unit_stride(delta_TD), weight_D, y_TD, eps, scale)
+        self._norm(residual_TD, _with_unit_stride(summed(delta)), weight_D, y_TD, eps, scale)
         return y_TD
 
-    def add(self, residual_TD: Tensor, delta_TD: Tensor, scale: float = 1.0) -> None:
-        self._norm(residual_TD, _with_unit_stride(delta_TD), None, None, 0.0, scale)
+    def add_norm_gate(
+        self,
+        residual_TD: Tensor,
+        delta: Delta,
+        weight_D: Tensor,
+        eps: float,
+        gate: Matrix,
+        spec: GateSpec,
+        bias_E: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x_TD = self.add_rms_norm(residual_TD, delta, weight_D, eps, scale)
+        return x_TD, *self.gate(self.linear(x_TD, gate), spec, bias_E)
+
+    def add(self, residual_TD: Tensor, delta: Delta, scale: float = 1.0) -> None:
+        self._norm(residual_TD, _with_unit_stride(summed(delta)), None, None, 0.0, scale)
 
     def _norm(
         self,

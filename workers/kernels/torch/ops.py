@@ -17,7 +17,7 @@ from workers.gate_spec import GateSpec
 from workers.kernels.dispatch import Ints, Plan
 from workers.kernels.experts import LayerExperts
 from workers.kernels.message import HEADER_BYTES
-from workers.kernels.ops import Answers, AttentionMetadata, Graph, Ops, QKNorm, Result
+from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, summed
 from workers.kernels.weights import Matrix, WeightFormat
 
 
@@ -48,13 +48,27 @@ class TorchOps:
         return weight_D * scaled.to(x_TD.dtype)
 
     def add_rms_norm(
-        self, residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, scale: float = 1.0
+        self, residual_TD: Tensor, delta: Delta, weight_D: Tensor, eps: float, scale: float = 1.0
     ) -> Tensor:
-        self.add(residual_TD, delta_TD, scale)
+        self.add(residual_TD, delta, scale)
         return self.rms_norm(residual_TD, weight_D, eps)
 
-    def add(self, residual_TD: Tensor, delta_TD: Tensor, scale: float = 1.0) -> None:
-        residual_TD.add_(delta_TD, alpha=scale)
+    def add_norm_gate(
+        self,
+        residual_TD: Tensor,
+        delta: Delta,
+        weight_D: Tensor,
+        eps: float,
+        gate: Matrix,
+        spec: GateSpec,
+        bias_E: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x_TD = self.add_rms_norm(residual_TD, delta, weight_D, eps, scale)
+        return x_TD, *self.gate(self.linear(x_TD, gate), spec, bias_E)
+
+    def add(self, residual_TD: Tensor, delta: Delta, scale: float = 1.0) -> None:
+        residual_TD.add_(summed(delta), alpha=scale)
 
     def rotary_write(
         self,
@@ -153,7 +167,7 @@ class TorchOps:
             start += count
         return y_PD
 
-    def experts_combined(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def experts_combined(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Delta:
         if len(x_TD) == 0:
             return torch.empty_like(x_TD)
         owner_E, counter_E = np.zeros((2, layer.n_experts), np.int64)

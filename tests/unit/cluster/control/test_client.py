@@ -11,7 +11,7 @@ import pytest
 from cluster.control import client as module
 from cluster.control.client import ControllerClient
 from cluster.control.view import Member, View
-from cluster.placement.placement import striped
+from cluster.placement.placement import Placement, striped
 from tests.loop import in_loop, until
 
 ROUTER = Member("router", "router-0", 10, "n", "ready", "127.0.0.1:1")
@@ -24,7 +24,7 @@ class Controller:
         self.calls = 0
         self.sync = SimpleNamespace(remote=self._sync)
 
-    async def _sync(self, member: Member, known: int) -> View:
+    async def _sync(self, member: Member, known: int, placement: Placement | None = None) -> View | None:
         self.calls += 1
         await asyncio.sleep(0.001)
         return View(known + 1, (member,), striped(1, 1, ("expert-0",)))
@@ -60,7 +60,7 @@ async def test_a_thread_of_another_kind_can_tell() -> None:
     controller = Controller()
     broken = 0
 
-    async def never(member: Member, known: int) -> View:
+    async def never(member: Member, known: int, placement: Placement | None = None) -> View:
         controller.calls = member.broken
         await asyncio.sleep(60)
         raise AssertionError
@@ -72,3 +72,19 @@ async def test_a_thread_of_another_kind_can_tell() -> None:
     await asyncio.to_thread(loop.tell)
     await until(lambda: controller.calls == 7)
     loop.close()
+
+
+@in_loop
+async def test_a_restarted_controller_is_given_the_placement_it_asks_for() -> None:
+    given: list[tuple[int, Placement | None]] = []
+    newest = striped(1, 1, ("expert-0",), epoch=4)
+
+    async def sync(member: Member, known: int, placement: Placement | None = None) -> View | None:
+        await asyncio.sleep(0.001)
+        given.append((member.told, placement))
+        return None if len(given) == 2 else View(7, (member,), newest)
+
+    loop = ControllerClient(SimpleNamespace(sync=SimpleNamespace(remote=sync)), lambda: ROUTER, lambda view: None)
+    await until(lambda: len(given) >= 4)
+    loop.close()
+    assert given[:4] == [(0, None), (4, None), (4, newest), (4, None)]

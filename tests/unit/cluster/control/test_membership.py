@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from cluster.control.membership import HUNG_AFTER_S, LOST_AFTER_S, REBUILD_S, Membership
-from cluster.control.view import Member
+from cluster.control.view import Member, Preparation
+from cluster.errors import PlacementError
+from cluster.placement.edit import replicate
 from cluster.placement.placement import striped
 
 ROUTER = Member("router", "router-0", 10, "n", "ready", "127.0.0.1:1", epoch=1)
@@ -80,30 +82,32 @@ def test_a_controller_that_stood_still_itself_ends_nobody() -> None:
     assert sweep(m, 1002, 1000 + int(HUNG_AFTER_S)) == []
 
 
-def test_an_epoch_is_acknowledged_by_all_live_routers() -> None:
+def test_a_change_that_no_worker_has_room_for_is_refused() -> None:
     m = membership()
-    m.report(ROUTER, 0.0)
-    m.report(OTHER, 0.0)
-    m.publish(striped(2, 4, ["expert-0"], epoch=2))
-    m.report(replace(ROUTER, epoch=2), 0.0)
-    assert m.acknowledged() == 1
-    m.report(replace(OTHER, epoch=2), 0.0)
-    assert m.acknowledged() == 2
+    m.report(replace(EXPERT, slots=8), 0.0)
+    with pytest.raises(PlacementError, match="there is no expert worker expert-9; there are expert-0"):
+        m.propose(replicate(m.view.placement, 0, 0, "expert-9"), "a test", 0.0, 1.0)
+    m.report(replace(EXPERT, slots=7), 0.0)
+    with pytest.raises(PlacementError, match="room for 7 experts and would hold 8"):
+        m.propose(m.view.placement.numbered(2), "a test", 0.0, 1.0)
 
 
-def test_a_lost_router_does_not_hold_an_epoch_back() -> None:
+def test_a_change_is_news_and_what_is_for_the_controller_alone_is_not() -> None:
     m = membership()
-    m.report(replace(ROUTER, epoch=2), 0.0)
-    m.report(OTHER, 0.0)
-    assert m.acknowledged() == 1
-    m.sweep(0.1, lambda member: member.id == "router-1")
-    assert m.acknowledged() == 2
+    m.report(replace(EXPERT, preparation=Preparation(9, {})), 0.0)
+    version = m.view.version
+    m.report(replace(EXPERT, preparation=Preparation(10, {})), 0.0)
+    assert m.view.version == version and m.view.members[0].preparation is None
+    m.propose(m.view.placement.numbered(2), "a test", 0.0, 1.0)
+    assert m.view.version > version and m.view.placement.epoch == 2, "nothing had to be loaded"
 
 
-def test_epochs_follow_each_other() -> None:
-    m = membership()
-    with pytest.raises(ValueError, match="epoch 3 does not follow epoch 1"):
-        m.publish(striped(2, 4, ["expert-0"], epoch=3))
+def test_a_restarted_controller_waits_for_the_placement_that_a_member_has_heard_of() -> None:
+    m = membership(("router-0",))
+    m.report(replace(ROUTER, told=5), 0.1, known_version=10**20)
+    assert not m.settled(0.2) and m.view.version >= 10**20
+    m.adopt(striped(2, 4, ["expert-0"], epoch=5))
+    assert m.settled(0.2) and m.view.placement.epoch == 5
 
 
 def test_a_restarted_controller_shows_nothing_before_it_heard_everybody() -> None:

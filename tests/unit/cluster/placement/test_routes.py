@@ -15,14 +15,22 @@ def owners(down: tuple[str, ...], *rows: int) -> list[int]:
     return Routes(REPLICATED, down).owners(0, np.array(rows)).tolist()
 
 
-def test_the_replica_with_less_to_do_takes_the_rows() -> None:
-    assert owners((), 9, 4, 4, 0) == [0, 1, 2, 2]
-    assert owners((), 0, 4, 1, 9) == [0, 0, 1, 2]
+def test_over_many_dispatches_each_replica_gets_its_share() -> None:
+    """Would catch shares that are ignored, a spare that takes rows, and one that does not when it has to."""
+    placement = Placement.of(1, ("a", "b", "c"), [[{"a": 3.0, "b": 1.0}, {"b": 1.0, "c": 0.0}]])
+    rows = np.random.default_rng(0).integers(0, 20, (4000, 2))
+    for down, expected in (((), (0.75, 0.25)), (("a",), (0.0, 1.0))):
+        routes, got = Routes(placement, down), np.zeros((2, 3))
+        for rows_E in rows:
+            np.add.at(got, ([0, 1], routes.owners(0, rows_E)), rows_E)
+        assert got[0, :2] / got[0].sum() == pytest.approx(expected, abs=0.01)
+        assert got[1, 1] == got[1].sum()
+    assert Routes(placement, ("b",)).owners(0, rows[0]).tolist() == [0, 2]
 
 
 def test_absent_workers_are_passed_over_where_there_is_a_choice() -> None:
     assert owners(("b",), 9, 4, 4, 0) == [0, 0, 2, 2]
-    assert owners(("a",), 9, 4, 4, 0) == [0, 1, 2, 2], "the only holder keeps its expert even while it is away"
+    assert owners(("a",), 9, 4, 4, 0) == [0, 1, 1, 2], "the only holder keeps its expert even while it is away"
     assert owners(("b", "c"), 1, 1, 1, 1) == [0, 0, 1, 2]
 
 

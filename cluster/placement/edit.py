@@ -1,0 +1,88 @@
+"""Single changes of a placement, and what any placement has to be. Pure; each raises PlacementError with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.errors import PlacementError
+from cluster.placement.placement import Placement
+
+
+def replicate(placement: Placement, layer: int, expert: int, worker: str) -> Placement:
+    """The next placement, with another replica of `(layer, expert)` on `worker`; all of its replicas share equally."""
+    homes = _homes(placement, layer, expert)
+    if worker in homes[layer][expert]:
+        raise PlacementError(f"{worker} has a replica of layer {layer}, expert {expert} already")
+    homes[layer][expert] = dict.fromkeys((*homes[layer][expert], worker), 1.0)
+    return Placement.of(placement.epoch + 1, _with(placement.workers, worker), homes)
+
+
+def drop(placement: Placement, layer: int, expert: int, worker: str) -> Placement:
+    """The next placement, without the replica of `(layer, expert)` on `worker`; the others take its share."""
+    homes = _homes(placement, layer, expert)
+    here = homes[layer][expert]
+    if worker not in here:
+        raise PlacementError(_absent(placement, layer, expert, worker))
+    if len(here) == 1:
+        raise PlacementError(
+            f"{worker} has the only replica of layer {layer}, expert {expert}; replicate or move it instead"
+        )
+    del here[worker]
+    return Placement.of(placement.epoch + 1, placement.workers, homes)
+
+
+def move(placement: Placement, layer: int, expert: int, source: str | None, target: str) -> Placement:
+    """The next placement, with the replica of `(layer, expert)` on `target` instead of `source`.
+
+    `source` may be None when there is one replica only.
+    """
+    homes = _homes(placement, layer, expert)
+    here = homes[layer][expert]
+    if source is None:
+        if len(here) != 1:
+            raise PlacementError(
+                f"layer {layer}, expert {expert} has replicas on {', '.join(here)}; say which of them is to move"
+            )
+        [source] = here
+    if source not in here:
+        raise PlacementError(_absent(placement, layer, expert, source))
+    if target in here:
+        raise PlacementError(f"{target} has a replica of layer {layer}, expert {expert} already")
+    here[target] = here.pop(source)
+    return Placement.of(placement.epoch + 1, _with(placement.workers, target), homes)
+
+
+def check(placement: Placement, slots: Mapping[str, int]) -> None:
+    """Raise PlacementError unless every expert has a replica, each on a worker of `slots`, and none has too many.
+
+    slots: how many replicas each worker that there is can hold; 0: not known.
+    """
+    for layer, experts in enumerate(placement.replicas):
+        for expert, holders in enumerate(experts):
+            if not holders:
+                raise PlacementError(f"layer {layer}, expert {expert} would have no replica")
+            if len(set(holders)) != len(holders):
+                raise PlacementError(f"layer {layer}, expert {expert} has two replicas on one worker")
+    for worker in placement.workers:
+        n_held = len(placement.shard(worker))
+        if n_held and worker not in slots:
+            raise PlacementError(f"there is no expert worker {worker}; there are {', '.join(sorted(slots)) or 'none'}")
+        if n_held > slots.get(worker, 0) > 0:
+            raise PlacementError(f"{worker} has room for {slots[worker]} experts and would hold {n_held}")
+
+
+def _homes(placement: Placement, layer: int, expert: int) -> list[list[dict[str, float]]]:
+    if not 0 <= layer < placement.n_layers:
+        raise PlacementError(f"there is no layer {layer}; layers are 0 to {placement.n_layers - 1}")
+    if not 0 <= expert < placement.n_experts:
+        raise PlacementError(f"there is no expert {expert}; experts are 0 to {placement.n_experts - 1}")
+    return placement.homes()
+
+
+def _with(workers: tuple[str, ...], worker: str) -> tuple[str, ...]:
+    return workers if worker in workers else (*workers, worker)
+
+
+def _absent(placement: Placement, layer: int, expert: int, worker: str) -> str:
+    there = ", ".join(placement.holders(layer, expert))
+    return f"{worker} has no replica of layer {layer}, expert {expert}; those are on {there}"

@@ -1,0 +1,113 @@
+"""Decoding steps captured whole: one CUDA graph for each size of batch, experts, head and all.
+
+Legend: T rows of a graph, one per sequence, B blocks of the longest sequence, V vocabulary, N seats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.device import to_device
+from workers.kernels.cuda.ops import CudaOps
+from workers.kernels.ops import AttentionMetadata, Graph, Ops
+from workers.model.batch import Batch
+from workers.model.decoder import Decoder
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_SPLIT = 256  # keys of a split, as the attention of a GPU counts them
+
+# The rows of a graph's inputs; LIVE: how many of its rows are real, in the first column.
+_TOKEN, _POSITION, _SLOT, _SEAT, _LIVE = range(5)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """One size: where a step's inputs go, and where its logits are."""
+
+    inputs_5T: Tensor  # int64
+    table_TB: Tensor  # int32
+    graph: Graph
+    logits_TV: Tensor
+
+
+class DecodeGraphs:
+    """The captured decoding steps of a model whose experts only launch.
+
+    A sequence has a seat, in which the token that was drawn for it last is kept on the device: a step may be launched
+    before the host knows what the one before it drew. Not thread-safe: one step loop owns it.
+    """
+
+    def __init__(self, model: Decoder, n_seats: int, max_context: int) -> None:
+        assert isinstance(model.ops, CudaOps)
+        self._model, self._ops = model, model.ops
+        device, size = model.cache.device, model.cache.block_size
+        self.last_N = torch.zeros(n_seats + 1, dtype=torch.int32, device=device)  # the last seat is nobody's
+        self._n_seats, self._n_blocks = n_seats, -(-max_context // size)
+        self._most_items = n_seats + 2 * model.cache.n_blocks * size // _SPLIT
+        self._captured: dict[int, _Captured] = {}
+
+    def capture(self, most_rows: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Capture every size up to one that holds `most_rows`, the largest first: the others take its memory."""
+        largest = next((size for size in SIZES if size >= most_rows), SIZES[-1])
+        sizes = [size for size in reversed(SIZES) if size <= largest]
+        for done, size in enumerate(sizes):
+            progress(done, len(sizes))
+            self._captured[size] = self._capture(size)
+        progress(len(sizes), len(sizes))
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether there is a graph for the batch: all rows decode and give logits, and not too many keys are seen."""
+        n = batch.n_rows
+        if n != len(batch.context_S) or n != len(batch.logit_rows_R) or n > max(self._captured, default=0):
+            return False
+        n_splits = int(batch.context_S.sum()) // _SPLIT + n
+        return n_splits <= self._most_items and batch.block_table_SB.shape[1] <= self._n_blocks
+
+    def run(self, batch: Batch, seats: Sequence[int]) -> Tensor:
+        """Launch a step that `takes` allows: its logits, float32 [rows, V], which the next `run` overwrites.
+
+        A token id of -1 is the one in the seat.
+        """
+        n = batch.n_rows
+        captured = self._captured[min(size for size in self._captured if size >= n)]
+        host_5T = torch.zeros(captured.inputs_5T.shape, dtype=torch.int64, pin_memory=True)
+        host_5T[_POSITION : _SLOT + 1] = -1
+        host_5T[_SEAT] = self._n_seats
+        host_5T[_TOKEN, :n], host_5T[_POSITION, :n], host_5T[_SLOT, :n] = (
+            batch.token_ids_T, batch.positions_T, batch.slots_T
+        )  # fmt: skip
+        host_5T[_SEAT, :n] = torch.tensor(seats)
+        host_5T[_LIVE, 0] = n
+        captured.inputs_5T.copy_(host_5T, non_blocking=True)
+        table_SB = batch.block_table_SB
+        captured.table_TB[:n, : table_SB.shape[1]] = to_device(table_SB, captured.table_TB.device)
+        captured.graph.replay()
+        return captured.logits_TV[:n]
+
+    def known(self, token_T: Tensor, seat_T: Tensor) -> Tensor:
+        """The token ids, with those of -1 taken from their seats; all on the device."""
+        return torch.where(token_T < 0, self.last_N[seat_T].to(torch.int64), token_T)
+
+    def _capture(self, n_rows: int) -> _Captured:
+        device = self._model.cache.device
+        inputs_5T = torch.zeros(5, n_rows, dtype=torch.int64, device=device)
+        inputs_5T[_POSITION : _SLOT + 1] = -1
+        inputs_5T[_SEAT] = self._n_seats
+        table_TB = torch.zeros(n_rows, self._n_blocks, dtype=torch.int32, device=device)
+        metadata = AttentionMetadata(
+            table_TB, torch.arange(n_rows, device=device), inputs_5T[_POSITION], inputs_5T[_SLOT],
+            tuple(range(n_rows + 1)),
+        )  # fmt: skip
+
+        def compute(ops: Ops) -> Tensor:
+            return self._model.compute(ops, self.known(inputs_5T[_TOKEN], inputs_5T[_SEAT]), metadata)
+
+        ops = self._ops.padded(inputs_5T[_LIVE], self._most_items)
+        compute(ops)  # compiles what is not compiled yet
+        torch.cuda.synchronize(device)
+        graph, logits_TV = ops.capture(compute)
+        return _Captured(inputs_5T, table_TB, graph, logits_TV)
