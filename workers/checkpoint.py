@@ -6,6 +6,7 @@ Shape legend: V vocabulary, D hidden size, E experts, F expert FFN size; project
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
@@ -75,6 +76,16 @@ class Checkpoint:
     def bytes_read(self) -> int:
         """Bytes of tensor data read so far; headers and JSON files are not counted."""
         return self._store.bytes_read
+
+    def fingerprint(self, dtype: torch.dtype) -> str:
+        """What processes that compute one model in `dtype` agree on, and those of another model do not.
+
+        The sizes, the names of the tensors, and the values of the last norm, which two trainings do not share.
+        """
+        norm_D = self._store.read(*self.spec.tensor_names.norm(), torch.float32).cpu()
+        said = repr((self.spec, dtype, self._store.names, norm_D.tolist()))
+        sizes = f"{self.spec.n_layers}x{self.spec.n_experts}x{self.spec.hidden_size}"
+        return f"{sizes}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
     def verify(self) -> None:
         """Check by the headers alone that every tensor of the model is there, whole and of the right shape.

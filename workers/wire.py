@@ -41,6 +41,8 @@ MAGIC = b"XMSH"
 VERSION = 1
 
 _HEADER = struct.Struct("<4sBBBx QQQIII III Q Q")
+
+
 def place(field: str) -> int:
     """Byte of the header that `field` begins at."""
     assert HEADER.fields is not None
@@ -156,6 +158,11 @@ def error_message(tag: Tag, text: str, limit: int) -> bytes:
     return _HEADER.pack(MAGIC, VERSION, ERROR, 0, *tag, 0, 0, 0, len(payload), 0) + payload
 
 
+def most_tokens(width: int, top_k: int, dtype: torch.dtype) -> int:
+    """Token rows [., width] with `top_k` experts each that always fit into a request, and their replies into one."""
+    return MAX_PAYLOAD_BYTES // max(top_k * width * dtype.itemsize, width * dtype.itemsize + top_k * _PAIR_BYTES)
+
+
 def parse_head(first: Buffer) -> Header:
     """The header at the beginning of `first`. Raises WireError unless all its sizes fit together."""
     if len(first) < HEADER_BYTES:
@@ -170,7 +177,7 @@ def parse_head(first: Buffer) -> Header:
     # The reply to a request is bounded before anything is computed for it.
     most = max(payload_bytes, n_pairs * width * _ITEM_BYTES[code])
     if most > MAX_PAYLOAD_BYTES:
-        raise WireError(f"a message of {most} bytes, or a reply of so many, is asked for; the limit is {MAX_PAYLOAD_BYTES}")
+        raise WireError(f"{most} bytes announced, or asked for as a reply; the limit is {MAX_PAYLOAD_BYTES}")
     _check_sizes(kind, n_tokens, n_pairs, width, payload_bytes, _ITEM_BYTES[code])
     return Header(kind, _DTYPES[code], tag, n_tokens, n_pairs, width, payload_bytes, compute_ns)
 

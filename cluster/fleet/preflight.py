@@ -19,6 +19,7 @@ from cluster.gateway.vocabulary import check_rows
 from cluster.router import memory
 from cluster.router.build import dense_bytes, expert_bytes
 from cluster.router.sizing import cluster_dtype, context_limit, pool_blocks, step_bytes
+from workers import wire
 from workers.checkpoint import Checkpoint
 from workers.device import Gpu, gpus
 from workers.kernels.cores import available_cores
@@ -60,6 +61,8 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     spec = opened.spec
     config = kinds(config, found := gpus())
     dtype = cluster_dtype(config, spec)
+    if spec.n_experts and config.max_batch_tokens > (most := wire.most_tokens(spec.hidden_size, spec.top_k, dtype)):
+        raise StartError(f"--max-batch-tokens {config.max_batch_tokens}: rows of this model travel {most} at most")
     experts = expert_bytes(opened, dtype, config.expert_device) * spec.n_layers * spec.n_experts
     dense = dense_bytes(opened, dtype, config.router_device)
     block = bytes_per_block(spec, config.block_size, dtype)

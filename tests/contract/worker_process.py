@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 
+from tests.contract.harness import MODEL_NAME
 from tests.contract.model import Model
+from tests.credentials import CREDENTIALS
 from workers.transport.grpc.server import ExpertServer
 
 model = Model()
 shard = model.shard((layer, expert) for layer in range(model.n_layers) for expert in range(model.n_experts))
-server = ExpertServer(shard, sys.argv[1], "127.0.0.1")
+server = ExpertServer(shard, sys.argv[1], "127.0.0.1", model=MODEL_NAME, credentials=CREDENTIALS)
 server.start()
 print(server.address, flush=True)
 sys.stdin.read()

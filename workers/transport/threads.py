@@ -1,4 +1,4 @@
-"""Threads that serve: one that ends before it was told to takes its process with it, so that nothing half alive stays."""
+"""Threads that serve: one that ends before it was told to takes its process with it."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ class GrpcTransport:
     """A `Transport` over the Exchange stream of every worker. Addresses are `host:port`.
 
     Where both ends of a stream can do so, rows take a faster way, and the stream says when the other end is gone.
-    Nobody but the step loop waits for bytes; a watchdog cancels the stream whose reply is overdue. So lateness costs the
-    stream, and `connect` opens the next one.
+    Nobody but the step loop waits for bytes; a watchdog cancels the stream whose reply is overdue. So lateness costs
+    the stream, and `connect` opens the next one.
     """
 
     def __init__(

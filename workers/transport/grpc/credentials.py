@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
+import json
 import logging
+import os
 import secrets
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import grpc
+from typing import TYPE_CHECKING, Any
 
 from workers.errors import ExpertMeshError
 
+if TYPE_CHECKING:  # an actor has these before it has imported anything large
+    import grpc
+
 #: What the certificates of a cluster are issued for (subjectAltName, DNS): its processes come and go by address.
 TLS_NAME = "expertmesh"
+UNPROTECTED = (
+    "beyond loopback, rows, prompts and the cluster's token would travel in the clear: give --tls-cert, --tls-key and "
+    "--tls-ca, or --trusted-network"
+)
 _TOKEN = "expertmesh-token"
 
 _log = logging.getLogger(__name__)
@@ -56,11 +66,34 @@ class Credentials:
 
     token: str = field(repr=False)
     tls: Tls | None = None
+    trusted_network: bool = False  # to be reached without TLS by other machines
 
     @classmethod
-    def generate(cls, tls: Tls | None = None) -> Credentials:
+    def generate(cls, tls: Tls | None = None, trusted_network: bool = False) -> Credentials:
         """The credentials of a new cluster."""
-        return cls(secrets.token_hex(32), tls)
+        return cls(secrets.token_hex(32), tls, trusted_network)
+
+    def check_exposure(self, host: str) -> None:
+        """Raises ExpertMeshError where a server on `host` could be overheard."""
+        if self.tls is None and not self.trusted_network and not _is_loopback(host):
+            raise ExpertMeshError(f"{host}: {UNPROTECTED}")
+
+    @classmethod
+    def read(cls, path: Path) -> Credentials:
+        """What `write` wrote. Raises ExpertMeshError."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            tls = None if values["tls"] is None else Tls(*map(Path, values["tls"]))
+            return cls(str(values["token"]), tls, bool(values["trusted_network"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ExpertMeshError(f"{path}: not the credentials of a cluster: {error}") from None
+
+    def write(self, path: Path) -> None:
+        """For processes of the same user, which is all who can read the new file. Raises OSError."""
+        tls = None if self.tls is None else [str(each) for each in (self.tls.cert, self.tls.key, self.tls.ca)]
+        content = {"token": self.token, "tls": tls, "trusted_network": self.trusted_network}
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            json.dump(content, file)
 
     @property
     def metadata(self) -> Metadata:
@@ -77,6 +110,8 @@ class Credentials:
         """For a new connection; None: without TLS. Raises ExpertMeshError when a file cannot be read."""
         if self.tls is None:
             return None
+        import grpc
+
         key, cert, ca = self.tls.read()
         return grpc.ssl_channel_credentials(ca, key, cert)
 
@@ -84,9 +119,11 @@ class Credentials:
         """For a port; None: without TLS. Raises ExpertMeshError when a file cannot be read."""
         if self.tls is None:
             return None
+        import grpc
+
         tls, current = self.tls, self.tls.read()
 
-        def replaced() -> grpc.ServerCertificateConfiguration | None:
+        def replaced() -> Any:
             nonlocal current
             try:
                 found = tls.read()
@@ -98,9 +135,17 @@ class Credentials:
             current = found
             return _configuration(found)
 
-        return grpc.dynamic_ssl_server_credentials(_configuration(current), replaced, require_client_authentication=True)
+        first = _configuration(current)
+        return grpc.dynamic_ssl_server_credentials(first, replaced, require_client_authentication=True)
+
+
+def _is_loopback(host: str) -> bool:
+    places = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return all(ipaddress.ip_address(str(place[0]).split("%", 1)[0]).is_loopback for *_, place in places)
 
 
 def _configuration(files: tuple[bytes, bytes, bytes]) -> grpc.ServerCertificateConfiguration:
+    import grpc
+
     key, cert, ca = files
     return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca)

@@ -6,7 +6,7 @@ both names. Where both are on one host the router offers faster ways for the pai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workers.transport.grpc.credentials import Metadata
@@ -49,11 +49,6 @@ class Hello:
         if other.model != self.model:
             return f"worker {self.worker!r} serves model {self.model!r} (epoch {self.epoch}), not {other.model!r}"
         return None
-
-
-def text_values(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
-    """Metadata by name, without what is binary."""
-    return {name: value for name, value in metadata or () if isinstance(value, str)}
 
 
 def key(way: str, word: str) -> str:

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -21,14 +21,13 @@ from workers.shard import ExpertShard
 from workers.transport.base import Accepted, Acceptor, Declined
 from workers.transport.batcher import Batcher, Job
 from workers.transport.grpc.credentials import Credentials
-from workers.transport.grpc.handshake import EXPERTS_SERVICE, Hello, key, text_values
-from workers.transport.grpc.serving import Context, Server
+from workers.transport.grpc.handshake import EXPERTS_SERVICE, Hello, key
+from workers.transport.grpc.serving import Context, Server, text_values
 from workers.transport.threads import LoopThread
 from workers.wire import FRAME_BYTES, HEADER_BYTES, Frame
 
 _log = logging.getLogger(__name__)
 _MOST_STREAMS = 256
-_FLUSH_S = 0.01
 
 
 class ExpertServer:
@@ -82,7 +81,9 @@ class ExpertServer:
         self._loop.run(self._server.set_serving(False))
 
     def stop(self, grace_s: float) -> None:
-        """Drain, answer what has arrived (at most `grace_s` seconds), then close every stream."""
+        """Drain, answer what has arrived (at most `grace_s` seconds), then close every stream. May be repeated."""
+        if not self._loop.is_alive:
+            return
         self._loop.run(self._stop(grace_s))
         self._loop.close()
 
@@ -97,6 +98,8 @@ class ExpertServer:
         }
 
     async def _listen(self, host: str, port: int) -> str:
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._server = Server(self._credentials, FRAME_BYTES)
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             # No serialisers: frames are the bytes on the wire.
@@ -115,9 +118,8 @@ class ExpertServer:
 
     async def _stop(self, grace_s: float) -> None:
         await self._server.set_serving(False)
-        deadline = time.monotonic() + grace_s
-        while self._in_hand and time.monotonic() < deadline:
-            await asyncio.sleep(_FLUSH_S)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), grace_s)
         await self._server.stop()
 
     async def _exchange(self, _frames: object, context: Context) -> None:
@@ -129,11 +131,11 @@ class ExpertServer:
             if accepted is not None:
                 accepted.start()
             while (first := await context.read()) is not grpc.aio.EOF:
-                self._in_hand += 1
+                self._take_in_hand(1)
                 try:
                     await self._answer(first, context, lambda: not ended.is_set())
                 finally:
-                    self._in_hand -= 1
+                    self._take_in_hand(-1)
         except WireError as error:
             await self._abort(context, str(error))
         finally:
@@ -168,6 +170,13 @@ class ExpertServer:
                 words.append((key(way.name, "declined"), str(declined)))
         await context.send_initial_metadata(tuple(words))
         return accepted
+
+    def _take_in_hand(self, messages: int) -> None:
+        self._in_hand += messages
+        if self._in_hand:
+            self._idle.clear()
+        else:
+            self._idle.set()
 
     async def _abort(self, context: Context, reason: str) -> None:
         """End a stream of which nothing can be understood any more."""
@@ -210,7 +219,7 @@ class ExpertServer:
 
 
 async def _whole(first: bytes, context: Context) -> memoryview:
-    """A message, header and all, of which `first` is the first frame. Raises WireError when the rest does not follow."""
+    """A message, header and all, that begins with `first`. Raises WireError when the rest does not follow."""
     header = wire.parse_head(first)
     wire.check_request(header)
     left = HEADER_BYTES + header.payload_bytes

@@ -7,7 +7,7 @@ come too often, connections without a call and handshakes that do not end are cl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 import grpc
@@ -48,15 +48,18 @@ def channel_options(message_bytes: int) -> list[Option]:
     """For a client whose messages have at most `message_bytes`."""
     return [
         *_options(message_bytes),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 1000),
-        ("grpc.max_reconnect_backoff_ms", 1000),
-        # A peer that comes back is not kept waiting by the back-off of an older channel.
+        ("grpc.min_reconnect_backoff_ms", 5000),  # which is also the time that connecting may take
+        # Every stream has a channel and a connection of its own: none waits for the back-off of an older one.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_retries", 0),
         ("grpc.enable_http_proxy", 0),
         ("grpc.ssl_target_name_override", TLS_NAME),
     ]
+
+
+def text_values(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    """Metadata by name, without what is binary."""
+    return {name: value for name, value in metadata or () if isinstance(value, str)}
 
 
 class Server:
@@ -84,7 +87,11 @@ class Server:
         self.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
 
     def bind(self, host: str, port: int) -> str:
-        """Listen on `host`:`port` alone (0: any free port); the address. Raises OSError when that cannot be had."""
+        """Listen on `host`:`port` alone (0: any free port); the address.
+
+        Raises OSError when that cannot be had, ExpertMeshError when it would be open to other machines without TLS.
+        """
+        self._credentials.check_exposure(host)
         bracketed = f"[{host}]" if ":" in host else host
         address, credentials = f"{bracketed}:{port}", self._credentials.for_server()
         try:
@@ -148,12 +155,13 @@ class _TokenCheck(grpc.aio.ServerInterceptor):
         self._credentials = credentials
 
     async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
-    ) -> Handler:
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
         handler = await continuation(details)
-        if handler is None or details.method.startswith(_HEALTH) or self._credentials.admits(details.invocation_metadata):
-            return handler
-        return _refusing(handler)
+        is_open = handler is None or details.method.startswith(_HEALTH)
+        return handler if is_open or self._credentials.admits(details.invocation_metadata) else _refusing(handler)
 
 
 def _refusing(handler: Handler) -> Handler:
@@ -163,5 +171,3 @@ def _refusing(handler: Handler) -> Handler:
     if handler.request_streaming or handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(refuse)
     return grpc.unary_unary_rpc_method_handler(refuse)
-
-

@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 
 from workers.transport.grpc.credentials import Credentials, Metadata
-from workers.transport.grpc.handshake import EXCHANGE_METHOD, Hello, text_values
-from workers.transport.grpc.serving import channel_options
+from workers.transport.grpc.handshake import EXCHANGE_METHOD, Hello
+from workers.transport.grpc.serving import channel_options, text_values
 from workers.wire import FRAME_BYTES, Frame
 
 

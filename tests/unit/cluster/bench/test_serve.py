@@ -21,6 +21,7 @@ from cluster.bench.serve import serve, summary
 from cluster.bench.sse_client import HTTPError, post_events
 from cluster.gateway.session import Session
 from cluster.router.service import GenerationService
+from tests.credentials import CREDENTIALS
 from tests.fake_engine import FakeEngine
 from tests.loop import in_loop
 
@@ -111,10 +112,10 @@ async def test_a_gateway_is_asked_for_an_exact_number_of_tokens_and_its_usage_is
 @in_loop
 async def test_both_loops_run_every_request_over_the_routers() -> None:
     engine = FakeEngine()
-    service = GenerationService(engine, "127.0.0.1")
+    service = GenerationService(engine, "127.0.0.1", credentials=CREDENTIALS)
     await service.start()
     prompts = make_prompts(20, 5, seed=0)
-    async with Session({"router": service.address}) as session:
+    async with Session(CREDENTIALS, {"router": service.address}) as session:
         target = Routers(session)
         runs: list[Callable[[], Any]] = [
             lambda: closed_loop(target, prompts, 10, 4, ignore),
