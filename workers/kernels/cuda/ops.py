@@ -121,12 +121,15 @@ class CudaOps(TorchOps):
     ) -> LayerExperts:
         return CudaLayerExperts(n_experts, hidden_size, ffn_size, weight_format, self.device)
 
-    def experts(self, layer: LayerExperts, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+    def experts(
+        self, layer: LayerExperts, x_TD: Tensor, token_P: Tensor, expert_P: Tensor, out_PD: Tensor | None = None
+    ) -> Tensor:
         assert isinstance(layer, CudaLayerExperts)
         if missing := layer.missing(expert_P):
             raise KeyError(*missing)
         x_PD = x_TD.index_select(0, token_P.to(x_TD.device, torch.int64, non_blocking=True))
-        return self.experts_fixed(layer, x_PD, expert_P.to(x_TD.device, non_blocking=True)[:, None])[0]
+        y_PD = self.experts_fixed(layer, x_PD, expert_P.to(x_TD.device, non_blocking=True)[:, None])[0]
+        return y_PD if out_PD is None else out_PD.copy_(y_PD)
 
     def experts_fixed(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         """The unweighted rows of the pairs whose experts are held, [P, D], and where each pair's row is, int32 [P]; -1:

@@ -85,9 +85,9 @@ class Pair:
         """Hand over `rows`; false: there is no room for them. Raises WorkerLost."""
         if self._lost is not None:
             raise self._lost
-        if rows.message is None or self._room is None or rows.message is not self._room[0]:
-            if not self._lay_out(rows):
-                return False
+        is_there = self._room is not None and rows.message is self._room[0]
+        if not is_there and not self._lay_out(rows):
+            return False
         assert self._room is not None
         view, begin = self._room
         self._requests.publish(begin, len(view), rows.asked)

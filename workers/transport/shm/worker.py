@@ -97,21 +97,22 @@ class Lane:
         self._answer_parsed(*_parse(content))
 
     def _answer_parsed(self, header: Header, request: Request) -> None:
-        result = self._batcher.respond(header, request, lambda: not self._is_closed)
+        reply, _ = self._room(HEADER_BYTES + header.n_pairs * header.width * header.dtype.itemsize)
+        out_PD = torch.frombuffer(reply, dtype=header.dtype, offset=HEADER_BYTES).view(-1, header.width)
+        result = self._batcher.respond(header, request, lambda: not self._is_closed, out_PD)
         if isinstance(result, tuple):
             y_PD, compute_ns = result
-            reply, _ = self._room(HEADER_BYTES + y_PD.nbytes)
+            if y_PD is not out_PD:
+                out_PD.copy_(y_PD)
             reply[:HEADER_BYTES] = wire.reply_head(header.tag, header.n_tokens, y_PD, compute_ns)
-            reply[HEADER_BYTES:] = wire.raw(y_PD)
             self._publish(len(reply))
         elif result is not None:
             error = wire.error_message(header.tag, result, _ERROR_BYTES)
-            reply, _ = self._room(len(error))
-            reply[:] = error
+            self._room(len(error))[0][:] = error
             self._publish(len(error))
 
     def _room(self, n_bytes: int) -> tuple[memoryview, int]:
-        """Where the next reply is to be written, and its address. Raises WireError: the router does not take replies."""
+        """Where the next reply is to be written, and its address. Raises WireError: the router takes no replies."""
         self._begin = begin = self._replies.room(n_bytes)
         if begin is None:
             raise WireError("more is asked for, but replies are not taken in")
