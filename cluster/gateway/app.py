@@ -8,13 +8,15 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
 from cluster.config import Config
-from cluster.gateway import http_errors, responses
+from cluster.gateway import http_errors, response_bodies
 from cluster.gateway.context import Gateway, ModelCard, Session
 from cluster.gateway.front import Front
 from cluster.gateway.keys import ApiKeys, check_exposure
 from cluster.gateway.logprobs import TokenNames
+from cluster.gateway.messages.routes import message_routes
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.openai_routes import openai_routes
+from cluster.gateway.responses.routes import response_routes
 from cluster.gateway.service_routes import service_routes
 from cluster.gateway.token_routes import token_routes
 from cluster.gateway.tokenizer import Tokenizer
@@ -36,13 +38,15 @@ def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: 
         description="A mixture-of-experts model behind OpenAI's API",
         version=_version(),
         redoc_url=None,
-        responses=responses.ERRORS,
+        responses=response_bodies.ERRORS,
     )
     http_errors.install(app)
     app.add_middleware(Front, keys=keys, max_body_bytes=config.max_body_bytes, metrics=gateway.metrics)
     # `Front` checks the key; here it is only described.
     secured = [Depends(HTTPBearer(auto_error=False))] if keys is not None else []
     app.include_router(openai_routes(gateway), dependencies=secured)
+    app.include_router(message_routes(gateway), dependencies=secured)
+    app.include_router(response_routes(gateway), dependencies=secured)
     app.include_router(token_routes(gateway), dependencies=secured)
     app.include_router(service_routes(gateway, app.version))
     return app

@@ -18,7 +18,7 @@ from cluster.gateway.parsers.parts import CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import Written, call_id
 from cluster.gateway.schemas import ChatRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken
-from cluster.gateway.sse import TextEvents, event
+from cluster.gateway.sse import DONE, TextEvents, error_event, event
 
 _HOLE = "\0"
 
@@ -42,6 +42,8 @@ def _top_logprobs(request: ChatRequest) -> int | None:
 class ChatForm:
     """Chat completions and their chunks, as OpenAI writes them."""
 
+    done = DONE
+
     def __init__(
         self,
         gateway: Gateway,
@@ -61,6 +63,9 @@ class ChatForm:
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": gateway.model.id}
         self._tail = {"usage": None} if usage_in_chunks else {}
         self._fast: dict[int, TextEvents] = {}
+
+    def error(self, error: RequestError) -> bytes:
+        return error_event(error)
 
     def opening(self, choice: Choice, first: Delta) -> bytes:
         return event(self._chunk(choice.index, {"role": "assistant", "content": ""}))

@@ -18,7 +18,7 @@ from cluster.gateway.logprobs import finite
 from cluster.gateway.prompts import echo_of, prompts
 from cluster.gateway.schemas import CompletionRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken, SequenceText
-from cluster.gateway.sse import TextEvents, event
+from cluster.gateway.sse import DONE, TextEvents, error_event, event
 from cluster.gateway.structured import grammar_of
 from cluster.router import limits
 from cluster.router.params import TokenLogprobs
@@ -90,6 +90,8 @@ def _choices(
 class CompletionForm:
     """Text completions and their chunks, as OpenAI writes them."""
 
+    done = DONE
+
     def __init__(self, gateway: Gateway, *, logprobs: int | None, usage_in_chunks: bool):
         self._names = gateway.names
         self._logprobs = logprobs
@@ -101,6 +103,9 @@ class CompletionForm:
         }
         self._tail = {"usage": None} if usage_in_chunks else {}
         self._fast: dict[int, TextEvents] = {}
+
+    def error(self, error: RequestError) -> bytes:
+        return error_event(error)
 
     def opening(self, choice: Choice, first: Delta) -> bytes:
         if choice.echo is None:

@@ -61,7 +61,7 @@ class Front:
         except RequestError as error:
             # The rest of the body stays unread, so the connection is of no more use.
             more = {"Connection": "close"} if error.status == 413 else {"WWW-Authenticate": "Bearer"}
-            await error_response(error, more)(scope, receive, send)
+            await error_response(error, scope["path"], more)(scope, receive, send)
             return
         if body is None:
             return
@@ -80,6 +80,8 @@ class Front:
         if self._keys is None:
             return
         authorization = headers.get(b"authorization", b"").decode("latin-1")
+        if not authorization and (key := headers.get(b"x-api-key")):  # Anthropic's clients send it so
+            authorization = f"Bearer {key.decode('latin-1')}"
         if not self._keys.accepts(authorization):
             message = "Incorrect API key" if authorization else "No API key: send `Authorization: Bearer KEY`"
             raise RequestError(message, code="invalid_api_key", status=401)

@@ -55,6 +55,12 @@ class Answer:
 class Form(Protocol):
     """How an endpoint writes answers."""
 
+    done: bytes  # what ends every stream that did not break off
+
+    def error(self, error: RequestError) -> bytes:
+        """The event with which a stream breaks off."""
+        ...
+
     def opening(self, choice: Choice, first: Delta) -> bytes:
         """The event that begins a choice, with what `first` says of its prompt; may be empty."""
         ...
@@ -75,7 +81,7 @@ class Form(Protocol):
 def respond(gateway: Gateway, choices: list[Choice], n: int, form: Form, *, stream: bool, usage: bool) -> Response:
     """The response to a request for `choices`, `n` for each prompt; `usage`: a stream ends with a chunk of it."""
     if stream:
-        return EventStream(_events(gateway, choices, n, form, usage))
+        return EventStream(_events(gateway, choices, n, form, usage), done=form.done, error=form.error)
     return JsonAnswer(_whole(gateway, choices, n, form))
 
 

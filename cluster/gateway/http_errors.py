@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.errors import RequestError
+from cluster.gateway.messages import errors as messages
 from cluster.gateway.schemas import NEUTRAL
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,11 @@ def envelope(error: RequestError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
-def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
+def error_response(error: RequestError, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to a request of `path`, in the envelope that its clients know."""
     more = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
     # ASCII only: what a client sent may hold half a surrogate pair, which UTF-8 has no bytes for.
-    body = json.dumps(envelope(error))
+    body = json.dumps(messages.envelope(error) if path.startswith(messages.PATH) else envelope(error))
     return Response(body, error.status, {**(headers or {}), **more}, media_type="application/json")
 
 
@@ -46,22 +48,23 @@ def internal_error() -> RequestError:
 def install(app: FastAPI) -> None:
     """Answer every exception of `app` with an envelope."""
 
-    async def refused(_request: Request, error: Exception) -> Response:
+    async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
-        return error_response(error)
+        return error_response(error, request.url.path)
 
-    async def invalid(_request: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(explain(error.errors(), error.body))
+        return error_response(explain(error.errors(), error.body), request.url.path)
 
-    async def http(_request: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
-        return error_response(RequestError(error.detail, code=code, status=error.status_code), error.headers)
+        refusal = RequestError(error.detail, code=code, status=error.status_code)
+        return error_response(refusal, request.url.path, error.headers)
 
     async def unforeseen(request: Request, _error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path)
-        return error_response(internal_error())
+        return error_response(internal_error(), request.url.path)
 
     app.add_exception_handler(RequestError, refused)
     app.add_exception_handler(RequestValidationError, invalid)

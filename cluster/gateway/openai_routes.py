@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from cluster.gateway import responses
+from cluster.gateway import response_bodies
 from cluster.gateway.chat import chat
 from cluster.gateway.completions import complete
 from cluster.gateway.context import Gateway
@@ -14,7 +14,7 @@ from cluster.gateway.schemas import ChatRequest, CompletionRequest
 
 def openai_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
-    card = responses.ModelObject(
+    card = response_bodies.ModelObject(
         id=gateway.model.id,
         object="model",
         created=gateway.model.created,
@@ -22,23 +22,23 @@ def openai_routes(gateway: Gateway) -> APIRouter:
         max_model_len=gateway.model.max_context,
     )
 
-    @router.post("/chat/completions", response_model=responses.ChatCompletion, responses=responses.STREAM)
+    @router.post("/chat/completions", response_model=response_bodies.ChatCompletion, responses=response_bodies.STREAM)
     async def chat_completions(request: ChatRequest) -> Response:
         """Answer a conversation."""
         return await chat(gateway, request)
 
-    @router.post("/completions", response_model=responses.Completion, responses=responses.STREAM)
+    @router.post("/completions", response_model=response_bodies.Completion, responses=response_bodies.STREAM)
     async def completions(request: CompletionRequest) -> Response:
         """Go on with a text."""
         return await complete(gateway, request)
 
     @router.get("/models")
-    async def models() -> responses.ModelList:
+    async def models() -> response_bodies.ModelList:
         """The models served here: one."""
-        return responses.ModelList(object="list", data=[card])
+        return response_bodies.ModelList(object="list", data=[card])
 
     @router.get("/models/{model:path}")
-    async def model_card(model: str) -> responses.ModelObject:
+    async def model_card(model: str) -> response_bodies.ModelObject:
         """One model."""
         gateway.check_model(model)
         return card

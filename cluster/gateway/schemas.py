@@ -27,7 +27,7 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _at_most(n: int, what: str) -> Callable[[Any], Any]:
+def at_most(n: int, what: str) -> Callable[[Any], Any]:
     """Look at the length of a list or an object before anything in it."""
 
     def check(value: Any) -> Any:
@@ -61,7 +61,7 @@ Bias = Annotated[float, Field(ge=-limits.MAX_BIAS, le=limits.MAX_BIAS)]
 Biases = Annotated[
     dict[BiasKey, Bias],
     Field(max_length=limits.MAX_BIAS_ENTRIES, json_schema_extra={"additionalProperties": False}),
-    BeforeValidator(_at_most(limits.MAX_BIAS_ENTRIES, "entries")),
+    BeforeValidator(at_most(limits.MAX_BIAS_ENTRIES, "entries")),
 ]
 Penalty = Annotated[float, Field(ge=-limits.MAX_PENALTY, le=limits.MAX_PENALTY)]
 NTop = Annotated[Integer, Field(ge=0, le=limits.MAX_LOGPROBS)]
@@ -138,7 +138,7 @@ class SamplingFields(Body):
     include_stop_str_in_output: bool | None = None
     user: str | None = None
     metadata: Annotated[
-        Annotated[dict[str, str], BeforeValidator(_at_most(64, "entries"))] | None,
+        Annotated[dict[str, str], BeforeValidator(at_most(64, "entries"))] | None,
         Field(description="Accepted and not used, as `user` is"),
     ] = None
 
@@ -179,7 +179,7 @@ class Message(Body):
 
 
 Messages = Annotated[
-    list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(_at_most(MAX_MESSAGES, "messages"))
+    list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(at_most(MAX_MESSAGES, "messages"))
 ]
 
 

@@ -54,6 +54,11 @@ class SequenceText:
         self._scored: list[ScoredToken] = []  # tokens whose text is still held back
         self.n_tokens = 0
 
+    @property
+    def stop(self) -> str:
+        """The stop string that ended the text; "" while none did."""
+        return "" if self._finder is None else self._finder.matched
+
     def feed(self, output: StepOutput) -> Delta:
         """The text that `output` lets through. After a delta with `finish`, feed no more."""
         ids = output.token_ids[:-1] if output.finish == "stop" else output.token_ids

@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from cluster.errors import RequestError
-from cluster.gateway import responses
+from cluster.gateway import response_bodies
 from cluster.gateway.context import Gateway
 
 _TEXT = {"schema": {"type": "string"}}
@@ -17,21 +17,21 @@ def service_routes(gateway: Gateway, version: str) -> APIRouter:
     router = APIRouter(tags=["service"])
 
     @router.get("/health")
-    async def health() -> responses.Status:
+    async def health() -> response_bodies.Status:
         """200 while the process lives."""
-        return responses.Status(status="alive")
+        return response_bodies.Status(status="alive")
 
     @router.get("/ready")
-    async def ready() -> responses.Status:
+    async def ready() -> response_bodies.Status:
         """200 while a router is ready: its model loaded, its workers connected. One that leaves later is waited for."""
         if not gateway.session.ready():
             raise RequestError("No router is ready", code="not_ready", status=503, retry_after_s=1)
-        return responses.Status(status="ready")
+        return response_bodies.Status(status="ready")
 
     @router.get("/version")
-    async def show_version() -> responses.Version:
+    async def show_version() -> response_bodies.Version:
         """The version of this server."""
-        return responses.Version(version=version)
+        return response_bodies.Version(version=version)
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}})
     async def metrics() -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from json.encoder import encode_basestring_ascii
 from typing import Any
@@ -28,6 +28,11 @@ def dump(value: Any) -> str:
 
 def event(value: Any) -> bytes:
     return f"data: {dump(value)}\n\n".encode("ascii")
+
+
+def error_event(error: RequestError) -> bytes:
+    """An error as OpenAI's streams end with it."""
+    return event(envelope(error))
 
 
 class TextEvents:
@@ -89,7 +94,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]):
+    def __init__(self, events: AsyncGenerator[bytes, None], *, done: bytes, error: Callable[[RequestError], bytes]):
+        """`done` follows the last event; `error` writes the one that a broken stream ends with."""
+        self._done = done
+        self._error = error
         self.status_code = 200
         self.background = None
         # No proxy between here and the client may wait for more before it passes an event on.
@@ -107,10 +115,10 @@ class EventStream(Response):
             try:
                 async for data in events:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-                last = DONE
+                last = self._done
             except RequestError as error:
-                last = event(envelope(error))
+                last = self._error(error)
             except Exception:
                 log.exception("a stream broke off")
-                last = event(envelope(internal_error()))
+                last = self._error(internal_error())
             await send({"type": "http.response.body", "body": last, "more_body": False})

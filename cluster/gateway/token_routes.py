@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from cluster.errors import RequestError
-from cluster.gateway import responses
+from cluster.gateway import response_bodies
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import plain_messages
 from cluster.gateway.prompts import encode
@@ -16,12 +16,12 @@ def token_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(tags=["tokens"])
 
     @router.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> responses.Tokenized:
+    async def tokenize(request: TokenizeRequest) -> response_bodies.Tokenized:
         """The token ids of a text, or of the prompt that messages make."""
         gateway.check_model(request.model)
         text, special = _text(gateway, request)
         tokens = await encode(gateway, text, add_special_tokens=special)
-        return responses.Tokenized(
+        return response_bodies.Tokenized(
             count=len(tokens),
             max_model_len=gateway.model.max_context,
             tokens=tokens,
@@ -29,13 +29,13 @@ def token_routes(gateway: Gateway) -> APIRouter:
         )
 
     @router.post("/detokenize")
-    async def detokenize(request: DetokenizeRequest) -> responses.Detokenized:
+    async def detokenize(request: DetokenizeRequest) -> response_bodies.Detokenized:
         """The text of token ids, special tokens by their names."""
         gateway.check_model(request.model)
         if any(token_id >= gateway.model.vocab_size for token_id in request.tokens):
             message = f"'tokens' has an id outside 0..{gateway.model.vocab_size - 1}"
             raise RequestError(message, code="invalid_value", param="tokens")
-        return responses.Detokenized(prompt=gateway.tokenizer.decode(request.tokens, skip_special_tokens=False))
+        return response_bodies.Detokenized(prompt=gateway.tokenizer.decode(request.tokens, skip_special_tokens=False))
 
     return router
 

@@ -82,6 +82,13 @@ def _served(byte_level_path: Path) -> Iterator[Served]:
         yield served
 
 
+@pytest.fixture(scope="session")
+def roomy(byte_level_path: Path) -> Iterator[Served]:
+    """A gateway with room for prompts that tell of tools; its template knows nothing of them."""
+    with serve(byte_level_path, max_context=2000) as served:
+        yield served
+
+
 @pytest.fixture
 def served(_served: Served) -> Iterator[Served]:
     """The gateway most tests use; its session as new."""

@@ -27,6 +27,11 @@ from tests.unit.cluster.gateway.fake_gateway import FakeSession
 OPERATIONS = {
     ("post", "/v1/chat/completions"),
     ("post", "/v1/completions"),
+    ("post", "/v1/responses"),
+    ("get", "/v1/responses/{response_id}"),
+    ("delete", "/v1/responses/{response_id}"),
+    ("post", "/v1/messages"),
+    ("post", "/v1/messages/count_tokens"),
     ("get", "/v1/models"),
     ("get", "/v1/models/{model}"),
     ("post", "/tokenize"),

@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.unit.cluster.gateway.fake_gateway import Served, serve
+from tests.unit.cluster.gateway.scripted import CALL, prompt, say
 
 WEATHER = {
     "type": "function",
@@ -26,7 +27,6 @@ WEATHER = {
     },
 }
 USER: Any = {"role": "user", "content": "Weather in Paris?"}
-CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
 TEMPLATE = (
     "{% if tools %}<tool_call> {{ tools | tojson }}{% endif %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for call in m.tool_calls or [] %}"
@@ -46,26 +46,10 @@ def teaching(byte_level_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
         yield served
 
 
-@pytest.fixture(scope="module")
-def ignorant(byte_level_path: Path) -> Iterator[Served]:
-    """A model whose template knows nothing of tools."""
-    with serve(byte_level_path, max_context=2000) as served:
-        yield served
-
-
-def say(served: Served, text: str) -> None:
-    served.session.reset()
-    served.session.say(*served.tokenizer.encode(text, add_special_tokens=False), 2)
-
-
-def prompt(served: Served) -> str:
-    return served.tokenizer.decode(served.session.asked[-1][0], skip_special_tokens=False)
-
-
 @pytest.mark.parametrize("knows", [True, False])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_model_that_calls(ignorant: Served, teaching: Served, knows: bool, stream: bool) -> None:
-    server = teaching if knows else ignorant
+def test_a_model_that_calls(roomy: Served, teaching: Served, knows: bool, stream: bool) -> None:
+    server = teaching if knows else roomy
     say(server, f"Let me see. {CALL}\n{CALL}")
     asked: Any = {"model": "tiny", "messages": [USER], "tools": [WEATHER], "max_tokens": 150}
     if stream:

@@ -9,6 +9,9 @@ from pydantic import BaseModel
 FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
+AnyObject = dict[str, Any]
+
+
 class ErrorBody(BaseModel):
     message: str
     type: str

@@ -1,0 +1,55 @@
+"""Anthropic's Messages API."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ValidationError
+from starlette.responses import Response
+
+from cluster.gateway import response_bodies
+from cluster.gateway.context import Gateway
+from cluster.gateway.conversation import converse, render
+from cluster.gateway.generation import respond
+from cluster.gateway.http_errors import explain
+from cluster.gateway.messages import errors
+from cluster.gateway.messages.form import MessageForm
+from cluster.gateway.messages.schemas import CountRequest, MessagesRequest
+from cluster.gateway.messages.translate import chat_request
+from cluster.gateway.prompts import encode
+from cluster.gateway.schemas import ChatRequest
+from cluster.gateway.tools import toolbox
+
+
+class Counted(BaseModel):
+    input_tokens: int
+
+
+def message_routes(gateway: Gateway) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["Anthropic"])
+
+    @router.post(
+        "/messages", response_model=response_bodies.AnyObject, responses=errors.RESPONSES | response_bodies.STREAM
+    )
+    async def messages(body: MessagesRequest) -> Response:
+        """Answer a conversation."""
+        gateway.check_unknown(body)
+        conversation = await converse(gateway, _translated(body))
+        form = MessageForm(gateway, len(conversation.choices[0].prompt_ids))
+        return respond(gateway, conversation.choices, 1, form, stream=bool(body.stream), usage=True)
+
+    @router.post("/messages/count_tokens", responses=errors.RESPONSES)
+    async def count_tokens(body: CountRequest) -> Counted:
+        """The tokens of the prompt that a conversation makes."""
+        request = _translated(body)
+        gateway.check_model(request.model)
+        prompt = render(gateway, request, toolbox(request))
+        return Counted(input_tokens=len(await encode(gateway, prompt, add_special_tokens=False)))
+
+    return router
+
+
+def _translated(body: CountRequest) -> ChatRequest:
+    try:
+        return chat_request(body)
+    except ValidationError as error:
+        raise explain([{**item, "loc": ("body", *item["loc"])} for item in error.errors()], {}) from error

@@ -1,0 +1,106 @@
+"""Request bodies of OpenAI's Responses API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from cluster.gateway.schemas import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    Body,
+    FunctionName,
+    Integer,
+    JsonObject,
+    MaxTokens,
+    Text,
+    TextPart,
+    at_most,
+)
+from cluster.router import limits
+
+
+class InputMessage(Body):
+    type: Literal["message"] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+
+
+class InputCall(Body):
+    type: Literal["function_call"]
+    call_id: Text
+    name: Text
+    arguments: Text
+
+
+class InputResult(Body):
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+
+
+class InputReasoning(Body):
+    type: Literal["reasoning"]
+    content: list[JsonObject] | None = None
+
+
+InputItem = InputCall | InputResult | InputReasoning | InputMessage
+
+
+class FunctionTool(Body):
+    type: Literal["function"]
+    name: FunctionName
+    description: Text | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class NamedFunctionTool(Body):
+    type: Literal["function"]
+    name: FunctionName
+
+
+class TextFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    name: Text | None = None
+    description: Text | None = None
+    schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextOptions(Body):
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class ResponsesRequest(Body):
+    model: Annotated[str, Field(description="The id that /v1/models shows")]
+    input: (
+        Text
+        | Annotated[
+            list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(at_most(MAX_MESSAGES, "items"))
+        ]
+    )
+    instructions: Text | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    max_output_tokens: MaxTokens | None = None
+    temperature: Annotated[float, Field(ge=0, le=limits.MAX_TEMPERATURE)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=0)] | None = None
+    stream: bool | None = None
+    stream_options: JsonObject | None = None
+    store: Annotated[bool | None, Field(description="false: cannot be gone on with; default true")] = None
+    previous_response_id: Text | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(at_most(64, "entries"))] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    reasoning: JsonObject | None = None
+    include: list[str] | None = None
+    user: str | None = None
+    service_tier: Any = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    background: Literal[False] | None = None

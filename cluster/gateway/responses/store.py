@@ -1,0 +1,53 @@
+"""Responses that can be read again and gone on with. In memory, bounded: the oldest leave first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import RequestError
+
+MAX_RESPONSES = 4096
+MAX_CHARACTERS = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """`response` as it was sent; `messages` of the conversation up to and with it."""
+
+    response: dict[str, Any]
+    messages: list[dict[str, Any]]
+
+    @property
+    def characters(self) -> int:
+        """About how much memory it holds."""
+        return sum(len(str(message)) for message in self.messages) + 1000
+
+
+class ResponseStore:
+    """Of one gateway: another gateway does not know its responses, nor does this one after a restart."""
+
+    def __init__(self) -> None:
+        self._stored: OrderedDict[str, tuple[Stored, int]] = OrderedDict()
+        self._characters = 0
+
+    def put(self, stored: Stored) -> None:
+        size = stored.characters
+        self._stored[stored.response["id"]] = (stored, size)
+        self._characters += size
+        while len(self._stored) > MAX_RESPONSES or self._characters > MAX_CHARACTERS:
+            _, (_, oldest) = self._stored.popitem(last=False)
+            self._characters -= oldest
+
+    def get(self, response_id: str, param: str | None = None) -> Stored:
+        """Raise RequestError (404) for one that is not there, or not any more."""
+        if (found := self._stored.get(response_id)) is None:
+            message = f"The response '{response_id[:100]}' is not stored here"
+            raise RequestError(message, code="not_found", param=param, status=404)
+        return found[0]
+
+    def delete(self, response_id: str) -> None:
+        self.get(response_id)
+        _, size = self._stored.pop(response_id)
+        self._characters -= size
