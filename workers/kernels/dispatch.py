@@ -14,6 +14,7 @@ Ints = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
+
 class Plan:
     """The pairs of a dispatch, ordered by (worker, expert, token), and the rows that each worker needs.
 
@@ -88,4 +89,4 @@ class Plan:
 
 def address(memory: Ints | memoryview) -> int:
     """Where writable memory that is not empty begins; numpy's own ways to tell take three times as long."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))  # type: ignore[arg-type]

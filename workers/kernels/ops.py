@@ -193,17 +193,15 @@ class Ops(Protocol):
         Raises KeyError as `experts` does, where it does not only launch.
         """
 
-    def dispatch_plan(
-        self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints
-    ) -> Plan:
+    def dispatch_plan(self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints) -> Plan:
         """Sort the pairs of a dispatch by (worker, expert, token). `owner_E[e]` is the worker of expert e.
 
         ids_TK: int64, distinct within a row. counter_E: the pairs of each expert are added to it.
         """
 
     def pack_request(self, plan: Plan, x_TD: Tensor, rows: slice, pairs: slice, message: memoryview) -> None:
-        """Lay out one worker's request in `message`, in host memory, behind the header: the rows `plan.row_P[rows]` of x,
-        then token_P and expert_P of `pairs`."""
+        """Lay out one worker's request in `message`, in host memory, behind the header: the rows `plan.row_P[rows]` of
+        x, then token_P and expert_P of `pairs`."""
 
     def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
         """`y[t] = sum over k of weights[t, k] * rows[place[t, k]]`, added in the order of k in float32. [T, D].

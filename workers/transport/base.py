@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workers import wire
+from workers.errors import WorkerLost
 from workers.wire import Tag
 
 __all__ = ["Rows", "Tag", "Transport"]
@@ -37,9 +38,7 @@ class Rows:
         self._request: wire.Request | None = wire.Request(x_TD, token_P, expert_P)
 
     @classmethod
-    def packed(
-        cls, tag: Tag, message: memoryview, n_tokens: int, n_pairs: int, width: int, dtype: torch.dtype
-    ) -> Rows:
+    def packed(cls, tag: Tag, message: memoryview, n_tokens: int, n_pairs: int, width: int, dtype: torch.dtype) -> Rows:
         """`message`: a whole request but for its header, which is written here."""
         rows = cls.__new__(cls)
         wire.put_request_head(message, tag, n_tokens, n_pairs, width, dtype)
@@ -101,7 +100,8 @@ class Transport(Protocol):
         """The reply to the rows sent with `tag`, in `out_PD` or in memory of the transport's own, which stays as it is
         until the next reply of this worker is received.
 
-        out_PD is contiguous and has the dtype and device of the rows. Raises WorkerLost when the stream breaks, nothing came within `timeout_s`, or the worker refused the rows.
+        out_PD is contiguous and has the dtype and device of the rows. Raises WorkerLost when the stream breaks,
+        nothing came within `timeout_s`, or the worker refused the rows.
         """
 
     def close(self) -> None:
@@ -131,6 +131,9 @@ class FastWay(Protocol):
 
 class Pair(Protocol):
     """A faster way that both ends of a stream have taken. Its calls are those of `Transport`, for one worker."""
+
+    dropped_replies: int
+    lost: WorkerLost | None  # why nothing comes any more
 
     def room(self, n_bytes: int) -> memoryview | None:
         """Where the next request may be laid out."""

@@ -19,8 +19,8 @@ from workers.kernels.cpu.graph import CpuGraph
 from workers.kernels.cpu.kernel import Kernel, Values
 from workers.kernels.dispatch import Ints, Plan, address
 from workers.kernels.experts import LayerExperts
-from workers.kernels.message import HEADER_BYTES
 from workers.kernels.memory import use_huge_pages
+from workers.kernels.message import HEADER_BYTES
 from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, summed
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -293,9 +293,7 @@ class CpuOps:
         )
         self._run(kernel.experts, kernel.team(layer.expert_bytes), products._replace(y=y_PD.data_ptr()))
 
-    def dispatch_plan(
-        self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints
-    ) -> Plan:
+    def dispatch_plan(self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints) -> Plan:
         plan = Plan(len(ids_TK), ids_TK.shape[1], len(owner_E), n_workers)
         ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
         self._plan(plan, ids_TK, weights_TK, address(owner_E), address(counter_E))

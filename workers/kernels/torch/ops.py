@@ -175,9 +175,7 @@ class TorchOps:
         token_P, expert_P = (torch.from_numpy(array) for array in plan.pairs)
         return self.weighted_sum((self.experts(layer, x_TD, token_P, expert_P),), plan)
 
-    def dispatch_plan(
-        self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints
-    ) -> Plan:
+    def dispatch_plan(self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints) -> Plan:
         ids, weights = ids_TK.numpy(), weights_TK.numpy()
         made = Plan(ids.shape[0], ids.shape[1], len(owner_E), n_workers)
         n_experts, ids_P = len(owner_E), ids.ravel()

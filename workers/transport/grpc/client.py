@@ -61,7 +61,7 @@ class GrpcTransport:
     def connect(self, worker: str, address: str) -> None:
         """Open the way to `worker`; reopen it if it broke or the address changed. Returns before it is usable."""
         link = self._links.get(worker)
-        if link is not None and link.stream.broken is None and link.stream.address == address:
+        if link is not None and link.is_whole and link.stream.address == address:
             return
         self.disconnect(worker)
         hello = replace(self._hello, worker=worker, epoch=self._epoch())
@@ -149,6 +149,11 @@ class _Link:
             self._withdraw()
             raise
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it is known to be broken."""
+        return self.stream.broken is None and (self._pair is None or self._pair.lost is None)
+
     def room(self, n_bytes: int) -> memoryview | None:
         """Where the faster way wants the next request."""
         return None if self._pair is None else self._pair.room(n_bytes)
@@ -174,7 +179,8 @@ class _Link:
             found = sent == tag
         if found and is_fast:
             assert self._pair is not None
-            return self._pair.receive(tag, timeout_s, out_PD), 0
+            dropped = self._pair.dropped_replies
+            return self._pair.receive(tag, timeout_s, out_PD), self._pair.dropped_replies - dropped
         self.stream.deadline = time.monotonic() + timeout_s
         try:
             compute_ns, n_dropped = self._read(tag, out_PD)

@@ -124,13 +124,13 @@ class ExpertServer:
 
     async def _exchange(self, _frames: object, context: Context) -> None:
         """One router, for as long as it lives."""
-        ended = threading.Event()
-        accepted = await self._greet(context)
+        ended, nonsense = threading.Event(), asyncio.get_running_loop().create_future()
+        accepted = await self._greet(context, nonsense)
         self._streams += 1
         try:
             if accepted is not None:
                 accepted.start()
-            while (first := await context.read()) is not grpc.aio.EOF:
+            while (first := await _read(context, nonsense)) is not grpc.aio.EOF:
                 self._take_in_hand(1)
                 try:
                     await self._answer(first, context, lambda: not ended.is_set())
@@ -144,8 +144,11 @@ class ExpertServer:
             if accepted is not None:
                 await self._loop.off_loop(accepted.close)
 
-    async def _greet(self, context: Context) -> Accepted | None:
-        """Refuse whoever awaits another worker or model; else say who this is, and which faster way it takes."""
+    async def _greet(self, context: Context, nonsense: asyncio.Future[str]) -> Accepted | None:
+        """Refuse whoever awaits another worker or model; else say who this is, and which faster way it takes.
+
+        nonsense: why the stream has to end, from that way.
+        """
         values = text_values(context.invocation_metadata())
         asked = Hello.from_metadata(values)
         if (objection := self._hello.objection(asked)) is not None:
@@ -157,7 +160,7 @@ class ExpertServer:
         loop = asyncio.get_running_loop()
 
         def end(reason: str) -> None:
-            asyncio.run_coroutine_threadsafe(self._abort(context, reason), loop)
+            loop.call_soon_threadsafe(lambda: None if nonsense.done() else nonsense.set_result(reason))
 
         for way in self._ways:
             offer = values.get(key(way.name, "offer"))
@@ -216,6 +219,16 @@ class ExpertServer:
             compute_seconds=self._batcher.compute_seconds,
             streams=self._streams,
         )
+
+
+async def _read(context: Context, nonsense: asyncio.Future[str]) -> Any:
+    """The next frame. Raises WireError where a faster way of the stream makes no sense any more."""
+    frame = asyncio.ensure_future(context.read())
+    await asyncio.wait((frame, nonsense), return_when=asyncio.FIRST_COMPLETED)
+    if nonsense.done():
+        frame.cancel()
+        raise WireError(nonsense.result())
+    return frame.result()
 
 
 async def _whole(first: bytes, context: Context) -> memoryview:

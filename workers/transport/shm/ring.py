@@ -4,8 +4,8 @@ The memory begins with a control page that its owner writes: how many messages i
 and how many of the peer's it is done with. Each side has one ring, so each learns from the other's page when the room
 of its own messages is free again.
 
-Room is given from the beginning of the ring whenever that is free. As long as little is in flight it is the same few
-pages, which are in the caches, and memory is used only as far as the most that ever was in flight.
+Room is the first gap that is wide enough. As long as little is in flight it is the same few pages, which are in the
+caches, and memory is used only as far as the most that ever was in flight.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class OutRing:
 
     def room(self, n_bytes: int) -> int | None:
         """Where a message may lie, as an offset; None: too much is in flight."""
-        taken = self._taken
-        if not taken:
-            return _DATA if n_bytes <= RING_BYTES - _DATA else None
-        if len(taken) == RING_MESSAGES:
+        if len(self._taken) == RING_MESSAGES:
             return None
-        oldest, newest = taken[0][0], taken[-1][1]
-        gaps = ((_DATA, oldest), (newest, RING_BYTES)) if newest > oldest else ((newest, oldest),)
-        return next((begin for begin, end in gaps if begin + n_bytes <= end), None)
+        at = _DATA
+        for begin, end in sorted(self._taken):
+            if at + n_bytes <= begin:
+                break
+            at = end
+        return at if at + n_bytes <= RING_BYTES else None
 
     def view(self, begin: int, n_bytes: int) -> memoryview:
         """The memory of a message."""
@@ -117,7 +117,9 @@ class InRing:
 
     def wait(self) -> bool:
         """Whether there is a message; sleeps for one at most 50 ms."""
-        self._sleep[_KNOWN] = known = (self.received + _COUNTS // 2) % _COUNTS - _COUNTS // 2  # as the kernel sees it: signed
+        self._sleep[_KNOWN] = known = (
+            self.received + _COUNTS // 2
+        ) % _COUNTS - _COUNTS // 2  # as the kernel sees it: signed
         kernel.ring_sleep.run(1, self._sleep)
         return self._sleep[0] != known
 
@@ -128,7 +130,9 @@ class InRing:
         begin, n_bytes, asked = _ENTRY.unpack_from(self._view, at)
         is_there = _DATA <= begin <= RING_BYTES and wire.HEADER_BYTES <= n_bytes <= RING_BYTES - begin
         if not is_there or begin % _ALIGN or not 0 < asked < 1 << 16 or n_waiting > RING_MESSAGES:
-            raise WireError(f"{n_waiting} messages, the first of {n_bytes} bytes at {begin}: the ring does not hold that")
+            raise WireError(
+                f"{n_waiting} messages, the first of {n_bytes} bytes at {begin}: the ring does not hold that"
+            )
         self.received += 1
         return Message(self._view[begin : begin + n_bytes], self._address + begin, asked)
 

@@ -71,7 +71,7 @@ class Pair:
         self._replies = replies
         self._in_flight: deque[Rows] = deque()
         self._room: tuple[memoryview, int] | None = None  # what was given last, and where it is
-        self._lost: WorkerLost | None = None
+        self.lost: WorkerLost | None = None
 
     def room(self, n_bytes: int) -> memoryview | None:
         """Where the next request may be laid out; None: too much is in flight."""
@@ -83,8 +83,8 @@ class Pair:
 
     def send(self, rows: Rows) -> bool:
         """Hand over `rows`; false: there is no room for them. Raises WorkerLost."""
-        if self._lost is not None:
-            raise self._lost
+        if self.lost is not None:
+            raise self.lost
         is_there = self._room is not None and rows.message is self._room[0]
         if not is_there and not self._lay_out(rows):
             return False
@@ -107,12 +107,12 @@ class Pair:
             self.broken(f"malformed reply: {error}")
         except TimeoutError:
             self.broken("no answer within the deadline")
-        assert self._lost is not None
-        raise self._lost
+        assert self.lost is not None
+        raise self.lost
 
     def broken(self, reason: str) -> None:
         """There will be no further replies; who waits gets WorkerLost. From any thread."""
-        self._lost = self._lost or WorkerLost(self._worker, reason)
+        self.lost = self.lost or WorkerLost(self._worker, reason)
         self._replies.rouse()
 
     def close(self) -> None:
@@ -123,8 +123,8 @@ class Pair:
         replies, requests = self._replies, self._requests
         while True:
             while not replies.wait():
-                if self._lost is not None:
-                    raise self._lost
+                if self.lost is not None:
+                    raise self.lost
                 if time.monotonic() > deadline:
                     raise TimeoutError
             requests.done(replies.received)  # whoever had the rows before asks for the next ones

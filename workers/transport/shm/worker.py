@@ -45,9 +45,7 @@ class ShmAcceptor:
 class Lane:
     """Answers one router. What other routers ask meanwhile for the same layer is one batch with it (`Batcher`)."""
 
-    def __init__(
-        self, offer: str, router: str, batcher: Batcher, threads: int, end: Callable[[str], None]
-    ) -> None:
+    def __init__(self, offer: str, router: str, batcher: Batcher, threads: int, end: Callable[[str], None]) -> None:
         """`offer`: what the router says of its ring. `end` is called, in the lane's thread, when the router writes
         what makes no sense. Raises NotShared."""
         self._requests = InRing(offer)
@@ -71,7 +69,8 @@ class Lane:
         self._requests.rouse()
 
     def _run(self) -> None:
-        requests, replies = self._requests, self._replies
+        requests, replies, threads = self._requests, self._replies, 0
+        torch.get_num_threads()  # torch sets a thread up when it is first asked, which would undo the limit
         try:
             while not self._is_closed:
                 if requests.wait():
@@ -79,7 +78,8 @@ class Lane:
                     replies.memory.forget_file()  # the router has opened it
                     replies.free(requests.done)
                     # Workers that are asked at once share the cores; one that is asked alone has them all.
-                    limit_threads(max(1, min(self._threads, self._cores // message.asked)))
+                    if threads != (threads := max(1, min(self._threads, self._cores // message.asked))):
+                        limit_threads(threads)
                     self._answer(message)
         except WireError as error:
             self._end(str(error))
