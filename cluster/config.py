@@ -84,6 +84,7 @@ class Config:
     worker_threads: int = option(0, "CPU threads of an expert worker; 0: a share of the cores", at_least=0)
     kv_cache_mb: int = option(0, "KV cache of each router, MiB; 0: what its GPU has left, 512 on a CPU", at_least=0)
     block_size: int = option(16, "tokens per KV block", at_least=1, at_most=4096)
+    prefix_cache: bool = option(True, "share the KV cache of prompts that begin alike")
     max_context: int = option(0, "longest prompt + answer in tokens; 0: what the model allows", at_least=0)
     max_batch_tokens: int = option(
         512, "most token rows in one step; longer prompts are prefilled in chunks", at_least=1

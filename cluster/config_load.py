@@ -177,9 +177,9 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
         raise refuse("routers", "needs expert workers: without them the one router holds all experts")
     if config.transport in ("grpc", "collective") and config.expert_workers == 0:
         raise refuse("transport", "needs expert workers")
-    _check_tls(config, refuse)
     if config.transport == "collective":
         _check_interface(config, refuse)
+    _check_tls(config, refuse)
     if not config.host:
         raise refuse("host", "is empty; 0.0.0.0 listens on every address")
     if config.api_keys_file is not None and not config.api_keys_file.is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from workers.errors import ExpertNotHeld
 from workers.kernels.memory import empty_weights, give_back
-from workers.kernels.ops import Delta
+from workers.kernels.ops import Delta, Ops, unsummed
 from workers.kernels.select import ops_for
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -125,6 +126,22 @@ class ExpertShard:
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
 
+    def fixed(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """The unweighted rows of all pairs whose expert is held, [n, D], and where each pair's row is, int32 [T * K].
+
+        ids_TK: int32 or int64; a pair whose expert is below 0 has place -1. Shapes depend on T and K alone.
+        """
+        if self.only_launches:
+            y_PD, place_TK, _ = unsummed(self._ops.experts_combined(self._layers[layer], x_TD, ids_TK, ids_TK))
+            return y_PD, place_TK.flatten()
+        ids_P = ids_TK.flatten()
+        pair_P = torch.nonzero(ids_P >= 0).flatten()
+        pair_P = pair_P[torch.argsort(ids_P[pair_P], stable=True)]
+        y_PD = self.forward(layer, x_TD, pair_P // ids_TK.shape[1], ids_P[pair_P])
+        place_P = torch.full(ids_P.shape, -1, dtype=torch.int32, device=ids_P.device)
+        place_P[pair_P] = torch.arange(len(pair_P), dtype=torch.int32, device=ids_P.device)
+        return y_PD, place_P
+
     def answer(self, message: memoryview) -> memoryview | None:
         """The reply to a whole REQUEST of `wire` with few rows; None: it has to be parsed and given to `forward`."""
         if self._answers is None:
@@ -141,6 +158,12 @@ class ExpertShard:
         assert self._answers is not None
         with self._lock:
             return self._answers.answer_at(request, n_bytes, n_pairs, reply)
+
+    def by(self, ops: Ops) -> ExpertShard:
+        """The same slots, computed by other operations of the same device. Slots must not change while a graph runs."""
+        view = copy(self)  # of the handle: slots, counters and lock are the same
+        view._ops = ops
+        return view
 
     def begin_step(self, step: int) -> None:
         """Nothing to do: nothing outlives a dispatch in one process."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from workers.device_reader import DeviceReader
 from workers.errors import CheckpointError
-from workers.spec import Shape, read_json
+from workers.families.config import read_json
+from workers.families.tensors import Shape
 from workers.tensor_file import TensorFile
 
 _CPU = torch.device("cpu")

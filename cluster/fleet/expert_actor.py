@@ -67,7 +67,7 @@ class ExpertWorker:
         assert self._view is not None
         placement = self._view.placement
         shard, source = await asyncio.to_thread(self._load, placement)
-        self._server = server = self._make_server(shard, source.fingerprint(shard.dtype), placement.epoch)
+        self._server = server = await asyncio.to_thread(self._make_server, shard, source)
         await asyncio.to_thread(server.start)
         self._keeper = ShardKeeper(self._worker, shard, source, placement.epoch, self._membership.tell)
         self._source = None
@@ -86,11 +86,16 @@ class ExpertWorker:
         self._capacity = capacity(device, share, shard.expert_bytes)
         return shard, source
 
-    def _make_server(self, shard: ExpertShard, model: str, epoch: int) -> ExpertServer | CollectiveServer:
+    def _make_server(self, shard: ExpertShard, source: Checkpoint) -> ExpertServer | CollectiveServer:
         config = self._config
         if config.transport == "grpc":
             return ExpertServer(
-                shard, self._worker, node_address(), model=model, epoch=epoch, credentials=self._credentials
+                shard,
+                self._worker,
+                node_address(),
+                model=source.fingerprint(shard.dtype),
+                epoch=lambda: 0 if self._keeper is None else self._keeper.epoch,
+                credentials=self._credentials,
             )
         host = bind_address(config.collective_interface, config.trusted_network, node_address())
         return CollectiveServer(

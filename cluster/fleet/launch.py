@@ -71,7 +71,7 @@ def start_actors(config: Config, plan: Plan, url: str, credentials: Credentials)
     """Ask Ray for every process of the plan. Returns before they are ready."""
     holders = plan.workers or plan.routers  # with the local transport the router holds its experts itself
     controller = _actor(Controller, NAME, 1, max_concurrency=1000).remote(
-        plan.n_layers, plan.n_experts, holders, (*plan.workers, *plan.routers)
+        plan.n_layers, plan.n_experts, holders, (*plan.workers, *plan.routers), plan.dense_layers
     )
     by_name = ControllerByName()
     actors = {}

@@ -13,7 +13,7 @@ from cluster.errors import RequestError
 from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import Conversation, converse
-from cluster.gateway.generation import Answer, Choice, respond
+from cluster.gateway.generation import Answer, Choice, Usage, respond
 from cluster.gateway.parsers.parts import CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import Written, call_id
 from cluster.gateway.schemas import ChatRequest
@@ -84,10 +84,10 @@ class ChatForm:
             data += event(self._chunk(choice.index, {}, finish=self._finish(choice, delta.finish)))
         return data
 
-    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
+    def closing(self, usage: Usage, wanted: bool) -> bytes:
         return event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage}) if wanted else b""
 
-    def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         choices = [
             {
                 "index": answer.choice.index,

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from cluster.errors import RequestError
 from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
-from cluster.gateway.generation import Answer, Choice, Echo, respond
+from cluster.gateway.generation import Answer, Choice, Echo, Usage, respond
 from cluster.gateway.logprobs import finite
 from cluster.gateway.prompts import echo_of, prompts
 from cluster.gateway.schemas import CompletionRequest
@@ -121,10 +121,10 @@ class CompletionForm:
             fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, _HOLE), _HOLE)
         return fast.event(delta.text)
 
-    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
+    def closing(self, usage: Usage, wanted: bool) -> bytes:
         return event(self._head | {"choices": [], "usage": usage}) if wanted else b""
 
-    def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         return self._head | {"choices": [self._choice(answer) for answer in answers], "usage": usage}
 
     def _choice(self, answer: Answer) -> dict[str, Any]:

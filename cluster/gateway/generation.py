@@ -38,6 +38,10 @@ class Choice:
     text: SequenceText
     echo: Echo | None = None
     parser: MessageParser | None = None
+    cached_tokens: int = 0  # of the prompt, that a router had in its cache
+
+
+Usage = dict[str, Any]  # OpenAI's, of chat and text completions
 
 
 @dataclass(slots=True)
@@ -69,11 +73,11 @@ class Form(Protocol):
         """The events of more text, and of the end."""
         ...
 
-    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
+    def closing(self, usage: Usage, wanted: bool) -> bytes:
         """The events after the last choice has ended; `wanted`: with the usage."""
         ...
 
-    def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         """The whole answer."""
         ...
 
@@ -116,11 +120,16 @@ async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) ->
     return form.whole(answers, usage_of(choices, n))
 
 
-def usage_of(choices: Sequence[Choice], n: int) -> dict[str, int]:
+def usage_of(choices: Sequence[Choice], n: int) -> Usage:
     """A prompt counts once, however many answers it got."""
     prompt = sum(len(choice.prompt_ids) for choice in choices[::n])
     completion = sum(choice.text.n_tokens for choice in choices)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in choices[::n])},
+    }
 
 
 def _deltas(gateway: Gateway, choices: list[Choice]) -> AsyncGenerator[tuple[Choice, Delta], None]:
@@ -150,6 +159,7 @@ async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice,
                 last, histogram = now, metrics.next_token
                 if output.finish == "error" or output.finish == "cancelled":
                     raise RequestError(output.error or "The sequence was ended", code="internal_error", status=500)
+                choice.cached_tokens += output.cached_tokens
                 delta = text.feed(output)
                 if choice.parser is not None:
                     _parse(choice.parser, delta)

@@ -23,10 +23,15 @@ class ErrorEnvelope(BaseModel):
     error: ErrorBody
 
 
+class PromptDetails(BaseModel):
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class TopLogprob(BaseModel):

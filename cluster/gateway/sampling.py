@@ -49,6 +49,7 @@ def sampling_params(
         min_tokens=request.min_tokens or 0,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        cache_salt=request.cache_salt or "",
         allowed_ids=tuple(request.allowed_token_ids or ()),
     )
 

@@ -136,6 +136,10 @@ class SamplingFields(Body):
     skip_special_tokens: Annotated[bool | None, Field(description="false: their names are part of the text")] = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    cache_salt: Annotated[
+        Annotated[str, Field(max_length=256)] | None,
+        Field(description="Prompts share cached work with those of the same salt alone"),
+    ] = None
     user: str | None = None
     metadata: Annotated[
         Annotated[dict[str, str], BeforeValidator(at_most(64, "entries"))] | None,

@@ -58,6 +58,8 @@ def decode_sampling(sampling: pb.Sampling) -> SamplingParams:
 def merge_output(message: pb.Output, output: StepOutput) -> None:
     """Append what one more step gave a request to the message that is on its way."""
     message.token_ids.extend(output.token_ids)
+    if output.cached_tokens:
+        message.cached_tokens = output.cached_tokens
     if output.logprobs:
         message.logprobs.extend([_encode_logprobs(entry) for entry in output.logprobs])
     if output.prompt_logprobs is not None:
@@ -85,6 +87,7 @@ def decode_output(message: pb.Output) -> StepOutput:
         tuple([_decode_logprobs(entry) for entry in message.logprobs]) if message.logprobs else (),
         prompt_logprobs,
         cast(Finish, message.finish) if message.finish else None,
+        cached_tokens=message.cached_tokens,
     )
 
 

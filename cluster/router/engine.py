@@ -47,6 +47,7 @@ class EngineStats:
     tokens: int  # emitted
     rows: int  # token rows computed: prompts, decoding and recomputation
     preemptions: int
+    cached_tokens: int  # of prompts, that were in the KV cache already
 
 
 class Engine:
@@ -68,6 +69,7 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             max_sequences=config.max_sequences,
             max_queue=config.max_queue,
+            shares_prefixes=config.prefix_cache,
         )
         self._sampler = Sampler(model.spec.vocab_size)
         self._open: dict[str, Sequence] = {}
@@ -75,7 +77,7 @@ class Engine:
         # Held while the scheduler's state is looked at or changed, and not while the model computes. Blocks that are
         # freed meanwhile are still written by that step; nobody can get them before it has ended.
         self._lock = threading.Lock()
-        self._steps = self._tokens = self._rows = 0
+        self._steps = self._tokens = self._rows = self._cached = 0
 
     def submit(
         self, request_id: str, prompt_ids: Items[int], params: SamplingParams, emitted_ids: Items[int] = ()
@@ -152,6 +154,7 @@ class Engine:
             tokens=self._tokens,
             rows=self._rows,
             preemptions=self._scheduler.preemptions,
+            cached_tokens=self._cached,
         )
 
     def _forward(self, batch: Batch) -> Logits:
@@ -178,7 +181,7 @@ class Engine:
                 continue
             if sequence.prompt_logprobs is not None:
                 score_prompt(sequence, sequence.prompt_logprobs, logits_RV[end - wanted : end])
-            sequence.computed += chunk.n
+            self._scheduler.commit(sequence, chunk.n)
             if completes and sequence.params.max_tokens == 0:  # only the scores of its prompt were wanted
                 outputs.append(self._end(sequence, "length"))
             elif completes:
@@ -207,7 +210,9 @@ class Engine:
             self._close(sequence.request_id)
         n_top = sequence.params.logprobs
         logprobs = () if n_top is None else (token_logprobs(logits_V, token, n_top),)
-        return StepOutput(sequence.request_id, (token,), logprobs, scores, finish)
+        cached = sequence.cached if sequence.n_emitted == 1 else 0
+        self._cached += cached
+        return StepOutput(sequence.request_id, (token,), logprobs, scores, finish, cached_tokens=cached)
 
     def _end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> StepOutput:
         """End a sequence without a further token."""

@@ -29,6 +29,7 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; n: of the sampled token and of the n likeliest
     prompt_logprobs: int | None = None
     grammar: str = ""  # what the answer must follow (`router.grammar`); a complete answer ends, whatever `ignore_eos`
+    cache_salt: str = ""  # KV blocks are shared by requests of the same salt alone
     allowed_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all may be
 
 
@@ -50,3 +51,4 @@ class StepOutput:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, before the first token; first entry None
     finish: Finish | None = None
     error: str | None = None
+    cached_tokens: int = 0  # of the prompt, whose K and V were there already; with the first token

@@ -51,8 +51,18 @@ class Scheduler:
     admitted last gives all of its back and waits, first in the queue, to be computed anew.
     """
 
-    def __init__(self, blocks: KVBlocks, *, max_batch_tokens: int, max_sequences: int, max_queue: int) -> None:
+    def __init__(
+        self,
+        blocks: KVBlocks,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+        max_queue: int,
+        shares_prefixes: bool = True,
+    ) -> None:
+        """`shares_prefixes`: what the cache holds of a newcomer's tokens is not computed again."""
         self.blocks = blocks
+        self._shares_prefixes = shares_prefixes
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = min(max_sequences, max_batch_tokens)  # each running sequence decodes in every step
         self.max_queue = max_queue
@@ -121,15 +131,36 @@ class Scheduler:
         sequence = next((sequence for sequence in self.waiting if sequence.is_ready), None)
         if sequence is None:
             return None
-        need = self.blocks.needed(len(sequence.tokens))
+        found = self._find(sequence)
+        need = self.blocks.needed(len(sequence.tokens)) - len(found)
         # One spare block for each running sequence: else the newcomer would soon be preempted by their growth.
         if self.blocks.n_free < need + len(self.running):
+            self.blocks.free(found)
             return None
         self.waiting.remove(sequence)
-        sequence.blocks.extend(self.blocks.allocate(need))
+        sequence.blocks.extend(found + self.blocks.allocate(need))
+        sequence.computed = len(found) * self.blocks.block_size
+        if not sequence.n_emitted:
+            sequence.cached = sequence.computed
         sequence.state = State.RUNNING
         self.running.append(sequence)
         return sequence
+
+    def commit(self, sequence: Sequence, n: int) -> None:
+        """`n` more of its tokens are in the cache; blocks that are full with them can be shared."""
+        size = self.blocks.block_size
+        first, sequence.computed = sequence.computed // size, sequence.computed + n
+        if self._shares_prefixes and (full := sequence.computed // size) > first:
+            for i, key in enumerate(sequence.keys(full, size)[first:], start=first):
+                self.blocks.name(sequence.blocks[i], key)
+
+    def _find(self, sequence: Sequence) -> list[int]:
+        """The blocks in the cache that hold what the sequence begins with, all but its last token: that one's logits
+        are wanted. None of a prompt that is to be scored: every row of it is."""
+        if not self._shares_prefixes or sequence.prompt_logprobs is not None:
+            return []
+        size = self.blocks.block_size
+        return self.blocks.share(sequence.keys((len(sequence.tokens) - 1) // size, size))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take all blocks of the last of the running back; it is computed anew when it is its turn again."""

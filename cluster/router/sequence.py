@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Items
 from enum import Enum
+from hashlib import sha256
 
 from cluster.router.grammar import Grammar
 from cluster.router.params import Finish, SamplingParams, TokenLogprobs
@@ -25,7 +26,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "blocks", "computed", "n_prompt", "params", "prompt_logprobs", "request_id",
+        "block_keys", "blocks", "cached", "computed", "n_prompt", "params", "prompt_logprobs", "request_id",
         "sampling", "state", "stops", "tokens",
     )  # fmt: skip
 
@@ -47,7 +48,9 @@ class Sequence:
         self.stops = frozenset(params.stop_ids if goes_on else (*params.stop_ids, *eos_ids))
         self.sampling = SamplingState(params, prompt_ids, emitted_ids, grammar)
         self.computed = 0  # tokens whose K and V are in the cache
+        self.cached = 0  # of the prompt's tokens those that were there when it was admitted first
         self.blocks = array("i")
+        self.block_keys: list[bytes] = []  # of its first blocks, each a function of all tokens up to its end
         self.state = State.WAITING
         # By position; grows as the prompt is computed. None: not wanted, or sent already, be it by another router.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -74,6 +77,15 @@ class Sequence:
             return None
         scores, self.prompt_logprobs = tuple(self.prompt_logprobs), None
         return scores
+
+    def keys(self, n: int, block_size: int) -> list[bytes]:
+        """The keys of its first `n` blocks, which its tokens fill: a chain of SHA-256 over the tokens, block by block,
+        that begins with the request's salt."""
+        for i in range(len(self.block_keys), n):
+            before = self.block_keys[-1] if i else sha256(self.params.cache_salt.encode()).digest()
+            tokens = array("q", self.tokens[i * block_size : (i + 1) * block_size])
+            self.block_keys.append(sha256(before + tokens.tobytes()).digest())
+        return self.block_keys[:n]
 
     @property
     def is_ready(self) -> bool:

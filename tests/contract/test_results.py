@@ -30,9 +30,8 @@ CASES = {
 
 
 def exchange_over(workers: Workers, placement: Placement, dtype: torch.dtype = torch.float32) -> Exchange:
-    return Exchange(
-        placement, workers.addresses, workers.transport(), reply_timeout_s=20, rejoin_timeout_s=20, dtype=dtype
-    )
+    addresses, transport = workers.addresses, workers.transport()
+    return Exchange(placement, addresses, transport, reply_timeout_s=20, rejoin_timeout_s=20, dtype=dtype)
 
 
 def run(exchange: Exchange, given: Batch, layer: int = 1) -> Tensor:

@@ -67,6 +67,12 @@ def summed(delta: Delta) -> Tensor:
     return delta
 
 
+def unsummed(delta: Delta) -> Unsummed:
+    """The rows, of operations that leave them unsummed."""
+    assert isinstance(delta, Unsummed), "these operations add up what experts gave"
+    return delta
+
+
 class Graph(Protocol):
     """Calls that were captured."""
 

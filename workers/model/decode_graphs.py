@@ -16,6 +16,7 @@ from workers.kernels.cuda.ops import CudaOps
 from workers.kernels.ops import AttentionMetadata, Graph, Ops
 from workers.model.batch import Batch
 from workers.model.decoder import Decoder
+from workers.model.experts import Experts
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _SPLIT = 256  # keys of a split, as the attention of a GPU counts them
@@ -41,7 +42,9 @@ class DecodeGraphs:
     before the host knows what the one before it drew. Not thread-safe: one step loop owns it.
     """
 
-    def __init__(self, model: Decoder, n_seats: int, max_context: int) -> None:
+    def __init__(self, model: Decoder, n_seats: int, max_context: int, experts: Experts | None = None) -> None:
+        """experts: what steps are captured with, which must only launch; None: the model's."""
+        self._experts = experts
         assert isinstance(model.ops, CudaOps)
         self._model, self._ops = model, model.ops
         device, size = model.cache.device, model.cache.block_size
@@ -104,7 +107,8 @@ class DecodeGraphs:
         )  # fmt: skip
 
         def compute(ops: Ops) -> Tensor:
-            return self._model.compute(ops, self.known(inputs_5T[_TOKEN], inputs_5T[_SEAT]), metadata)
+            token_T = self.known(inputs_5T[_TOKEN], inputs_5T[_SEAT])
+            return self._model.compute(ops, token_T, metadata, experts=self._experts)
 
         ops = self._ops.padded(inputs_5T[_LIVE], self._most_items)
         compute(ops)  # compiles what is not compiled yet

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
-from cluster.gateway.generation import Answer, Choice
+from cluster.gateway.generation import Answer, Choice, Usage
 from cluster.gateway.messages.errors import envelope
 from cluster.gateway.parsers.parts import CallArguments, CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import Written
@@ -51,14 +51,14 @@ class MessageForm:
             self._stop = _stop(choice, delta.finish)
         return data
 
-    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
-        told = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
+    def closing(self, usage: Usage, wanted: bool) -> bytes:
+        told = _usage(usage)
         return _event("message_delta", {"delta": self._stop, "usage": told}) + _event("message_stop", {})
 
     def error(self, error: RequestError) -> bytes:
         return f"event: error\ndata: {dump(envelope(error))}\n\n".encode("ascii")
 
-    def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         answer = answers[0]
         written = Written.of(answer.parts) if answer.choice.parser is not None else Written(content=answer.text)
         blocks: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ class MessageForm:
             {"type": "tool_use", "id": _use_id(), "name": call.name, "input": _object(call.arguments)}
             for call in written.calls
         ]
-        told = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
+        told = _usage(usage)
         return self._head | {"content": blocks} | _stop(answer.choice, answer.finish) | {"usage": told}
 
     def _part(self, part: Part) -> bytes:
@@ -118,6 +118,15 @@ def _stop(choice: Choice, finish: str | None) -> dict[str, str | None]:
     if finish == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     return {"stop_reason": "stop_sequence" if found else "end_turn", "stop_sequence": found or None}
+
+
+def _usage(usage: Usage) -> dict[str, int]:
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": usage["prompt_tokens"] - cached,
+        "cache_read_input_tokens": cached,
+        "output_tokens": usage["completion_tokens"],
+    }
 
 
 def _object(arguments: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
-from cluster.gateway.generation import Answer, Choice
+from cluster.gateway.generation import Answer, Choice, Usage
 from cluster.gateway.parsers.parts import CallArguments, CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import call_id
 from cluster.gateway.responses.schemas import NamedFunctionTool, ResponsesRequest
@@ -68,14 +68,14 @@ class ResponseForm:
             data += b"".join(self._close())
         return data
 
-    def closing(self, usage: dict[str, int], wanted: bool) -> bytes:
+    def closing(self, usage: Usage, wanted: bool) -> bytes:
         whole = self._end(usage)
         return self._event(f"response.{whole['status']}", response=whole)
 
     def error(self, error: RequestError) -> bytes:
         return self._event("error", code=error.code, message=str(error), param=error.param)
 
-    def whole(self, answers: Sequence[Answer], usage: dict[str, int]) -> Item:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> Item:
         answer = answers[0]
         self._finish = answer.finish
         parts = answer.parts if answer.choice.parser is not None else [Content(answer.text)]
@@ -86,7 +86,7 @@ class ResponseForm:
             pass
         return self._end(usage)
 
-    def _end(self, usage: dict[str, int]) -> Item:
+    def _end(self, usage: Usage) -> Item:
         cut = self._finish == "length"
         whole = self._response | {
             "status": "incomplete" if cut else "completed",
@@ -94,7 +94,7 @@ class ResponseForm:
             "output": self._items,
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "input_tokens_details": usage["prompt_tokens_details"] | {"cache_write_tokens": 0},
                 "output_tokens": usage["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage["total_tokens"],

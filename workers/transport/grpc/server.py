@@ -46,15 +46,16 @@ class ExpertServer:
         *,
         model: str,
         credentials: Credentials,
-        epoch: int = 0,
+        epoch: Callable[[], int] = int,
         ways: Sequence[Callable[[Batcher], Acceptor]] = (),
     ) -> None:
         """Listens on `host`:`port` alone (0: any free one). Raises OSError when that cannot be had.
 
-        model: `Checkpoint.fingerprint`. ways: make what serves a router on this host faster, with the same batcher.
+        model: `Checkpoint.fingerprint`. epoch: of the placement that it serves. ways: make what serves a router on
+        this host faster, with the same batcher.
         """
         self._shard = shard
-        self._hello = Hello(worker, "", model, epoch)
+        self._worker, self._model, self._epoch = worker, model, epoch
         self._batcher = Batcher(shard)
         self._ways = [make(self._batcher) for make in ways]
         self._credentials = credentials
@@ -151,12 +152,13 @@ class ExpertServer:
         """
         values = text_values(context.invocation_metadata())
         asked = Hello.from_metadata(values)
-        if (objection := self._hello.objection(asked)) is not None:
+        hello = Hello(self._worker, asked.router, self._model, self._epoch())
+        if (objection := hello.objection(asked)) is not None:
             _log.warning("%s (router %r) is refused: %s", context.peer(), asked.router, objection)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, objection)
         if self._streams >= _MOST_STREAMS:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MOST_STREAMS} streams are open already")
-        accepted, words = None, list(self._hello.metadata)
+        accepted, words = None, list(hello.metadata)
         loop = asyncio.get_running_loop()
 
         def end(reason: str) -> None:
@@ -211,7 +213,7 @@ class ExpertServer:
 
     async def _describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         return pb.DescribeReply(
-            worker=self._hello.worker,
+            worker=self._worker,
             pid=os.getpid(),
             slots=[pb.Slot(layer=slot.layer, expert=slot.expert, rows=slot.rows) for slot in self._shard.slots],
             weight_bytes=self._shard.weight_bytes,

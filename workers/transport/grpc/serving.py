@@ -25,7 +25,7 @@ Option = tuple[str, int | str]
 _PING_EVERY_MS, _PING_ANSWER_MS = 5000, 5000
 _WINDOW_BYTES = 16 << 20
 _HTTP2_FRAME_BYTES = (1 << 24) - 1  # the most that HTTP/2 allows
-_MOST_WATCHES, _WATCH_READ_S = 64, 5.0  # of the health service, which asks for no token
+_MOST_WATCHES = 64  # of the health service, which asks for no token
 _HEALTH = "/grpc.health.v1.Health/"
 
 
@@ -119,7 +119,7 @@ class Server:
 
 
 class _Health(health_aio.HealthServicer):  # type: ignore[misc]
-    """gRPC's health service. Probes come without a token, so watches are few, and one that is not read ends.
+    """gRPC's health service. Probes come without a token, so watches are few, and one that is not read holds up none.
 
     The library writes to a watch while it holds what every change of state waits for.
     """
@@ -132,20 +132,29 @@ class _Health(health_aio.HealthServicer):  # type: ignore[misc]
         if self._watches >= _MOST_WATCHES:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MOST_WATCHES} others watch already")
         self._watches += 1
+        latest = _Latest()
+        watching = asyncio.create_task(super().Watch(request, latest))
         try:
-            await super().Watch(request, _Impatient(context))
+            while True:
+                await context.write(await latest.take())
         finally:
             self._watches -= 1
+            watching.cancel()
 
 
-class _Impatient:
-    """What a watch needs of its context."""
+class _Latest:
+    """The context of a watch, as far as the library knows it: the newest of what it wrote."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    def __init__(self) -> None:
+        self._written: asyncio.Queue[health_pb2.HealthCheckResponse] = asyncio.Queue()
 
     async def write(self, message: health_pb2.HealthCheckResponse) -> None:
-        await asyncio.wait_for(self._context.write(message), _WATCH_READ_S)
+        while not self._written.empty():
+            self._written.get_nowait()
+        self._written.put_nowait(message)
+
+    async def take(self) -> health_pb2.HealthCheckResponse:
+        return await self._written.get()
 
 
 class _TokenCheck(grpc.aio.ServerInterceptor):

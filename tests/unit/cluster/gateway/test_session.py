@@ -294,7 +294,7 @@ async def test_a_request_that_takes_every_router_down_is_given_up() -> None:
         for _ in range(session_module._MAX_LOSSES):
             await until(lambda: any(router.service.n_open for router in routers))
             victim = next(router for router in routers if router.service.n_open)
-            await victim.service._server.stop(None)
+            await victim.service._server.stop()
             await until(lambda victim=victim: not victim.service.n_open)  # type: ignore[misc]
         with pytest.raises(RequestError, match="in a row"):
             await task

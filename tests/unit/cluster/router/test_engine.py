@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralForCausalLM
+from transformers import PreTrainedModel
 
 from cluster.config import Config
 from cluster.errors import RequestError, WorkerLost
@@ -25,7 +25,7 @@ from cluster.router.params import SamplingParams, StepOutput
 from cluster.router.sampler import Sampler
 from cluster.router.scheduler import Chunk, Scheduler
 from cluster.router.sequence import Sequence
-from tests.reference import SHAPES, TOLERANCE, Paged, random_tokens, reference_logits, save_random
+from tests.reference import TOLERANCE, Paged, random_tokens, reference_logits, save_shape
 
 STEPS = 64
 
@@ -44,7 +44,7 @@ class Model:
 
     def __init__(self, directory: Path, shape: str) -> None:
         self.directory = directory
-        self.reference: MixtralForCausalLM = save_random(directory, **SHAPES[shape])
+        self.reference: PreTrainedModel = save_shape(directory, "mixtral", shape)
         self.vocab_size: int = self.reference.config.vocab_size
 
     def engine(self, n_blocks: int = 500, **config: Any) -> Engine:
@@ -259,6 +259,28 @@ def test_a_prompt_can_be_scored_without_an_answer(model: Model, n: int) -> None:
     engine.submit("score", model.prompt(n), SamplingParams(max_tokens=0, prompt_logprobs=0))
     (output,) = finish(engine)["score"]
     assert (output.token_ids, output.finish, len(output.prompt_logprobs or ())) == ((), "length", n)
+
+
+def test_prompts_that_begin_alike_share_what_is_computed(model: Model) -> None:
+    """The same tokens as without, fewer rows, and no block left behind; other salts share nothing."""
+    shared = model.prompt(40)
+    prompts = [shared + model.prompt(n, seed=n) for n in (1, 7, 2, 30, 11)] + [shared]
+    given: dict[bool, list[list[int]]] = {}
+    rows: dict[bool, int] = {}
+    for cached in (False, True):
+        engine = model.engine(prefix_cache=cached, max_batch_tokens=16)
+        first = run(engine, shared, seeded(99, 9))
+        before = engine.stats().rows
+        for i, prompt_ids in enumerate(prompts):
+            engine.submit(str(i), prompt_ids, seeded(i, 9))
+        answers = finish(engine)
+        rows[cached] = engine.stats().rows - before
+        given[cached] = [first, *(tokens(answers[str(i)]) for i in range(len(prompts)))]
+        assert engine.stats().cached_tokens == (36 + 5 * 40 if cached else 0)
+        run(engine, shared, SamplingParams(max_tokens=1, cache_salt="other"))
+        assert engine.stats().cached_tokens == (36 + 5 * 40 if cached else 0)
+    assert given[True] == given[False]
+    assert rows[False] - rows[True] == 36 + 5 * 40
 
 
 def test_cut_into_micro_batches_it_says_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,38 @@
+"""The life of an expert worker process that steps through device memory; or through host memory, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+import torch
+
+from tests.contract.model import Model
+from workers.errors import ExpertMeshError
+from workers.shard import ExpertShard
+from workers.transport.device.server import Accepted, DeviceServer
+
+LIMIT_S = 1.0
+
+
+def serve(pipe: Connection, model: Model, experts: Sequence[tuple[int, int]], device: str) -> None:
+    """Answers offers for ever: the worker's text, or why it declined. "leave" and a number ends a router's."""
+    torch.set_num_threads(1)
+    shard = ExpertShard(model.spec(), device)
+    for layer, expert in experts:
+        shard.load(layer, expert, model.weights(layer, expert))
+    server = DeviceServer(shard, LIMIT_S)
+    taken: list[Accepted] = []
+    while True:
+        what, text = pipe.recv()
+        if what == "leave":
+            taken[text].close()
+            continue
+        try:
+            accepted = server.accept(text, "router")
+        except ExpertMeshError as error:
+            pipe.send(("declined", str(error)))
+            continue
+        pipe.send(("accepted", accepted.text))
+        accepted.start()
+        taken.append(accepted)

@@ -1,0 +1,123 @@
+"""The same exchange in host memory: the protocol as processes without a GPU run it, kills and all.
+
+Memory that both sides write, and `Launch` by torch and loops. What a GPU does in the order of its stream happens
+at once, and a side blocks where its kernels would poll.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+
+import torch
+from torch import Tensor
+
+from workers.errors import DeviceError
+from workers.transport.device.launch import STRIDE
+from workers.transport.device.rows import StepRows
+
+_NAME = "expertmesh-rows"
+_SPIN_S = 0.0001
+
+
+class OwnHostMemory:
+    """Zeroed memory of this process; whoever opens it may write to it too."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self._file = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+        os.ftruncate(self._file, n_bytes)
+        self.bytes = torch.frombuffer(mmap.mmap(self._file, n_bytes), dtype=torch.uint8)
+        #: What a peer needs to map it.
+        self.name = f"{os.getpid()} {self._file}"
+
+    def close(self) -> None:
+        """Nobody opens it any more. It lives as long as something lies in it."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class PeerHostMemory:
+    """Memory of another process of this host."""
+
+    def __init__(self, name: str, n_bytes: int) -> None:
+        """`name` as the owner says it. Raises DeviceError when it is not there."""
+        try:
+            pid, number = map(int, name.split())
+            path = f"/proc/{pid}/fd/{number}"
+            if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+                raise DeviceError(f"{path} is no memory for rows")
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self.bytes: Tensor = torch.frombuffer(mmap.mmap(file, n_bytes), dtype=torch.uint8)
+            finally:
+                os.close(file)
+        except (OSError, ValueError) as error:
+            raise DeviceError(f"its memory cannot be opened from here: {error}") from None
+
+    def close(self) -> None:
+        """Nothing to do: it lives as long as something lies in it."""
+
+
+class HostLaunch:
+    """`Launch` at once."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+
+    def ask(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor
+    ) -> Tensor:
+        """See `Launch`."""
+        n_rows, top_k = ids_TK.shape
+        ids_TK = ids_TK.to(torch.int32)
+        order_TK = ids_TK.argsort(dim=1, stable=True)
+        sorted_TK = ids_TK.gather(1, order_TK)
+        owner_TK = torch.where(sorted_TK >= 0, owner_E[sorted_TK.clamp_min(0).long()], -1)
+        word_TK = torch.where(owner_TK >= 0, owner_TK << 16 | sorted_TK, -1)
+        at_TK = torch.arange(n_rows * top_k, dtype=torch.int32).view(n_rows, top_k)
+        place_TK = torch.empty_like(at_TK).scatter_(1, order_TK, torch.where(owner_TK >= 0, at_TK, -1))
+        rows.x_TD[:n_rows] = x_TD
+        rows.word_P.fill_(-1)
+        rows.word_P[: n_rows * top_k] = word_TK.flatten()
+        _signal(rows.asked[0], step, status, layer)
+        return place_TK
+
+    def await_done(self, rows: StepRows, step: Tensor, status: Tensor, layer: int) -> None:
+        """See `Launch`."""
+        for flag in rows.done[:, 0]:
+            self._wait(flag, step, status, layer)
+
+    def take(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, x_TD: Tensor, ids_TK: Tensor
+    ) -> None:
+        """See `Launch`."""
+        self._wait(rows.asked[0], step, status, layer)
+        word_TK = rows.word_P[: ids_TK.numel()].view(ids_TK.shape)
+        is_on = int(step) >= 0 and int(status) == 0
+        ids_TK.copy_(torch.where((word_TK >> 16 == worker) & (word_TK >= 0) & is_on, word_TK & 0xFFFF, -1))
+        x_TD.copy_(rows.x_TD[: len(x_TD)])
+
+    def give(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, y_PD: Tensor, place_P: Tensor
+    ) -> None:
+        """See `Launch`."""
+        here_P = place_P >= 0
+        rows.y_PD[: len(place_P)][here_P] = y_PD[place_P[here_P].long()]
+        _signal(rows.done[worker, 0], step, status, layer)
+
+    def _wait(self, flag: Tensor, step: Tensor, status: Tensor, layer: int) -> None:
+        if int(step) < 0:
+            return
+        wanted, end = int(step) + layer, time.monotonic() + (self._limit_s if int(status) == 0 else 0)
+        while int(flag) < wanted and time.monotonic() < end:
+            time.sleep(_SPIN_S)
+        if int(flag) < wanted:
+            status.fill_(1)
+
+
+def _signal(flag: Tensor, step: Tensor, status: Tensor, layer: int) -> None:
+    assert layer < STRIDE
+    if int(step) >= 0 and int(status) == 0:
+        flag.fill_(int(step) + layer)

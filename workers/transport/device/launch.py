@@ -1,0 +1,95 @@
+"""The exchange's kernels on a GPU, as each side calls them. Nothing but launches: a step can be captured.
+
+`step`, int64 [1] on the device of the side, is the number of the step times `STRIDE`; below 0 the side takes no part.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from workers.transport.device.rows import StepRows
+
+STRIDE = 4096  # more than layers
+
+
+class Launch(Protocol):
+    """What both sides do with the memory that they share, in the order of one stream."""
+
+    def ask(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor
+    ) -> Tensor:
+        """The router's rows and choices, and that they are there. int32 [T, K]: where each choice's row will be.
+
+        owner_E: int32, the worker of each expert. `layer` counts from 1.
+        """
+
+    def await_done(self, rows: StepRows, step: Tensor, status: Tensor, layer: int) -> None:
+        """Until every worker has given its rows; `status` becomes 1 when one has not in time."""
+
+    def take(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, x_TD: Tensor, ids_TK: Tensor
+    ) -> None:
+        """Until the router has asked; then its rows and, of its choices, the experts of `worker`, -1 elsewhere."""
+
+    def give(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, y_PD: Tensor, place_P: Tensor
+    ) -> None:
+        """The rows of the pairs that have a place, and the word that they are there."""
+
+
+class CudaLaunch:
+    """`Launch` by Triton kernels."""
+
+    def __init__(self, limit_s: float) -> None:
+        """limit_s: how long a kernel polls for the other side."""
+        from workers.transport.device import compiled  # Triton is there where a GPU is
+
+        self._kernels = compiled
+        self._limit_ns = int(limit_s * 1e9)
+
+    def ask(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor
+    ) -> Tensor:
+        (n_rows, top_k), d = ids_TK.shape, rows.layout.hidden_size
+        place_TK = ids_TK.new_empty(ids_TK.shape, dtype=owner_E.dtype)
+        self._kernels.ask_kernel[(rows.layout.n_rows,)](
+            x_TD, ids_TK, owner_E, rows.x_TD, rows.word_P, place_TK, n_rows, D=d, BD=_block(d), K=top_k,
+            K2=_power(top_k), num_warps=4,
+        )  # fmt: skip
+        self._kernels.signal_kernel[(1,)](rows.asked, step, status, layer, num_warps=1)
+        return place_TK
+
+    def await_done(self, rows: StepRows, step: Tensor, status: Tensor, layer: int) -> None:
+        n_workers, stride = rows.done.shape
+        self._kernels.wait_kernel[(n_workers,)](
+            rows.done, step, status, layer, self._limit_ns, STRIDE=stride, num_warps=1
+        )
+
+    def take(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, x_TD: Tensor, ids_TK: Tensor
+    ) -> None:
+        n_rows, top_k = ids_TK.shape
+        d = rows.layout.hidden_size
+        self._kernels.wait_kernel[(1,)](rows.asked, step, status, layer, self._limit_ns, STRIDE=1, num_warps=1)
+        self._kernels.take_kernel[(n_rows,)](
+            rows.x_TD, rows.word_P, step, status, x_TD, ids_TK, worker, D=d, BD=_block(d), K=top_k, K2=_power(top_k),
+            num_warps=4,
+        )  # fmt: skip
+
+    def give(
+        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, y_PD: Tensor, place_P: Tensor
+    ) -> None:
+        d = rows.layout.hidden_size
+        self._kernels.give_kernel[(len(place_P),)](y_PD, place_P, rows.y_PD, D=d, BD=_block(d), num_warps=4)
+        self._kernels.signal_kernel[(1,)](rows.done[worker], step, status, layer, num_warps=1)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _block(hidden_size: int) -> int:
+    return min(_power(hidden_size), 2048)
