@@ -12,7 +12,7 @@ from cluster.config import Config
 class Choice:
     """A transport, and the reason as people read it."""
 
-    transport: Literal["local", "grpc", "collective"]
+    transport: Literal["local", "shm", "grpc", "collective"]
     reason: str
 
 
@@ -29,7 +29,7 @@ def choose(config: Config, *, linked_gpus: bool, has_experts: bool = True) -> Ch
     if config.expert_workers == 0:
         return Choice("local", "one process holds everything")
     if not linked_gpus:
-        return Choice("grpc", "routers and expert workers compute on CPUs")
+        return Choice("shm", "routers and expert workers compute on CPUs; gRPC between hosts")
     if config.ray_address is not None:
-        return Choice("grpc", "how the nodes of a joined Ray reach each other is not known")
+        return Choice("shm", "how the nodes of a joined Ray reach each other is not known; gRPC between hosts")
     return Choice("collective", "every process has its own GPU, and they reach each other directly")

@@ -25,6 +25,7 @@ from workers.transport.collective.interface import bind_address
 from workers.transport.collective.server import CollectiveServer
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer
+from workers.transport.shm.worker import ShmAcceptor
 
 
 class ExpertWorker:
@@ -88,7 +89,7 @@ class ExpertWorker:
 
     def _make_server(self, shard: ExpertShard, source: Checkpoint) -> ExpertServer | CollectiveServer:
         config = self._config
-        if config.transport == "grpc":
+        if config.transport in ("shm", "grpc"):
             return ExpertServer(
                 shard,
                 self._worker,
@@ -96,6 +97,7 @@ class ExpertWorker:
                 model=source.fingerprint(shard.dtype),
                 epoch=lambda: 0 if self._keeper is None else self._keeper.epoch,
                 credentials=self._credentials,
+                ways=(ShmAcceptor,) if config.transport == "shm" else (),
             )
         host = bind_address(config.collective_interface, config.trusted_network, node_address())
         return CollectiveServer(

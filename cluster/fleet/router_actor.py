@@ -115,11 +115,14 @@ class Router:
         from workers.transport.collective.group import host_store
         from workers.transport.collective.interface import bind_address
         from workers.transport.grpc.client import GrpcTransport
+        from workers.transport.shm.router import ShmWay
 
         config = self._config
-        if config.transport == "grpc":
+        if config.transport in ("shm", "grpc"):
             dtype = compute_dtype(config.dtype, source.spec.dtype, source.device, config.expert_device)
-            return GrpcTransport(self._id, source.fingerprint(dtype), self._credentials, epoch=self._epoch)
+            ways = (ShmWay(),) if config.transport == "shm" else ()
+            model = source.fingerprint(dtype)
+            return GrpcTransport(self._id, model, self._credentials, epoch=self._epoch, ways=ways)
         host = bind_address(config.collective_interface, config.trusted_network, self._host)
         self._store, self._store_address = host_store(host)
         self._collective = CollectiveTransport(

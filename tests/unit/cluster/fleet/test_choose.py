@@ -11,10 +11,11 @@ from cluster.fleet.choose import choose
 @pytest.mark.parametrize(
     ("config", "linked_gpus", "transport", "says"),
     [
-        (Config(), False, "grpc", "CPUs"),
+        (Config(), False, "shm", "CPUs"),
         (Config(), True, "collective", "its own GPU"),
         (Config(expert_workers=0), True, "local", "one process"),
-        (Config(ray_address="10.0.0.1:6379"), True, "grpc", "not known"),
+        (Config(ray_address="10.0.0.1:6379"), True, "shm", "not known"),
+        (Config(transport="shm"), False, "shm", "as configured"),
         (Config(transport="grpc"), True, "grpc", "as configured"),
         (Config(transport="collective"), False, "collective", "as configured"),
         (Config(transport="local"), False, "local", "as configured"),

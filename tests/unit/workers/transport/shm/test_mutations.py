@@ -150,28 +150,32 @@ def test_control_pages_that_make_no_sense() -> None:
     router.close()
 
 
+class Flipping:
+    """Words of a message that change all the time."""
+
+    def __init__(self, ring: OutRing, places: tuple[int, ...]) -> None:
+        self.done = threading.Event()
+        self._map, self._places = ring.memory.map, places
+
+    def start(self, begin: int) -> None:
+        threading.Thread(target=self._run, args=([begin + place for place in self._places],)).start()
+
+    def _run(self, places: list[int]) -> None:
+        kept = [self._map[at : at + 4] for at in places]
+        while not self.done.is_set():
+            for at, value in zip(places, kept, strict=True):
+                self._map[at : at + 4] = b"\xff\xff\xff\x7f"
+                self._map[at : at + 4] = value
+
+
 def test_what_changes_while_it_is_read() -> None:
     """Catches a value that is checked and then read again: it would lead outside of the request."""
     router, (content, expected_PD) = HostileRouter(), REQUESTS[1]
     n_pairs = wire.parse_head(content).n_pairs
     for _ in range(MUTATIONS // 40):
-        done = threading.Event()
-
-        def flip(begin: int) -> None:
-            places = (begin + 44, begin + 48, begin + len(content) - 8 * n_pairs, begin + len(content) - 4)
-            page = router.ring.memory.map
-            kept = [bytes(page[at : at + 4]) for at in places]
-
-            def run() -> None:
-                while not done.is_set():
-                    for at, value in zip(places, kept, strict=True):
-                        page[at : at + 4] = b"\xff\xff\xff\x7f"
-                        page[at : at + 4] = value
-
-            threading.Thread(target=run).start()
-
-        router.ask(content, flip)
-        done.set()
+        flipping = Flipping(router.ring, (44, 48, len(content) - 8 * n_pairs, len(content) - 4))
+        router.ask(content, flipping.start)
+        flipping.done.set()
         if router.ends:
             router.close()
             router = HostileRouter()
