@@ -84,9 +84,12 @@ class DeviceWay:
         self.experts.begin_step(step.number)
         return True
 
-    def end_step(self, is_void: bool) -> None:
-        """How the step ended, by the status of `experts`. After a void one, none begins before its workers rest."""
-        self._was_void = is_void
+    def end_step(self) -> NDArray[np.int64] | None:
+        """Wait for the end of the step: the pairs of each expert [L, E]; None when the step is void, because a worker
+        did not answer in time. Then none begins before its workers rest."""
+        report = self.experts.report.cpu().numpy()
+        self._was_void = bool(report[0])
+        return None if self._was_void else report[1:].reshape(self.shape.n_layers, self.shape.n_experts)
 
     def joined(self, worker: str, page: PeerMemory) -> None:
         """`worker` has mapped the rows; its page."""

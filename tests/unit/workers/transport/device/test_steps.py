@@ -100,8 +100,12 @@ def step(way: DeviceWay, given: Batch) -> Tensor | None:
         experts.combine(experts.dispatch(layer, given.x_TD, given.ids_TK, given.weights_TK))
         for layer in range(MODEL.n_layers)
     ]
-    way.end_step(is_void=bool(experts.status))
-    return None if bool(experts.status) else torch.stack(y_LTD)
+    rows_LE = way.end_step()
+    if rows_LE is None:
+        return None
+    expected_E = given.ids_TK.flatten().bincount(minlength=MODEL.n_experts)
+    assert (rows_LE == expected_E.numpy()).all(), "the rows of experts are counted wrong"
+    return torch.stack(y_LTD)
 
 
 def check(y_LTD: Tensor | None, given: Batch) -> None:
