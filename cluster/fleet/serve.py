@@ -16,13 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
 from cluster.config import Config
+from cluster.config_load import tls_files
 from cluster.errors import ExpertMeshError, RayGone
 from cluster.fleet import local_ray, preflight, snapshot
 from cluster.fleet.mps import Mps
-from cluster.fleet.run_state import RunState, make_run_dir
+from cluster.fleet.run_state import RunState, credentials_path, make_run_dir
 from cluster.fleet.signals import Signals, Stopped
 from cluster.fleet.watch import Watch
 from cluster.models import resolve
+from workers.transport.grpc.credentials import Credentials
 
 if TYPE_CHECKING:  # Ray is imported once its environment is in force
     from cluster.control.view import View
@@ -124,7 +126,9 @@ def _serve(
 ) -> None:
     from cluster.fleet.launch import start_actors, wait_ready
 
-    cluster = start_actors(config, plan, state.url)
+    credentials = Credentials.generate(tls_files(config), config.trusted_network)
+    credentials.write(credentials_path(Path(state.run_dir)))  # for `bench serve --router`
+    cluster = start_actors(config, plan, state.url, credentials)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
     for use in plan.uses:
         console.print(str(use), style="dim", highlight=False)
