@@ -122,6 +122,20 @@ CASES: dict[str, FamilyCase] = {
             "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
         },
     ),
+    "glm4_moe": FamilyCase(
+        _QWEN | {"experts": "n_routed_experts"},
+        {
+            "intermediate_size": 112, "head_dim": 16, "attention_bias": True, "use_qk_norm": True,
+            "routed_scaling_factor": 1.8, "n_shared_experts": 1,
+        },
+        {shape: sizes | {"first_k_dense_replace": 0} for shape, sizes in _EXPERTS.items()} | {
+            "dense_first_two_shared": {"first_k_dense_replace": 2, "n_shared_experts": 2, "head_dim": 24},
+            "no_bias_no_norm_not_normalized": {
+                "attention_bias": False, "use_qk_norm": False, "norm_topk_prob": False, "partial_rotary_factor": 0.25,
+            },
+            "all_rotated_llama3": {"partial_rotary_factor": 1.0, "rope_parameters": LLAMA3},
+        },
+    ),
     "llama": FamilyCase(
         {"ffn": "intermediate_size"},
         {},

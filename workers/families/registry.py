@@ -10,6 +10,7 @@ from typing import Any
 from workers.errors import CheckpointError
 from workers.families.config import Config, read_json
 from workers.families.family import Family
+from workers.families.glm4_moe import GLM4_MOE
 from workers.families.granite_moe import GRANITE_MOE
 from workers.families.llama import LLAMA
 from workers.families.mistral import MISTRAL
@@ -23,7 +24,7 @@ from workers.spec import DTYPES, ModelSpec
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, LLAMA, MISTRAL)
+    for family in (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, GLM4_MOE, LLAMA, MISTRAL)
 }  # fmt: skip
 
 
