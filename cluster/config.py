@@ -36,8 +36,14 @@ class Config:
     collective_deadline_s: float = option(
         2.0, "a process of a collective group without a sign of life for this long is lost", at_least=0.1
     )
+    tls_cert: Path | None = option(  # noqa: RUF009
+        None, "PEM certificate of this cluster's processes, for the name `expertmesh`: they encrypt and know each other"
+    )
+    tls_key: Path | None = option(None, "PEM key of --tls-cert")  # noqa: RUF009
+    tls_ca: Path | None = option(None, "PEM certificate of the authority that issued --tls-cert")  # noqa: RUF009
     trusted_network: bool = option(
-        False, "let the collective transport use an interface that others reach: it neither authenticates nor encrypts"
+        False,
+        "let processes talk without TLS where others reach them; the collective transport always does",
     )
     expert_workers: int | None = option(
         None,

@@ -15,7 +15,8 @@ import yaml
 
 from cluster.config import Config
 from cluster.errors import ConfigError, ExpertMeshError
-from workers.transport.interface import UNPROTECTED, bind_address
+from workers.transport.collective import interface
+from workers.transport.grpc import credentials
 
 PREFIX = "EXPERTMESH_"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -137,12 +138,35 @@ def is_loopback(host: str) -> bool:
 def _check_interface(config: Config, refuse: Callable[[str, str], ConfigError]) -> None:
     # In a Ray of our own every process is on loopback; in another one nobody knows before it is joined.
     if config.ray_address is not None and not (config.collective_interface and config.trusted_network):
-        raise refuse("transport", f"is not protected: {UNPROTECTED}")
+        raise refuse("transport", f"is not protected: {interface.UNPROTECTED}")
     if config.ray_address is None:
         try:
-            bind_address(config.collective_interface, config.trusted_network, "127.0.0.1")
+            interface.bind_address(config.collective_interface, config.trusted_network, "127.0.0.1")
         except ExpertMeshError as error:
             raise refuse("collective_interface", f"cannot be used: {error}") from error
+
+
+def tls_files(config: Config) -> credentials.Tls | None:
+    """The files of mutual TLS; None without."""
+    if config.tls_cert is None or config.tls_key is None or config.tls_ca is None:
+        return None
+    return credentials.Tls(*(path.absolute() for path in (config.tls_cert, config.tls_key, config.tls_ca)))
+
+
+def _check_tls(config: Config, refuse: Callable[[str, str], ConfigError]) -> None:
+    tls = tls_files(config)
+    if tls is None:
+        for name in ("tls_cert", "tls_key", "tls_ca"):
+            if getattr(config, name) is not None:
+                raise refuse(name, "needs the two others of --tls-cert, --tls-key and --tls-ca")
+    else:
+        try:
+            tls.read()
+        except ExpertMeshError as error:
+            raise ConfigError(str(error)) from None
+    # In a Ray of our own every process is on loopback; in another one nobody knows before it is joined.
+    if config.ray_address is not None and tls is None and not config.trusted_network:
+        raise refuse("ray_address", f"is not protected: {credentials.UNPROTECTED}")
 
 
 def _check_together(config: Config, origins: Mapping[str, str]) -> None:
@@ -155,6 +179,7 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
         raise refuse("transport", "needs expert workers")
     if config.transport == "collective":
         _check_interface(config, refuse)
+    _check_tls(config, refuse)
     if not config.host:
         raise refuse("host", "is empty; 0.0.0.0 listens on every address")
     if config.api_keys_file is not None and not config.api_keys_file.is_file():

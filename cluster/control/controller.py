@@ -31,11 +31,17 @@ class Controller:
     complete again after one round of calls.
     """
 
-    def __init__(self, n_layers: int, n_experts: int, workers: Collection[str], expected: Collection[str]) -> None:
+    def __init__(
+        self,
+        n_layers: int,
+        n_experts: int,
+        workers: Collection[str],
+        expected: Collection[str],
+        dense_layers: Collection[int] = (),
+    ) -> None:
         # Nanoseconds: a restarted controller starts above every version it ever gave out.
-        self._membership = Membership(
-            striped(n_layers, n_experts, tuple(workers)), expected, time.monotonic(), time.time_ns()
-        )
+        placement = striped(n_layers, n_experts, tuple(workers), dense_layers=dense_layers)
+        self._membership = Membership(placement, expected, time.monotonic(), time.time_ns())
         self._changed = asyncio.Condition()
         self._processes: dict[str, psutil.Process] = {}  # of this node, by member: psutil tells a recycled pid apart
         self._node = ray.get_runtime_context().get_node_id()

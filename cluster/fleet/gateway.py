@@ -21,12 +21,15 @@ from cluster.fleet.actor import node_address
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
 from cluster.gateway.context import ModelCard
+from workers.transport.grpc.credentials import Credentials
 
 
 class Gateway:
     """One replica of the Serve deployment."""
 
-    async def __init__(self, config: Config, model: ModelCard, url: str, controller: Any) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: Config, model: ModelCard, url: str, controller: Any, credentials: Credentials
+    ) -> None:
         from cluster.gateway.app import create_app
         from cluster.gateway.session import Session
         from cluster.gateway.tokenizer import Tokenizer
@@ -37,7 +40,7 @@ class Gateway:
         self._id = f"gateway-{serve.get_replica_context().rank.rank}"
         self._url = url
         self._node = ray.get_runtime_context().get_node_id()
-        self._session = Session(rejoin_timeout_s=config.rejoin_timeout_s)
+        self._session = Session(credentials, rejoin_timeout_s=config.rejoin_timeout_s)
         tokenizer = await asyncio.to_thread(Tokenizer, Path(model.path))
         self._drain = Drain(create_app(config, model, tokenizer, self._session), lambda: self._membership.tell())
         self._membership = ControllerClient(controller, self._member, self._on_view)
@@ -68,7 +71,7 @@ class Gateway:
         )
 
 
-def deploy(config: Config, model: ModelCard, url: str, controller: Any) -> None:
+def deploy(config: Config, model: ModelCard, url: str, controller: Any, credentials: Credentials) -> None:
     """Start Serve and the gateways behind it; return once they take requests. Raises what a gateway died of."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": config.log_level.upper(), "enable_access_log": False}
@@ -86,7 +89,7 @@ def deploy(config: Config, model: ModelCard, url: str, controller: Any) -> None:
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=1.0,
     )
-    application = deployment.bind(config, model, url, controller)
+    application = deployment.bind(config, model, url, controller, credentials)
     serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
 
 

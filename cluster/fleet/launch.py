@@ -25,6 +25,7 @@ from cluster.fleet.router_actor import Router
 from cluster.gateway.context import ModelCard
 from workers import device
 from workers.kernels.threads import process_environment
+from workers.transport.grpc.credentials import Credentials
 
 _TICK_S = 0.1
 _CALL_TIMEOUT_S = 10.0
@@ -66,21 +67,21 @@ class Cluster:
             raise RayGone(reason(error)) from error
 
 
-def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
+def start_actors(config: Config, plan: Plan, url: str, credentials: Credentials) -> Cluster:
     """Ask Ray for every process of the plan. Returns before they are ready."""
     holders = plan.workers or plan.routers  # with the local transport the router holds its experts itself
     controller = _actor(Controller, NAME, 1, max_concurrency=1000).remote(
-        plan.n_layers, plan.n_experts, holders, (*plan.workers, *plan.routers)
+        plan.n_layers, plan.n_experts, holders, (*plan.workers, *plan.routers), plan.dense_layers
     )
     by_name = ControllerByName()
     actors = {}
     for worker in plan.workers:
         actors[worker] = _actor(ExpertWorker, worker, plan.worker_threads, gpus=config.gpus_per_expert_worker).remote(
-            worker, config, plan.checkpoint, plan.worker_threads, by_name
+            worker, config, plan.checkpoint, plan.worker_threads, by_name, credentials
         )
     for router in plan.routers:
         actors[router] = _actor(Router, router, plan.router_threads, gpus=config.gpus_per_router).remote(
-            router, config, plan.checkpoint, plan.router_threads, by_name
+            router, config, plan.checkpoint, plan.router_threads, by_name, credentials
         )
     model = ModelCard(
         plan.model_name, plan.checkpoint, plan.max_context, plan.vocab_size, int(time.time()), plan.defaults
@@ -90,7 +91,7 @@ def start_actors(config: Config, plan: Plan, url: str) -> Cluster:
 
     def deploy() -> None:
         try:
-            gateway.deploy(config, model, url, by_name)
+            gateway.deploy(config, model, url, by_name, credentials)
         except Exception as error:
             serving.set_exception(error)
         else:

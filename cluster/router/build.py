@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -38,15 +37,14 @@ def build_engine(config: Config, source: str | Path | Checkpoint, experts: Exper
     dtype = compute_dtype(config.dtype, spec.dtype, device, config.expert_device if experts is not None else device)
     needed = {"dense weights": dense_bytes(checkpoint, dtype, device)}
     if experts is None:
-        needed["experts"] = expert_bytes(checkpoint, dtype, device) * spec.n_layers * spec.n_experts
+        needed["experts"] = expert_bytes(checkpoint, dtype, device) * len(spec.experts)
     needed["work"] = step_bytes(config, spec, dtype) if device.type == "cuda" else _WORKING_BYTES
     n_blocks = pool_blocks(with_kv_cache(config, device, needed), spec, dtype)
     needed["KV cache"] = n_blocks * bytes_per_block(spec, config.block_size, dtype)
     check_memory(needed, device)
     dense = checkpoint.dense(dtype, kept_on(device, dtype))
     if experts is None:
-        every = product(range(spec.n_layers), range(spec.n_experts))
-        experts = load_shard(checkpoint, every, dtype)
+        experts = load_shard(checkpoint, spec.experts, dtype)
     cache = KVCache(spec, n_blocks, config.block_size, dtype, device)
     model = Decoder(spec, dense, experts, cache)
     give_back()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.kernels.ops import Delta, Unsummed
+from workers.kernels.ops import Delta, Ops, Unsummed
 from workers.transport.device.launch import STRIDE, Launch
 from workers.transport.device.rows import StepRows
 
@@ -37,7 +37,7 @@ class StepExperts:
         device = rows.x_TD.device
         self.owner_LE = owner_LE
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._step = torch.full((1,), -1, dtype=torch.int64, device=device)  # before the first, nobody is asked
         self._rows = rows
         self._launch = launch
 
@@ -59,6 +59,9 @@ class StepExperts:
         rows_PD = self._rows.y_PD[: handle.place_TK.numel()]
         unsummed = Unsummed(rows_PD, handle.place_TK, handle.weights_TK)
         return unsummed if rows_PD.is_cuda else added_up(unsummed)
+
+    def by(self, ops: Ops) -> None:
+        """Nothing: nobody else's operations capture what is computed elsewhere."""
 
     def micro_batches(self, n_rows: int) -> int:
         """One: both sides go through the layers together."""

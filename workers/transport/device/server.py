@@ -102,6 +102,8 @@ class DeviceServer:
     def _serve(self) -> None:
         steps: _Steps | None = None
         idle = 0
+        if self._shard.device.type == "cuda":
+            torch.cuda.set_device(self._shard.device)  # each thread has one of its own
         with torch.inference_mode():
             while not self._stopping:
                 if self._changed:
