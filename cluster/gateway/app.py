@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import Depends, FastAPI
@@ -32,7 +33,9 @@ def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: 
     check_exposure(config)
     keys = ApiKeys.from_file(config.api_keys_file) if config.api_keys_file is not None else None
     grammars = GrammarCompiler(model.path, model.vocab_size, tokenizer.eos_ids)
-    gateway = Gateway(config, model, tokenizer, TokenNames(tokenizer.pieces), session, Metrics(), grammars)
+    gateway = Gateway(
+        config, model, tokenizer, TokenNames(tokenizer.pieces), session, Metrics(), grammars, _fingerprint(model)
+    )
     app = FastAPI(
         title="ExpertMesh",
         description="A mixture-of-experts model behind OpenAI's API",
@@ -50,6 +53,10 @@ def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: 
     app.include_router(token_routes(gateway), dependencies=secured)
     app.include_router(service_routes(gateway, app.version))
     return app
+
+
+def _fingerprint(model: ModelCard) -> str:
+    return "fp_" + sha256(f"{model.id} {model.created} {_version()}".encode()).hexdigest()[:12]
 
 
 def _version() -> str:

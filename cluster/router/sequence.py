@@ -61,6 +61,11 @@ class Sequence:
     def n_emitted(self) -> int:
         return len(self.tokens) - self.n_prompt
 
+    def ends_with(self, ids: Items[int]) -> bool:
+        """Whether the answer so far ends with `ids`."""
+        n = len(ids)
+        return n == 0 or (n <= self.n_emitted and tuple(self.tokens[-n:]) == tuple(ids))
+
     @property
     def pending(self) -> int:
         """Tokens that are known but not in the cache: 1 while it decodes, more while it prefills."""
