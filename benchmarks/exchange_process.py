@@ -23,18 +23,20 @@ from benchmarks.free_shard import FreeShard
 from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
 from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer
 from workers.wire import FRAME_BYTES
 
 HIDDEN_SIZE = 512
 ROW_BYTES = 4 * HIDDEN_SIZE  # float32
+CREDENTIALS = Credentials("free experts have no secrets")
 _TIMEOUT_S = 60.0
 _END = b"\1"  # ends the last frame of an echoed message; the others end in zeros
 
 
 def worker() -> None:
     """Serve the free expert."""
-    server = ExpertServer(FreeShard(HIDDEN_SIZE), "worker", "127.0.0.1")
+    server = ExpertServer(FreeShard(HIDDEN_SIZE), "worker", "127.0.0.1", model="free", credentials=CREDENTIALS)
     server.start()
     print(server.address, flush=True)
     sys.stdin.read()
@@ -68,7 +70,11 @@ def client(worker_address: str, echo_address: str) -> Callable[[dict[str, Any]],
     """What measures, to be asked once for every run."""
     placement = striped(1, 1, ("worker",))
     over = Exchange(
-        placement, {"worker": worker_address}, GrpcTransport(), reply_timeout_s=_TIMEOUT_S, rejoin_timeout_s=_TIMEOUT_S
+        placement,
+        {"worker": worker_address},
+        GrpcTransport("router", "free", CREDENTIALS),
+        reply_timeout_s=_TIMEOUT_S,
+        rejoin_timeout_s=_TIMEOUT_S,
     )
     echoes = {way: _Echo(echo_address, way) for way in ("echo", "stored")}
 

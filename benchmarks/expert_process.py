@@ -1,28 +1,36 @@
 """One expert worker of a benchmark: a shard behind the gRPC transport, without Ray.
 
-`python -m benchmarks.expert_process CHECKPOINT WORKER N_WORKERS THREADS`; prints its address once it serves, and
-ends when its standard input does.
+`python -m benchmarks.expert_process CHECKPOINT WORKER N_WORKERS THREADS CREDENTIALS`, the last a file; prints its
+address once it serves, and ends when its standard input does.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 
 from cluster.placement.placement import striped
 from workers.checkpoint import Checkpoint
 from workers.shard import load_shard
+from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer
 
 
-def main(directory: str, worker: str, n_workers: str, threads: str) -> None:
+def main(directory: str, worker: str, n_workers: str, threads: str, credentials: str) -> None:
     torch.set_num_threads(int(threads))
     checkpoint = Checkpoint(directory)
     spec = checkpoint.spec
-    placement = striped(spec.n_layers, spec.n_experts, worker_names(int(n_workers)))
+    placement = striped(spec.n_layers, spec.n_experts, worker_names(int(n_workers)), dense_layers=spec.dense_layers)
     shard = load_shard(checkpoint, placement.shard(worker), torch.float32)
-    server = ExpertServer(shard, worker, "127.0.0.1")
+    server = ExpertServer(
+        shard,
+        worker,
+        "127.0.0.1",
+        model=checkpoint.fingerprint(torch.float32),
+        credentials=Credentials.read(Path(credentials)),
+    )
     server.start()
     print(server.address, flush=True)
     sys.stdin.read()

@@ -8,35 +8,45 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
 
 from benchmarks.expert_process import worker_names
 from cluster.config import Config
 from cluster.errors import StartError
 from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
+from workers.checkpoint import Checkpoint
 from workers.kernels.threads import process_environment
-from workers.spec import ModelSpec
 from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.credentials import Credentials
 
 
 @contextmanager
 def local_cluster(directory: Path, n_workers: int, threads: int) -> Iterator[Exchange]:
     """An exchange with `n_workers` processes of `threads` threads each, over gRPC. They end with the context."""
-    spec, config, names = ModelSpec.from_config(directory), Config(), worker_names(n_workers)
+    checkpoint, config, names = Checkpoint(directory), Config(), worker_names(n_workers)
+    spec, credentials = checkpoint.spec, Credentials.generate()
     with ExitStack() as stack:
-        processes = [stack.enter_context(_expert_process(directory, name, n_workers, threads)) for name in names]
+        file = Path(stack.enter_context(TemporaryDirectory()), "credentials.json")
+        credentials.write(file)
+        processes = [stack.enter_context(_expert_process(directory, name, n_workers, threads, file)) for name in names]
         addresses = {name: _address(process) for name, process in zip(names, processes, strict=True)}
-        transport = GrpcTransport()
+        transport = GrpcTransport("router-0", checkpoint.fingerprint(torch.float32), credentials)
         stack.callback(transport.close)
         yield Exchange(
-            striped(spec.n_layers, spec.n_experts, names), addresses, transport,
+            striped(spec.n_layers, spec.n_experts, names, dense_layers=spec.dense_layers), addresses, transport,
             reply_timeout_s=config.reply_timeout_s, rejoin_timeout_s=config.rejoin_timeout_s,
         )  # fmt: skip
 
 
 @contextmanager
-def _expert_process(directory: Path, name: str, n_workers: int, threads: int) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "benchmarks.expert_process", str(directory), name, str(n_workers), str(threads)]
+def _expert_process(
+    directory: Path, name: str, n_workers: int, threads: int, credentials: Path
+) -> Iterator[subprocess.Popen[str]]:
+    arguments = (directory, name, n_workers, threads, credentials)
+    command = [sys.executable, "-m", "benchmarks.expert_process", *map(str, arguments)]
     environment = os.environ | process_environment(threads)
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

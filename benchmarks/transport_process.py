@@ -25,11 +25,13 @@ from workers.transport.collective.client import CollectiveTransport
 from workers.transport.collective.group import Group, host_store
 from workers.transport.collective.server import CollectiveServer
 from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer
 
 HIDDEN_SIZE = 128
 ROW_BYTES = 4 * HIDDEN_SIZE  # float32
 _HOST = "127.0.0.1"
+_CREDENTIALS = Credentials("free experts have no secrets")
 _TIMEOUT_S = 60.0
 _POLL_S = 0.01
 
@@ -55,7 +57,7 @@ class Worker:
     def __init__(self, rank: int, n_routers: int, n_workers: int) -> None:
         name = f"worker-{rank - n_routers}"
         shard = FreeShard(HIDDEN_SIZE, n_workers)
-        self._grpc = ExpertServer(shard, name, _HOST)
+        self._grpc = ExpertServer(shard, name, _HOST, model="free", credentials=_CREDENTIALS)
         self._grpc.start()
         self._collective = CollectiveServer(shard, name, _HOST)
         self._collective.start()
@@ -89,7 +91,10 @@ class Router:
     def join(self, members: list[dict[str, Any]]) -> bool:
         group = _group(members)
         self._collective.join(group)
-        transports: dict[str, Transport] = {"grpc": GrpcTransport(), "collective": self._collective}
+        transports: dict[str, Transport] = {
+            "grpc": GrpcTransport("router", "free", _CREDENTIALS),
+            "collective": self._collective,
+        }
         self._bare.join(members)
         while self._collective.ready < group.number:
             time.sleep(_POLL_S)

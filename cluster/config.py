@@ -36,8 +36,14 @@ class Config:
     collective_deadline_s: float = option(
         2.0, "a process of a collective group without a sign of life for this long is lost", at_least=0.1
     )
+    tls_cert: Path | None = option(  # noqa: RUF009
+        None, "PEM certificate of this cluster's processes, for the name `expertmesh`: they encrypt and know each other"
+    )
+    tls_key: Path | None = option(None, "PEM key of --tls-cert")  # noqa: RUF009
+    tls_ca: Path | None = option(None, "PEM certificate of the authority that issued --tls-cert")  # noqa: RUF009
     trusted_network: bool = option(
-        False, "let the collective transport use an interface that others reach: it neither authenticates nor encrypts"
+        False,
+        "let processes talk without TLS where others reach them; the collective transport always does",
     )
     expert_workers: int | None = option(
         None,
@@ -61,6 +67,12 @@ class Config:
     )
     gpus_per_expert_worker: float = option(
         0.0, "share of a GPU of each expert worker; 0: a whole one, less where there are too few", at_least=0, at_most=1
+    )
+    admin_port: int = option(
+        0,
+        "port of the admin API (placement, receipts), on the address that Ray uses; 0: any free one",
+        at_least=0,
+        at_most=65535,
     )
     expert_slots: int = option(
         0,
@@ -102,4 +114,7 @@ class Config:
     allow_no_keys: bool = option(False, "listen beyond loopback without API keys")
     drain_timeout_s: float = option(30.0, "how long open requests may finish when the cluster stops", at_least=0)
     ray_address: str | None = option(None, "running Ray cluster to join; default: RAY_ADDRESS, else start Ray here")
+    state_dir: Path | None = option(  # noqa: RUF009
+        None, "directory for caches, models, Ray's token and the notes of running clusters; default: where XDG has them"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "log level of every process")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields
@@ -15,9 +16,12 @@ import yaml
 
 from cluster.config import Config
 from cluster.errors import ConfigError, ExpertMeshError
-from workers.transport.interface import UNPROTECTED, bind_address
+from workers.transport.collective import interface
+from workers.transport.grpc import credentials
 
 PREFIX = "EXPERTMESH_"
+# With `enableServiceLinks`, which is on by default, every Service of the namespace appears in the environment.
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 HINTS = get_type_hints(Config)
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Config)}
@@ -29,6 +33,7 @@ class Loaded:
 
     config: Config
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()  # what was left out of account, and why
 
 
 def flag(name: str) -> str:
@@ -48,15 +53,20 @@ def load(given: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
         found.update({name: (value, str(file)) for name, value in _read_yaml(file).items()})
     if environ.get("RAY_ADDRESS"):  # Ray's own variable, under Ray's own name
         found["ray_address"] = (environ["RAY_ADDRESS"], "RAY_ADDRESS")
+    notes: list[str] = []
     for name in FIELDS:
-        if PREFIX + name.upper() in environ:
-            found[name] = (environ[PREFIX + name.upper()], PREFIX + name.upper())
+        if (value := environ.get(variable := PREFIX + name.upper())) is None:
+            continue
+        if _SERVICE_LINK.fullmatch(value):
+            notes.append(f"{variable}={value} is ignored: Kubernetes sets it for a Service of that name")
+        else:
+            found[name] = (value, variable)
     found.update({name: (value, flag(name)) for name, value in given.items() if value is not None})
     values = {name: _checked(name, value, origin) for name, (value, origin) in found.items()}
     origins = {name: found[name][1] if name in found else "default" for name in FIELDS}
     config = Config(**values)
     _check_together(config, origins)
-    return Loaded(config, origins)
+    return Loaded(config, origins, tuple(notes))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -113,7 +123,8 @@ def _typed(hint: Any, value: Any) -> Any:
             return None
     if hint is Path:
         # Unlike Path.expanduser, this takes an unknown user for a name.
-        return Path(os.path.expanduser(value)) if isinstance(value, str | Path) else None
+        # Absolute, since other processes work in other directories.
+        return Path(os.path.abspath(os.path.expanduser(value))) if isinstance(value, str | Path) else None
     return str(value) if isinstance(value, str | int | float | Path) else None
 
 
@@ -137,12 +148,35 @@ def is_loopback(host: str) -> bool:
 def _check_interface(config: Config, refuse: Callable[[str, str], ConfigError]) -> None:
     # In a Ray of our own every process is on loopback; in another one nobody knows before it is joined.
     if config.ray_address is not None and not (config.collective_interface and config.trusted_network):
-        raise refuse("transport", f"is not protected: {UNPROTECTED}")
+        raise refuse("transport", f"is not protected: {interface.UNPROTECTED}")
     if config.ray_address is None:
         try:
-            bind_address(config.collective_interface, config.trusted_network, "127.0.0.1")
+            interface.bind_address(config.collective_interface, config.trusted_network, "127.0.0.1")
         except ExpertMeshError as error:
             raise refuse("collective_interface", f"cannot be used: {error}") from error
+
+
+def tls_files(config: Config) -> credentials.Tls | None:
+    """The files of mutual TLS; None without."""
+    if config.tls_cert is None or config.tls_key is None or config.tls_ca is None:
+        return None
+    return credentials.Tls(*(path.absolute() for path in (config.tls_cert, config.tls_key, config.tls_ca)))
+
+
+def _check_tls(config: Config, refuse: Callable[[str, str], ConfigError]) -> None:
+    tls = tls_files(config)
+    if tls is None:
+        for name in ("tls_cert", "tls_key", "tls_ca"):
+            if getattr(config, name) is not None:
+                raise refuse(name, "needs the two others of --tls-cert, --tls-key and --tls-ca")
+    else:
+        try:
+            tls.read()
+        except ExpertMeshError as error:
+            raise ConfigError(str(error)) from None
+    # In a Ray of our own every process is on loopback; in another one nobody knows before it is joined.
+    if config.ray_address is not None and tls is None and not config.trusted_network:
+        raise refuse("ray_address", f"is not protected: {credentials.UNPROTECTED}")
 
 
 def _check_together(config: Config, origins: Mapping[str, str]) -> None:
@@ -155,6 +189,7 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
         raise refuse("transport", "needs expert workers")
     if config.transport == "collective":
         _check_interface(config, refuse)
+    _check_tls(config, refuse)
     if not config.host:
         raise refuse("host", "is empty; 0.0.0.0 listens on every address")
     if config.api_keys_file is not None and not config.api_keys_file.is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from workers.errors import ExpertNotHeld
 from workers.kernels.memory import empty_weights, give_back
-from workers.kernels.ops import Delta, unsummed
+from workers.kernels.ops import Delta, Ops, unsummed
 from workers.kernels.select import ops_for
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -48,18 +49,21 @@ class ExpertShard:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         stored: torch.dtype | None = None,
+        expert_format: WeightFormat | None = None,
     ) -> None:
-        """`dtype`: what to compute in. `stored`: what the checkpoint's experts are in, which they stay if they can."""
+        """`dtype`: what to compute in. `stored`: what the checkpoint's experts are in, which they stay if they can.
+        `expert_format`: what they are made, whatever they are in."""
         self.device = torch.device(device)
         self.dtype = dtype or spec.dtype
         self._ops = ops_for(self.device, self.dtype)
         self.weight_dtype = stored if stored in self._ops.stored_dtypes else self.dtype
+        weight_format = expert_format or WeightFormat(self.weight_dtype)
         self.n_layers = spec.n_layers
         self.n_experts = spec.n_experts
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size
         self._layers = [
-            self._ops.layer_experts(spec.n_experts, spec.hidden_size, spec.ffn_size, WeightFormat(self.weight_dtype))
+            self._ops.layer_experts(spec.n_experts, spec.hidden_size, spec.ffn_size, weight_format)
             for _ in range(spec.n_layers)
         ]
         self._answers = self._ops.answers(self._layers)
@@ -145,6 +149,12 @@ class ExpertShard:
             return None
         with self._lock:
             return self._answers.answer(message)
+
+    def by(self, ops: Ops) -> ExpertShard:
+        """The same slots, computed by other operations of the same device. Slots must not change while a graph runs."""
+        view = copy(self)  # of the handle: slots, counters and lock are the same
+        view._ops = ops
+        return view
 
     def begin_step(self, step: int) -> None:
         """Nothing to do: nothing outlives a dispatch in one process."""

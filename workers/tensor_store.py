@@ -9,7 +9,8 @@ from torch import Tensor
 
 from workers.device_reader import DeviceReader
 from workers.errors import CheckpointError
-from workers.spec import Shape, read_json
+from workers.families.config import read_json
+from workers.families.tensors import Shape
 from workers.tensor_file import TensorFile
 
 _CPU = torch.device("cpu")
@@ -37,6 +38,11 @@ class TensorStore:
 
     def __contains__(self, name: str) -> bool:
         return name in (self._file(name).tensors if self._index is None else self._index)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._file(_SINGLE).tensors if self._index is None else self._index)
 
     def check(self, name: str, shape: Shape) -> torch.dtype:
         """The dtype on disk of a tensor that is there, whole, of `shape` and of a supported dtype; headers alone."""

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.errors import WireError
-from workers.kernels.message import N_PAIRS
 
 # Room for a round number of bytes of rows, their header and their pairs.
 FRAME_BYTES = (1 << 20) + (1 << 16)
@@ -29,11 +28,29 @@ MAX_EXPERTS = 1 << 16
 
 REQUEST, REPLY, ERROR = 1, 2, 3
 
-_MAGIC = b"XMSH"
-_VERSION = 1
+#: What the header of a message is made of. Kernels that read or write messages take every place from here.
+HEADER = np.dtype(
+    [
+        ("magic", "S4"), ("version", "u1"), ("kind", "u1"), ("dtype", "u1"), ("reserved", "u1"),
+        ("router", "<u8"), ("epoch", "<u8"), ("step", "<u8"), ("layer", "<u4"), ("part", "<u4"), ("attempt", "<u4"),
+        ("n_tokens", "<u4"), ("n_pairs", "<u4"), ("width", "<u4"), ("payload_bytes", "<u8"), ("compute_ns", "<u8"),
+    ]
+)  # fmt: skip
+HEADER_BYTES = HEADER.itemsize
+MAGIC = b"XMSH"
+VERSION = 1
+
 _HEADER = struct.Struct("<4sBBBx QQQIII III Q Q")
-HEADER_BYTES = _HEADER.size
-_COMPUTE_NS = struct.Struct("<Q")  # ends the header
+
+
+def place(field: str) -> int:
+    """Byte of the header that `field` begins at."""
+    assert HEADER.fields is not None
+    return int(HEADER.fields[field][1])
+
+
+_N_PAIRS, _AT_N_PAIRS = struct.Struct("<I"), place("n_pairs")
+_COMPUTE_NS, _AT_COMPUTE_NS = struct.Struct("<Q"), place("compute_ns")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ITEM_BYTES = (4, 2, 2)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
@@ -76,7 +93,7 @@ class Header(NamedTuple):
 
 
 class Request(NamedTuple):
-    """The tensors of a REQUEST; they alias the message. The pairs ascend by expert and name rows that are there."""
+    """The tensors of a REQUEST; they alias the message. The pairs name rows that are there and ascend strictly."""
 
     x_TD: Tensor
     token_P: Tensor
@@ -105,40 +122,44 @@ def request_head(tag: Tag, x_TD: Tensor, n_pairs: int) -> tuple[bytes, int]:
     n_tokens, width = x_TD.shape
     payload_bytes = x_TD.nbytes + n_pairs * _PAIR_BYTES
     code = _CODES[x_TD.dtype]
-    head = _HEADER.pack(_MAGIC, _VERSION, REQUEST, code, *tag, n_tokens, n_pairs, width, payload_bytes, 0)
+    head = _HEADER.pack(MAGIC, VERSION, REQUEST, code, *tag, n_tokens, n_pairs, width, payload_bytes, 0)
     return head, payload_bytes
 
 
 def put_request_head(message: memoryview, tag: Tag, n_tokens: int, n_pairs: int, width: int) -> None:
     """Write the header of a whole request of float32 rows, the rest of which is there already."""
     fields = (*tag, n_tokens, n_pairs, width, len(message) - HEADER_BYTES, 0)
-    _HEADER.pack_into(message, 0, _MAGIC, _VERSION, REQUEST, _FLOAT32, *fields)
-
-
-def put_head(message: memoryview, header: Header) -> None:
-    """Write a header as it came before its payload."""
-    sizes = (header.n_tokens, header.n_pairs, header.width, header.payload_bytes, header.compute_ns)
-    _HEADER.pack_into(message, 0, _MAGIC, _VERSION, header.kind, _CODES[header.dtype], *header.tag, *sizes)
+    _HEADER.pack_into(message, 0, MAGIC, VERSION, REQUEST, _FLOAT32, *fields)
 
 
 def reply_head(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> bytes:
     """The header of a reply; the bytes of y_PD follow it."""
     n_pairs, width = y_PD.shape
     code = _CODES[y_PD.dtype]
-    return _HEADER.pack(_MAGIC, _VERSION, REPLY, code, *tag, n_tokens, n_pairs, width, y_PD.nbytes, compute_ns)
+    return _HEADER.pack(MAGIC, VERSION, REPLY, code, *tag, n_tokens, n_pairs, width, y_PD.nbytes, compute_ns)
+
+
+def first_word(kind: int, dtype: torch.dtype) -> int:
+    """The first eight bytes of a message, as a little-endian number."""
+    return int.from_bytes(struct.pack("<4sBBBx", MAGIC, VERSION, kind, _CODES[dtype]), "little")
 
 
 def stamp(reply: memoryview, compute_ns: int) -> int:
     """Write how long a whole REPLY took into its header; returns its number of pairs."""
-    _COMPUTE_NS.pack_into(reply, HEADER_BYTES - _COMPUTE_NS.size, compute_ns)
-    n_pairs: int = N_PAIRS.unpack_from(reply)[0]
+    _COMPUTE_NS.pack_into(reply, _AT_COMPUTE_NS, compute_ns)
+    n_pairs: int = _N_PAIRS.unpack_from(reply, _AT_N_PAIRS)[0]
     return n_pairs
 
 
 def error_message(tag: Tag, text: str, limit: int) -> bytes:
     """Why rows were not computed, header and all, cut to `limit` bytes."""
     payload = text.encode()[: limit - HEADER_BYTES]
-    return _HEADER.pack(_MAGIC, _VERSION, ERROR, 0, *tag, 0, 0, 0, len(payload), 0) + payload
+    return _HEADER.pack(MAGIC, VERSION, ERROR, 0, *tag, 0, 0, 0, len(payload), 0) + payload
+
+
+def most_tokens(width: int, top_k: int, dtype: torch.dtype) -> int:
+    """Token rows [., width] with `top_k` experts each that always fit into a request, and their replies into one."""
+    return MAX_PAYLOAD_BYTES // max(top_k * width * dtype.itemsize, width * dtype.itemsize + top_k * _PAIR_BYTES)
 
 
 def parse_head(first: Buffer) -> Header:
@@ -146,14 +167,16 @@ def parse_head(first: Buffer) -> Header:
     if len(first) < HEADER_BYTES:
         raise WireError(f"a first frame of {len(first)} bytes; the header alone has {HEADER_BYTES}")
     magic, version, kind, code, *rest = _HEADER.unpack_from(first)
-    if magic != _MAGIC or version != _VERSION:
-        raise WireError(f"magic {magic!r}, version {version}; expected {_MAGIC!r}, {_VERSION}")
+    if magic != MAGIC or version != VERSION:
+        raise WireError(f"magic {magic!r}, version {version}; expected {MAGIC!r}, {VERSION}")
     if kind not in (REQUEST, REPLY, ERROR) or code >= len(_DTYPES):
         raise WireError(f"kind {kind} or dtype {code} does not exist")
     tag = Tag._make(rest[:6])
     n_tokens, n_pairs, width, payload_bytes, compute_ns = rest[6:]
-    if payload_bytes > MAX_PAYLOAD_BYTES:
-        raise WireError(f"{payload_bytes} bytes announced; the limit is {MAX_PAYLOAD_BYTES}")
+    # The reply to a request is bounded before anything is computed for it.
+    most = max(payload_bytes, n_pairs * width * _ITEM_BYTES[code])
+    if most > MAX_PAYLOAD_BYTES:
+        raise WireError(f"{most} bytes announced, or asked for as a reply; the limit is {MAX_PAYLOAD_BYTES}")
     _check_sizes(kind, n_tokens, n_pairs, width, payload_bytes, _ITEM_BYTES[code])
     return Header(kind, _DTYPES[code], tag, n_tokens, n_pairs, width, payload_bytes, compute_ns)
 
@@ -164,18 +187,17 @@ def check_request(header: Header) -> None:
         raise WireError(f"a message of kind {header.kind} where only requests come")
 
 
-def reply_ns(message: memoryview, tag: Tag, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
-    """The nanoseconds that a worker computed if `message` is the whole REPLY to `tag`, of `shape` and `dtype`.
+def reply_ns(head: Buffer, n_bytes: int, tag: Tag, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    """The nanoseconds that a worker computed if `head` begins the REPLY to `tag`, of `shape`, `dtype` and `n_bytes`.
 
     None: it is something else, or makes no sense. One look instead of a Header: this is for what is expected.
     """
-    n_bytes = len(message) - HEADER_BYTES
-    magic, version, kind, code, *rest = _HEADER.unpack_from(message)
+    magic, version, kind, code, *rest = _HEADER.unpack_from(head)
     is_it = (
         tuple(rest[:6]) == tag
-        and (magic, version, kind, code) == (_MAGIC, _VERSION, REPLY, _CODES[dtype])
+        and (magic, version, kind, code) == (MAGIC, VERSION, REPLY, _CODES[dtype])
         and (rest[7], rest[8]) == shape
-        and rest[9] == n_bytes == rest[7] * rest[8] * _ITEM_BYTES[code]
+        and rest[9] == n_bytes - HEADER_BYTES == rest[7] * rest[8] * _ITEM_BYTES[code]
         and rest[6]
     )
     compute_ns: int = rest[10]
@@ -196,7 +218,7 @@ def with_rows(header: Header, x_TD: Tensor, content: memoryview) -> Request:
     n_pairs = header.n_pairs
     pairs = np.frombuffer(content, np.int32, 2 * n_pairs)
     if not _pairs_fit(pairs.view(np.uint32), header.n_tokens):
-        raise WireError("pairs must name a row of the message and ascend by expert")
+        raise WireError("pairs must name a row of the message and ascend by expert, then token, without a repetition")
     return Request(x_TD, torch.from_numpy(pairs[:n_pairs]), torch.from_numpy(pairs[n_pairs:]))
 
 
@@ -252,12 +274,16 @@ def _check_sizes(kind: int, n_tokens: int, n_pairs: int, width: int, payload_byt
 
 
 def _pairs_fit(pairs: NDArray[np.uint32], n_tokens: int) -> bool:
-    """Whether the first half, token_P, names rows that are there and the second, expert_P, ascends.
+    """Whether the pairs, token_P and then expert_P, name rows that are there and ascend strictly by (expert, token).
 
-    Seen as unsigned, one comparison catches negative numbers too.
+    Seen as unsigned, one comparison catches negative numbers too. No pair comes twice, so that a request of T tokens
+    never asks for more than T times the model's experts.
     """
     token_P, expert_P = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
-    return bool(token_P.max() < n_tokens and expert_P[-1] < MAX_EXPERTS and (expert_P[1:] >= expert_P[:-1]).all())
+    if not (token_P.max() < n_tokens and expert_P[-1] < MAX_EXPERTS):
+        return False
+    key_P = expert_P.astype(np.int64) << 32 | token_P
+    return bool((key_P[1:] > key_P[:-1]).all())
 
 
 def check_frame(n_bytes: int, left: int) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,7 +18,10 @@ from cluster.bench.common import console, print_json, print_table
 from cluster.bench.gateway import DEFAULT_URL, AsJson, Key, Url, connect
 from cluster.bench.load import Endpoint, Gateway, Record, Routers, Target, closed_loop, make_prompts, open_loop
 from cluster.errors import ExpertMeshError
+from cluster.fleet import snapshot
+from cluster.fleet.run_state import credentials_path
 from cluster.gateway.session import Session
+from workers.transport.grpc.credentials import Credentials
 
 _CONNECT_S = 10.0
 
@@ -25,7 +29,8 @@ _CONNECT_S = 10.0
 def serve(
     url: Url = DEFAULT_URL,
     router: Annotated[
-        list[str] | None, typer.Option(help="host:port of a router to load without the gateway; repeat for several")
+        list[str] | None,
+        typer.Option(help="host:port of a router of this user's cluster, to load past the gateway; repeatable"),
     ] = None,
     endpoint: Annotated[Endpoint, typer.Option(help="what is asked of the gateway")] = "completions",
     rate: Annotated[
@@ -73,8 +78,13 @@ def serve(
 
 
 async def routers(stack: AsyncExitStack, addresses: Sequence[str]) -> Routers:
-    """The routers at `addresses`, once all are ready. ExpertMeshError when they do not get so."""
-    session = await stack.enter_async_context(Session({address: address for address in addresses}))
+    """Routers of this user's running cluster, once all are ready. ExpertMeshError when they do not get so."""
+    cluster = snapshot.read()
+    names = {process["address"]: process["id"] for process in cluster["processes"] if process["role"] == "router"}
+    if unknown := [address for address in addresses if address not in names]:
+        raise ExpertMeshError(f"no router of the cluster is at {', '.join(unknown)}; they are at {', '.join(names)}")
+    credentials = Credentials.read(credentials_path(Path(cluster["run_dir"])))
+    session = await stack.enter_async_context(Session(credentials, {names[address]: address for address in addresses}))
     deadline = time.monotonic() + _CONNECT_S
     while any(stream.state != "ready" for stream in session.stats().streams):
         if time.monotonic() > deadline:

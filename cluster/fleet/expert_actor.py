@@ -21,9 +21,10 @@ from workers.device import Capacity, capacity, compute_dtype, describe, pick
 from workers.kernels.threads import set_threads
 from workers.shard import ExpertShard, load_shard
 from workers.transport.collective.group import Group
+from workers.transport.collective.interface import bind_address
 from workers.transport.collective.server import CollectiveServer
+from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer
-from workers.transport.interface import bind_address
 
 
 class ExpertWorker:
@@ -33,13 +34,16 @@ class ExpertWorker:
     ones, and it comes back with the same experts at a new address.
     """
 
-    def __init__(self, worker: str, config: Config, checkpoint: str, threads: int, controller: Any) -> None:
+    def __init__(
+        self, worker: str, config: Config, checkpoint: str, threads: int, controller: Any, credentials: Credentials
+    ) -> None:
         """`checkpoint` is a directory; `controller` the handle of the actor that has `sync`. Returns at once."""
         logging.basicConfig(level=config.log_level.upper())
         set_threads(threads)
         self._worker = worker
         self._config = config
         self._checkpoint = checkpoint
+        self._credentials = credentials
         self._node = ray.get_runtime_context().get_node_id()
         self._gpu_ids = ray.get_gpu_ids()
         self._source: Checkpoint | None = None  # while it loads
@@ -63,7 +67,7 @@ class ExpertWorker:
         assert self._view is not None
         placement = self._view.placement
         shard, source = await asyncio.to_thread(self._load, placement)
-        self._server = server = self._make_server(shard)
+        self._server = server = await asyncio.to_thread(self._make_server, shard, source)
         await asyncio.to_thread(server.start)
         self._keeper = ShardKeeper(self._worker, shard, source, placement.epoch, self._membership.tell)
         self._source = None
@@ -82,10 +86,17 @@ class ExpertWorker:
         self._capacity = capacity(device, share, shard.expert_bytes)
         return shard, source
 
-    def _make_server(self, shard: ExpertShard) -> ExpertServer | CollectiveServer:
+    def _make_server(self, shard: ExpertShard, source: Checkpoint) -> ExpertServer | CollectiveServer:
         config = self._config
         if config.transport == "grpc":
-            return ExpertServer(shard, self._worker, node_address())
+            return ExpertServer(
+                shard,
+                self._worker,
+                node_address(),
+                model=source.fingerprint(shard.dtype),
+                epoch=lambda: 0 if self._keeper is None else self._keeper.epoch,
+                credentials=self._credentials,
+            )
         host = bind_address(config.collective_interface, config.trusted_network, node_address())
         return CollectiveServer(
             shard, self._worker, host, deadline_s=config.collective_deadline_s, on_change=self._membership.tell

@@ -14,6 +14,7 @@ from cluster.config import Config
 from cluster.control.client import ControllerClient
 from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
+from workers.transport.grpc.credentials import Credentials
 
 if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already being told that this router is there
     import torch
@@ -32,11 +33,14 @@ _ACKNOWLEDGE_S = 0.01  # between two looks at what is in flight, after a new pla
 class Router:
     """One router. A Ray async actor; whatever it needs to come back after a crash is in its constructor."""
 
-    def __init__(self, router_id: str, config: Config, checkpoint: str, threads: int, controller: Any) -> None:
+    def __init__(
+        self, router_id: str, config: Config, checkpoint: str, threads: int, controller: Any, credentials: Credentials
+    ) -> None:
         logging.basicConfig(level=config.log_level.upper())
         self._id = router_id
         self._config = config
         self._checkpoint = checkpoint
+        self._credentials = credentials
         self._threads = threads
         self._host = node_address()
         self._node = ray.get_runtime_context().get_node_id()
@@ -65,7 +69,14 @@ class Router:
         from cluster.router.service import GenerationService
 
         self._source = None
-        service = GenerationService(engine, self._host, router=self._id, state="starting", exchange=self._exchange)
+        service = GenerationService(
+            engine,
+            self._host,
+            credentials=self._credentials,
+            router=self._id,
+            state="starting",
+            exchange=self._exchange,
+        )
         await service.start()
         self._service = service
         assert self._view is not None
@@ -90,7 +101,7 @@ class Router:
         self._exchange = exchange = Exchange(
             self._view.placement,
             self._view.addresses("expert"),
-            self._make_transport(),
+            self._make_transport(source),
             reply_timeout_s=self._config.reply_timeout_s,
             rejoin_timeout_s=self._config.rejoin_timeout_s,
             device=self._device,
@@ -98,15 +109,17 @@ class Router:
         )
         return build_engine(self._config, source, exchange)
 
-    def _make_transport(self) -> Transport:
+    def _make_transport(self, source: Checkpoint) -> Transport:
+        from workers.device import compute_dtype
         from workers.transport.collective.client import CollectiveTransport
         from workers.transport.collective.group import host_store
+        from workers.transport.collective.interface import bind_address
         from workers.transport.grpc.client import GrpcTransport
-        from workers.transport.interface import bind_address
 
         config = self._config
         if config.transport == "grpc":
-            return GrpcTransport()
+            dtype = compute_dtype(config.dtype, source.spec.dtype, source.device, config.expert_device)
+            return GrpcTransport(self._id, source.fingerprint(dtype), self._credentials, epoch=self._epoch)
         host = bind_address(config.collective_interface, config.trusted_network, self._host)
         self._store, self._store_address = host_store(host)
         self._collective = CollectiveTransport(

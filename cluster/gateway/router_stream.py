@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import grpc.aio
 
-from cluster.router.stream_options import CLIENT_OPTIONS
+from cluster.errors import ExpertMeshError
+from cluster.router.codec import MESSAGE_BYTES, ROUTER_KEY, STREAM_METHOD
 from workers.pb import generation_pb2 as pb
-from workers.pb import generation_pb2_grpc
+from workers.transport.grpc.credentials import Credentials
+from workers.transport.grpc.serving import channel_options
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +31,14 @@ class RouterStream:
         self,
         router: str,
         address: str,
+        credentials: Credentials,
         on_event: Callable[[RouterStream, pb.Event], None],
         on_change: Callable[[RouterStream], None],
     ) -> None:
         self.router = router
         self.address = address
+        self._credentials = credentials
+        self._said = ""  # why there is no stream, as it was logged
         self.state = ""
         self.retired = False  # the router left the fleet: finish what is open, take nothing new
         self.n_open = 0  # requests that run on it; the session counts
@@ -51,29 +57,41 @@ class RouterStream:
         return self._task
 
     async def _run(self) -> None:
-        async with grpc.aio.insecure_channel(self.address, options=CLIENT_OPTIONS) as channel:
-            stub = generation_pb2_grpc.GenerationStub(channel)
-            while True:
-                try:
-                    await self._stream(stub)
-                    reason = "the router ended it"
-                except grpc.aio.AioRpcError as error:
-                    reason = f"{error.code().name}: {error.details()}"
-                except Exception:
-                    log.exception("router %s at %s: the stream failed", self.router, self.address)
-                    reason = "an error of our own"
-                if self.state:
-                    log.warning("router %s at %s: stream lost (%s)", self.router, self.address, reason)
-                    self._set_state("")
-                await asyncio.sleep(_RETRY_S)
+        while True:
+            try:
+                # A channel for every stream: with TLS it takes up the files as they are now.
+                async with self._channel() as channel:
+                    await self._stream(channel)
+                reason = "the router ended it"
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+            except ExpertMeshError as error:
+                reason = str(error)
+            except Exception:
+                log.exception("router %s at %s: the stream failed", self.router, self.address)
+                reason = "an error of our own"
+            if reason != self._said:
+                log.warning("router %s at %s: no stream (%s)", self.router, self.address, reason)
+            self._said = reason
+            if self.state:
+                self._set_state("")
+            await asyncio.sleep(_RETRY_S)
 
-    async def _stream(self, stub: generation_pb2_grpc.GenerationAsyncStub) -> None:
+    def _channel(self) -> grpc.aio.Channel:
+        secured, options = self._credentials.for_channel(), channel_options(MESSAGE_BYTES)
+        if secured is None:
+            return grpc.aio.insecure_channel(self.address, options)
+        return grpc.aio.secure_channel(self.address, secured, options)
+
+    async def _stream(self, channel: grpc.aio.Channel) -> None:
         """One stream, from the router's first word to the last."""
         self._commands = asyncio.Queue()  # what a broken stream left unsent belongs to other routers by now
-        call = stub.Stream(wait_for_ready=True)
+        stream: Any = channel.stream_stream(STREAM_METHOD, pb.Command.SerializeToString, pb.Event.FromString)
+        call = stream(metadata=(*self._credentials.metadata, (ROUTER_KEY, self.router)))
         writer = asyncio.create_task(self._write(call))
         try:
             async for event in call:
+                self._said = ""
                 if event.state:
                     self._set_state(event.state)
                 if event.outputs:

@@ -16,6 +16,7 @@ from cluster.gateway.router_stream import RouterStream
 from cluster.router.codec import decode_output, decode_refusal, encode_cancel
 from cluster.router.params import SamplingParams, StepOutput
 from workers.pb import generation_pb2 as pb
+from workers.transport.grpc.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,10 @@ class Session:
     for a router when there is none, whether it is new or was running on one that died.
     """
 
-    def __init__(self, routers: Mapping[str, str] | None = None, *, rejoin_timeout_s: float = 120.0) -> None:
+    def __init__(
+        self, credentials: Credentials, routers: Mapping[str, str] | None = None, *, rejoin_timeout_s: float = 120.0
+    ) -> None:
+        self._credentials = credentials
         self._rejoin_timeout_s = rejoin_timeout_s
         self._streams: list[RouterStream] = []
         self._closing: set[asyncio.Task[None]] = set()
@@ -80,10 +84,13 @@ class Session:
         known = {(stream.router, stream.address) for stream in self._streams}
         for router, address in routers.items():
             if (router, address) not in known:
-                self._streams.append(RouterStream(router, address, self._on_event, self._on_change))
+                self._streams.append(self._open_stream(router, address))
         self._sweep()
         if self.ready():  # a router is back in the view whose stream never broke: nothing else will say so
             self._place_waiting()
+
+    def _open_stream(self, router: str, address: str) -> RouterStream:
+        return RouterStream(router, address, self._credentials, self._on_event, self._on_change)
 
     def ready(self) -> bool:
         """Whether a router is connected and says that it is ready."""

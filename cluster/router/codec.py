@@ -10,6 +10,13 @@ from cluster.errors import RequestError
 from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
 from workers.pb import generation_pb2 as pb
 
+SERVICE = "expertmesh.generation.v1.Generation"
+STREAM_METHOD = f"/{SERVICE}/Stream"
+# Prompts and their log-probabilities are the largest messages: 32k tokens with 20 candidates each take 8 MB.
+MESSAGE_BYTES = 64 * 1024 * 1024
+#: In a call's metadata: the router that the gateway awaits. An address may have been another's before.
+ROUTER_KEY = "expertmesh-router"
+
 # Sampling has the fields of SamplingParams, one for one.
 _SCALARS = tuple(
     field.name

@@ -26,6 +26,7 @@ from cluster.router.split import rows_of, split
 from cluster.router.worker_pool import Reply, WorkerPool
 from workers.errors import WorkerLost
 from workers.kernels.dispatch import Plan
+from workers.kernels.ops import Ops
 from workers.kernels.select import ops_for
 from workers.transport.base import Rows, Tag, Transport
 
@@ -105,7 +106,7 @@ class Exchange:
         self._outstanding: Counter[int] = Counter()  # dispatches not yet combined, by epoch
         self._view = self._published = View(placement, dict(addresses))
         self._may_have_left = False  # whether the pool may have workers that are not in the view any more
-        self._n_experts = len(placement.replicas[0])
+        self._n_experts = placement.n_experts
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
         self._meter = LoadMeter(self.counters.rows_LE, self.counters.worker_rows)
         self._connect()
@@ -150,6 +151,9 @@ class Exchange:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def by(self, ops: Ops) -> None:
+        """None: the experts are elsewhere."""
 
     def micro_batches(self, n_rows: int) -> int:
         """Two for large prefills, else one.

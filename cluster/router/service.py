@@ -9,29 +9,25 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 
 from cluster.errors import RequestError, StartError
-from cluster.router.codec import decode_sampling
+from cluster.router.codec import MESSAGE_BYTES, ROUTER_KEY, SERVICE, decode_sampling
 from cluster.router.engine_thread import EngineLike, EngineThread, Refused
 from cluster.router.gateway_stream import GatewayStream
 from cluster.router.params import StepOutput
-from cluster.router.stream_options import SERVER_OPTIONS
 from workers.pb import generation_pb2 as pb
-from workers.pb import generation_pb2_grpc
+from workers.transport.grpc.credentials import Credentials
+from workers.transport.grpc.serving import Context, Server, text_values
 
 if TYPE_CHECKING:  # the service itself needs no torch
     from cluster.router.exchange import Exchange
 
 log = logging.getLogger(__name__)
 
-SERVICE = "expertmesh.generation.v1.Generation"
-_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 # A gateway that reads nothing while so much waits for it is gone; its requests go on through another. Tokens with
 # log-probabilities take up to 300 bytes, and so does each token of a scored prompt.
 _MAX_PENDING_TOKENS = 65536
@@ -52,13 +48,16 @@ class GenerationService:
         host: str,
         port: int = 0,
         *,
+        credentials: Credentials,
         router: str = "router-0",
         state: str = "ready",
         exchange: Exchange | None = None,
     ) -> None:
         self.router = router
         self.state = state
-        self.host, self.port = host, port
+        self.address = f"{host}:{port}"  # with the port that it got, once it has started
+        self._host, self._port = host, port
+        self._credentials = credentials
         self._engine = engine
         self._exchange = exchange
         self._thread = EngineThread(engine, self._hand_over)
@@ -66,10 +65,6 @@ class GenerationService:
         self._numbers = count()  # of streams, and of requests
         self._inbox: list[StepOutput | Refused] = []
         self._inbox_lock = threading.Lock()
-
-    @property
-    def address(self) -> str:
-        return f"{self.host}:{self.port}"
 
     @property
     def n_open(self) -> int:
@@ -82,18 +77,23 @@ class GenerationService:
         return len(self._streams)
 
     async def start(self) -> None:
-        """Listen and start the step loop; StartError when the address cannot be bound."""
+        """Listen and start the step loop.
+
+        StartError when the address cannot be bound; ExpertMeshError when others could reach it without TLS.
+        """
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._health = health_aio.HealthServicer()
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        generation_pb2_grpc.add_GenerationServicer_to_server(_Servicer(self), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server = Server(self._credentials, MESSAGE_BYTES)
+        stream = grpc.stream_stream_rpc_method_handler(self._serve, pb.Command.FromString, pb.Event.SerializeToString)
+        describe = grpc.unary_unary_rpc_method_handler(
+            self._describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
+        )
+        self._server.add(SERVICE, {"Stream": stream, "Describe": describe})
         try:
-            self.port = self._server.add_insecure_port(self.address)
-        except RuntimeError as error:
-            raise StartError(f"router {self.router} cannot listen on {self.address}: {error}") from error
+            self.address = self._server.bind(self._host, self._port)
+        except OSError as error:
+            raise StartError(f"router {self.router} {error}") from error
         await self.set_state(self.state)
         self._thread.start()
         await self._server.start()
@@ -101,11 +101,7 @@ class GenerationService:
     async def set_state(self, state: str) -> None:
         """Tell every gateway and the health service: "starting", "ready" or "draining"."""
         self.state = state
-        serving = (
-            health_pb2.HealthCheckResponse.SERVING if state == "ready" else health_pb2.HealthCheckResponse.NOT_SERVING
-        )
-        for name in ("", SERVICE):
-            await self._health.set(name, serving)
+        await self._server.set_serving(state == "ready")
         for stream in self._streams.values():
             stream.announce(state)
 
@@ -122,7 +118,7 @@ class GenerationService:
 
     async def stop(self) -> None:
         """End every stream at once (gateways continue what was open on other routers) and the step loop."""
-        await self._server.stop(grace=None)
+        await self._server.stop()
         for stream in self._streams.values():  # here, because their own handlers may end later than the step loop
             self._drop(stream, list(stream.open))
         if not await asyncio.to_thread(self._thread.stop, 10.0):
@@ -141,8 +137,10 @@ class GenerationService:
 
     # From the gateways.
 
-    async def serve_stream(self, commands: AsyncIterator[pb.Command], context: _Context) -> None:
+    async def _serve(self, commands: AsyncIterator[pb.Command], context: Context) -> None:
         """One gateway: commands in, events out. When it ends, for whatever reason, its requests are cancelled."""
+        if (awaited := text_values(context.invocation_metadata()).get(ROUTER_KEY)) != self.router:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this is router {self.router!r}, not {awaited!r}")
         stream = GatewayStream(next(self._numbers))
         self._streams[stream.number] = stream
         stream.announce(self.state)
@@ -154,6 +152,9 @@ class GenerationService:
             reader.cancel()
             del self._streams[stream.number]
             self._drop(stream, list(stream.open))
+
+    async def _describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
+        return self.describe()
 
     async def _read(self, stream: GatewayStream, commands: AsyncIterator[pb.Command]) -> None:
         try:
@@ -230,19 +231,3 @@ class GenerationService:
                 log.warning("router %s: a gateway reads too slowly; its stream is closed", self.router)
                 self._drop(stream, list(stream.open))
                 stream.close()
-
-
-class _Servicer(generation_pb2_grpc.GenerationServicer):
-    """The service as gRPC calls it."""
-
-    def __init__(self, service: GenerationService) -> None:
-        self._service = service
-
-    # gRPC takes this style too; the stubs know only generators.
-    async def Stream(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[pb.Command], context: _Context
-    ) -> None:
-        await self._service.serve_stream(request_iterator, context)
-
-    async def Describe(self, request: pb.DescribeRequest, context: _Context) -> pb.DescribeReply:
-        return self._service.describe()

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from cluster.placement.placement import Placement
 from tests.contract.model import Model
+from tests.credentials import CREDENTIALS
 from workers.shard import ExpertShard
 from workers.transport.base import Transport
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.grpc.server import ExpertServer
 from workers.transport.local import LocalTransport
+
+MODEL_NAME = "tests"
 
 
 class Workers(Protocol):
@@ -104,7 +107,9 @@ class GrpcWorkers:
 
     def start(self, worker: str, experts: Iterable[tuple[int, int]]) -> None:
         self.shards[worker] = gated(self.model, experts)
-        self._servers[worker] = ExpertServer(self.shards[worker], worker, self._host)
+        self._servers[worker] = ExpertServer(
+            self.shards[worker], worker, self._host, model=MODEL_NAME, credentials=CREDENTIALS
+        )
         self._servers[worker].start()
         self.addresses[worker] = self._servers[worker].address
 
@@ -117,7 +122,7 @@ class GrpcWorkers:
         return self.shards[worker]
 
     def transport(self) -> Transport:
-        self._transports.append(GrpcTransport())
+        self._transports.append(GrpcTransport("router-0", MODEL_NAME, CREDENTIALS))
         return self._transports[-1]
 
     def close(self) -> None:

@@ -29,8 +29,9 @@ CASES = {
 }
 
 
-def exchange_over(workers: Workers, placement: Placement) -> Exchange:
-    return Exchange(placement, workers.addresses, workers.transport(), reply_timeout_s=20, rejoin_timeout_s=20)
+def exchange_over(workers: Workers, placement: Placement, dtype: torch.dtype = torch.float32) -> Exchange:
+    addresses, transport = workers.addresses, workers.transport()
+    return Exchange(placement, addresses, transport, reply_timeout_s=20, rejoin_timeout_s=20, dtype=dtype)
 
 
 def run(exchange: Exchange, given: Batch, layer: int = 1) -> Tensor:
@@ -82,7 +83,7 @@ def test_half_precision_rows(make_workers: MakeWorkers, dtype: torch.dtype) -> N
     workers = make_workers(model)
     start_all(workers, placement)
     given = batch(model, 13)
-    y_TD = run(exchange_over(workers, placement), given)
+    y_TD = run(exchange_over(workers, placement, dtype), given)
     assert y_TD.dtype == dtype
     expected_TD = model.reference(1, given.x_TD, given.ids_TK, given.weights_TK)
     torch.testing.assert_close(y_TD.double(), expected_TD, atol=0.05, rtol=0.05)

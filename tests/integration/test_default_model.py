@@ -17,12 +17,14 @@ import torch
 from openai import OpenAI
 from transformers import MixtralForCausalLM
 
+from cluster.fleet.run_state import credentials_path
 from cluster.gateway.session import Session
 from cluster.router.build import dense_bytes
 from cluster.router.params import SamplingParams
 from tests.cluster_fixture import RunningCluster, run, running_cluster
 from tests.reference import TOLERANCE
 from workers.checkpoint import Checkpoint
+from workers.transport.grpc.credentials import Credentials
 
 pytestmark = pytest.mark.cluster
 
@@ -70,8 +72,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterat
 async def answers(cluster: RunningCluster, prompts: list[list[int]]) -> list[list[int]]:
     """The token ids of greedy answers, all at once; from the routers, for text would hide where token ids differ."""
     routers = {p["id"]: p["address"] for p in cluster.status()["processes"] if p["role"] == "router"}
+    credentials = Credentials.read(credentials_path(Path(cluster.status()["run_dir"])))
     params = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True)
-    async with Session(routers) as session:
+    async with Session(credentials, routers) as session:
 
         async def answer(prompt: list[int]) -> list[int]:
             return [token async for output in session.generate(prompt, params) for token in output.token_ids]

@@ -18,6 +18,7 @@ from cluster.router.build import build_engine
 from cluster.router.engine import Engine
 from cluster.router.params import SamplingParams, StepOutput
 from cluster.router.service import GenerationService
+from tests.credentials import CREDENTIALS
 from tests.loop import in_loop, until
 
 CONFIG = Config(kv_cache_mb=8, max_batch_tokens=32)
@@ -66,11 +67,16 @@ async def test_streams_continue_with_the_tokens_of_an_undisturbed_run(checkpoint
     wanted = [undisturbed(engines[0], prompt_ids, params) for prompt_ids, params in requests]
     free = [engine.stats().free_blocks for engine in engines]
     async with AsyncExitStack() as stack:
-        services = [GenerationService(engine, "127.0.0.1", router=str(i)) for i, engine in enumerate(engines)]
+        services = [
+            GenerationService(engine, "127.0.0.1", router=str(i), credentials=CREDENTIALS)
+            for i, engine in enumerate(engines)
+        ]
         for service in services:
             await service.start()
             stack.push_async_callback(service.stop)
-        session = await stack.enter_async_context(Session({service.router: service.address for service in services}))
+        session = await stack.enter_async_context(
+            Session(CREDENTIALS, {service.router: service.address for service in services})
+        )
         await until(lambda: all(stream.state == "ready" for stream in session.stats().streams))
         streams = [asyncio.create_task(collect(session.generate(*request))) for request in requests]
         await until(lambda: session.stats().tokens > 100)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster.gateway.session import Session
 from cluster.router.params import SamplingParams
+from tests.credentials import CREDENTIALS
 from tests.fake_engine import expected
 from tests.loop import in_loop
 
@@ -29,10 +30,10 @@ class Routers:
         self.addresses: dict[str, str] = {}
 
     async def spawn(self, name: str) -> None:
-        command = [sys.executable, "-m", "tests.fake_router", str(STEP_S)]
+        command = [sys.executable, "-m", "tests.fake_router", name, str(STEP_S)]
         process = self.processes[name] = await asyncio.create_subprocess_exec(*command, stdout=PIPE, cwd=ROOT)
         assert process.stdout is not None
-        self.addresses[name] = f"127.0.0.1:{int(await process.stdout.readline())}"
+        self.addresses[name] = (await process.stdout.readline()).decode().strip()
         self.session.update(self.addresses)
 
     async def kill(self, name: str) -> None:
@@ -64,7 +65,7 @@ async def test_every_stream_survives_20_kills() -> None:
             pauses.append(pause)
             assert tokens == expected(prompt_ids, params)
 
-    async with Session(rejoin_timeout_s=25) as session:
+    async with Session(CREDENTIALS, rejoin_timeout_s=25) as session:
         routers = Routers(session)
         await asyncio.gather(routers.spawn("router-0"), routers.spawn("router-1"))
         streams = [asyncio.create_task(stream(session)) for _ in range(STREAMS)]
@@ -92,7 +93,7 @@ async def test_every_stream_survives_20_kills() -> None:
 async def test_a_router_that_is_frozen_does_not_hold_its_streams() -> None:
     """Its connection stays open and silent, which only a keepalive tells from a long step."""
     params = SamplingParams(max_tokens=100)
-    async with Session() as session:
+    async with Session(CREDENTIALS) as session:
         routers = Routers(session)
         await routers.spawn("router-0")
         try:

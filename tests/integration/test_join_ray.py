@@ -54,7 +54,7 @@ def test_one_cluster_after_the_other_joins_a_ray(
     tmp_path: Path, tiny_checkpoint: Path, ray_head: tuple[psutil.Popen, str]
 ) -> None:
     head, address = ray_head
-    options = ("--ray-address", address, "--transport", "local", "--kv-cache-mb", "16")
+    options = ("--ray-address", address, "--trusted-network", "--transport", "local", "--kv-cache-mb", "16")
     (tmp_path / "one").mkdir()
     with running_cluster(tmp_path / "one", tiny_checkpoint, *options) as one:
         answer = chat(one, "hello", max_tokens=8)

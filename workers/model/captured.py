@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Generic
+from typing import Any, cast
 
 import torch
 
@@ -20,13 +20,13 @@ _KEPT = 16  # numbers of rows and widths of the block table that come again
 _FEWEST_BLOCKS = 8
 
 
-class CapturedStep(Generic[Result]):
+class CapturedStep:
     """The memory that a step of one size works on, and the graphs that work on it."""
 
     def __init__(self, ops: Ops, batch: MicroBatch, n_blocks: int) -> None:
         metadata = batch.metadata
         self._ops = ops
-        self._graphs: dict[Hashable, tuple[Graph, Result]] = {}
+        self._graphs: dict[Hashable, tuple[Graph, Any]] = {}
         self.batch = MicroBatch(
             x_TD=torch.empty_like(batch.x_TD),
             metadata=replace(
@@ -58,17 +58,17 @@ class CapturedStep(Generic[Result]):
             self._graphs[key] = self._ops.capture(function)
         graph, result = self._graphs[key]
         graph.replay()
-        return result
+        return cast(Result, result)
 
 
-class CapturedSteps(Generic[Result]):
+class CapturedSteps:
     """The captured steps of a model, the last used ones."""
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops
-        self._kept: OrderedDict[tuple[int, ...], CapturedStep[Result]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, ...], CapturedStep] = OrderedDict()
 
-    def step(self, batch: MicroBatch, micro_batch: int) -> CapturedStep[Result] | None:
+    def step(self, batch: MicroBatch, micro_batch: int) -> CapturedStep | None:
         """The step of this size, filled with `batch`; None where it is not one of few rows that decode.
 
         Micro-batches that are in flight together have memory of their own.
@@ -78,7 +78,7 @@ class CapturedSteps(Generic[Result]):
             return None
         n_blocks = max(_FEWEST_BLOCKS, 1 << (table_SB.shape[1] - 1).bit_length())
         key = (micro_batch, n_rows, n_blocks, torch.get_num_threads())
-        step = self._kept.pop(key, None) or CapturedStep[Result](self._ops, batch, n_blocks)
+        step = self._kept.pop(key, None) or CapturedStep(self._ops, batch, n_blocks)
         self._kept[key] = step
         if len(self._kept) > _KEPT:
             self._kept.popitem(last=False)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from workers.kernels.ops import Delta
+from workers.kernels.ops import Delta, Ops
 
 
 class Experts(Protocol):
@@ -35,6 +35,9 @@ class Experts(Protocol):
         The caller owns y_TD and may write to it. Rows that are not added up yet (`Unsummed`) may stand for it where the
         operations of the model's device take them.
         """
+
+    def by(self, ops: Ops) -> Experts | None:
+        """The same experts computed by other operations of their device, those that capture; None: not here."""
 
     def micro_batches(self, n_rows: int) -> int:
         """Into how many micro-batches a step of `n_rows` rows should be cut.

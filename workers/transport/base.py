@@ -5,6 +5,7 @@ Shape legend: T token rows of one part, P (token, expert) pairs of one part, D h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -85,3 +86,65 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Close every stream."""
+
+
+class Offered(Protocol):
+    """A faster way that a router offers one worker, as its stream is opened."""
+
+    text: str  # for the worker
+
+    def accepted(self, text: str) -> Pair:
+        """The worker takes it, and says `text`. Raises OSError where it cannot be used after all."""
+
+    def close(self) -> None:
+        """The worker declined, or the stream broke first."""
+
+
+class FastWay(Protocol):
+    """A faster way between two processes than the stream, chosen pair by pair in the handshake."""
+
+    name: str
+
+    def offer(self, worker: str) -> Offered | None:
+        """None: this way is not for `worker`."""
+
+
+class Pair(Protocol):
+    """A faster way that both ends of a stream have taken. Its calls are those of `Transport`, for one worker."""
+
+    def send(self, rows: Rows) -> bool:
+        """False: the rows do not fit, and go over the stream. Raises WorkerLost."""
+
+    def receive(self, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
+        """The replies to what was sent this way come in the order of the requests. Raises WorkerLost."""
+
+    def broken(self, reason: str) -> None:
+        """The stream ended: who waits is let go at once. From any thread."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class Declined(Exception):
+    """A worker does not take an offer. The text says why, for people."""
+
+
+class Accepted(Protocol):
+    """The worker's end of a faster way."""
+
+    text: str  # for the router
+
+    def start(self) -> None:
+        """The router has been told: serve."""
+
+    def close(self) -> None:
+        """The stream ended."""
+
+
+class Acceptor(Protocol):
+    """What takes offers of a faster way."""
+
+    name: str
+
+    def accept(self, offer: str, router: str, end: Callable[[str], None]) -> Accepted:
+        """`end` closes the stream of a router whose bytes make no sense; from any thread. Raises Declined."""

@@ -1,13 +1,13 @@
 """Rows of several routers that wait for the same layer at the same time are computed as one batch.
 
 Reading the weights of an expert costs more than a few rows, so two routers at the same layer should share one read.
-With a thread for each router (`compute`) no thread is handed anything: whoever gets the lock computes for all who wait
-for its layer. One thread for all routers knows what waits, and calls `compute_batch`.
+No thread is handed anything: whoever gets the lock computes for all who wait for its layer.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +18,18 @@ import torch
 from torch import Tensor
 
 from workers import wire
+from workers.errors import ExpertMeshError, WireError
 from workers.shard import ExpertShard
-from workers.wire import Request
+from workers.wire import Header, Request
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
-    layer: int
+class Job:
+    """A request that waits, or why it need not."""
+
+    header: Header
     request: Request
     is_wanted: Callable[[], bool]
     result: Tensor | Exception | None = None
@@ -36,40 +41,64 @@ class Batcher:
 
     def __init__(self, shard: ExpertShard, home: torch.device | str = "cpu") -> None:
         """home: the device that results are wanted on."""
-        self._shard = shard
+        self.shard = shard
         self._home = torch.device(home)
         self._computing = threading.Lock()
-        self._waiting: list[_Job] = []
+        self._waiting: list[Job] = []
         self.rows = 0  # pairs computed since start
         self.compute_seconds = 0.0
 
-    def compute(self, layer: int, request: Request, is_wanted: Callable[[], bool]) -> tuple[Tensor, int]:
-        """y_PD, and the nanoseconds its batch took. Raises what the shard raises.
+    def respond(
+        self, header: Header, request: Request, is_wanted: Callable[[], bool]
+    ) -> tuple[Tensor, int] | str | None:
+        """y_PD at home and the nanoseconds its batch took; or why it was not computed; None: nobody wants it any more.
 
-        Whoever waited long may be gone: where `is_wanted` has become false nothing is computed, and CancelledError
-        raised.
+        Whoever waited long may be gone: where `is_wanted` has become false nothing is computed. Raises nothing: a
+        worker lives on for the other routers.
         """
-        job = _Job(layer, request, is_wanted)
-        self._waiting.append(job)
-        with self._computing:
-            if job.result is None:
-                self._take(layer)
+        return self.outcome(self.enqueue(header, request, is_wanted))
+
+    def enqueue(self, header: Header, request: Request, is_wanted: Callable[[], bool]) -> Job:
+        """The first half of `respond`: from now on the request is part of the next batch of its layer."""
+        job = Job(header, request, is_wanted)
+        try:
+            self._check(header, request)
+        except WireError as error:
+            job.result = error
+        else:
+            self._waiting.append(job)
+        return job
+
+    def outcome(self, job: Job) -> tuple[Tensor, int] | str | None:
+        """The second half: compute, unless another thread has done it."""
+        if job.result is None:
+            with self._computing:
+                if job.result is None:
+                    self._take(job.header.tag.layer)
         assert job.result is not None
-        if isinstance(job.result, Exception):
-            raise job.result
-        return job.result, job.compute_ns
+        if isinstance(job.result, Tensor):
+            return job.result, job.compute_ns
+        return None if isinstance(job.result, CancelledError) else _reason(job.header, job.result)
 
     def answer(self, message: memoryview) -> memoryview | None:
-        """The reply to a whole message that is a request of few rows, alone; None where it has to be parsed first."""
-        began = time.perf_counter_ns()
-        reply = self._shard.answer(message)
-        if reply is not None:
-            spent = time.perf_counter_ns() - began
-            self.rows += wire.stamp(reply, spent)
-            self.compute_seconds += spent / 1e9
-        return reply
+        """The reply to a whole message that is a request of few rows, alone.
 
-    def compute_batch(self, layer: int, requests: Sequence[Request]) -> list[tuple[Tensor | Exception, int]]:
+        None where it has to be parsed first, or something else is being computed.
+        """
+        if not self._computing.acquire(blocking=False):
+            return None
+        try:
+            began = time.perf_counter_ns()
+            reply = self.shard.answer(message)
+            if reply is not None:
+                spent = time.perf_counter_ns() - began
+                self.rows += wire.stamp(reply, spent)
+                self.compute_seconds += spent / 1e9
+            return reply
+        finally:
+            self._computing.release()
+
+    def _compute(self, layer: int, requests: Sequence[Request]) -> list[tuple[Tensor | Exception, int]]:
         """For each request y_PD, or what the shard raised, and the nanoseconds its batch took."""
         began = time.perf_counter_ns()
         try:
@@ -77,7 +106,7 @@ class Batcher:
         except Exception as error:
             # One router's rows must not fail another's: alone, each gets its own answer.
             if len(requests) > 1:
-                return [self.compute_batch(layer, [request])[0] for request in requests]
+                return [self._compute(layer, [request])[0] for request in requests]
             return [(error, 0)]
         spent = time.perf_counter_ns() - began
         self.compute_seconds += spent / 1e9
@@ -85,7 +114,7 @@ class Batcher:
         return [(y_PD, spent) for y_PD in replies]
 
     def _take(self, layer: int) -> None:
-        jobs = [job for job in self._waiting if job.layer == layer]
+        jobs = [job for job in self._waiting if job.header.tag.layer == layer]
         for job in jobs:
             self._waiting.remove(job)
         wanted = []
@@ -95,23 +124,39 @@ class Batcher:
             else:
                 job.result = CancelledError()
         if wanted:
-            results = self.compute_batch(layer, [job.request for job in wanted])
+            results = self._compute(layer, [job.request for job in wanted])
             for job, (result, compute_ns) in zip(wanted, results, strict=True):
                 job.result, job.compute_ns = result, compute_ns
 
     def _forward(self, layer: int, requests: Sequence[Request]) -> list[Tensor]:
-        device = self._shard.device
+        device = self.shard.device
         if len(requests) == 1:
             x_TD, token_P, expert_P = requests[0]
             if device.type != "cpu":
                 x_TD, token_P, expert_P = x_TD.to(device), token_P.to(device), expert_P.to(device)
-            return [self._shard.forward(layer, x_TD, token_P, expert_P).to(self._home)]
+            return [self.shard.forward(layer, x_TD, token_P, expert_P).to(self._home)]
         firsts = [0, *itertools.accumulate(len(request.x_TD) for request in requests)]
         x_TD = torch.cat([request.x_TD for request in requests])
         token_P = torch.cat([request.token_P + first for first, request in zip(firsts, requests, strict=False)])
         expert_P, order_P = torch.cat([request.expert_P for request in requests]).sort(stable=True)
-        sorted_PD = self._shard.forward(layer, x_TD.to(device), token_P[order_P].to(device), expert_P.to(device))
+        sorted_PD = self.shard.forward(layer, x_TD.to(device), token_P[order_P].to(device), expert_P.to(device))
         sorted_PD = sorted_PD.to(self._home)
         y_PD = torch.empty_like(sorted_PD)
         y_PD[order_P.to(self._home)] = sorted_PD
         return list(torch.split(y_PD, [len(request.token_P) for request in requests]))
+
+    def _check(self, header: Header, request: Request) -> None:
+        """Raises WireError for rows that the shard cannot compute."""
+        shard, layer = self.shard, header.tag.layer
+        if (header.width, header.dtype) != (shard.hidden_size, shard.dtype):
+            raise WireError(f"rows of {header.width} {header.dtype}, not {shard.hidden_size} {shard.dtype}")
+        if layer >= shard.n_layers or int(request.expert_P[-1]) >= shard.n_experts:
+            raise WireError(f"layer {layer}, expert {int(request.expert_P[-1])}: the model does not have it")
+
+
+def _reason(header: Header, error: Exception) -> str:
+    """For the router, which repairs this elsewhere."""
+    if isinstance(error, ExpertMeshError):
+        return str(error)
+    _log.error("layer %d, %d pairs", header.tag.layer, header.n_pairs, exc_info=error)
+    return f"{type(error).__name__}: {error}"

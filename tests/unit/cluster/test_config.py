@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.config import Config
-from cluster.config_load import load
+from cluster.config_load import HINTS, load
 from cluster.errors import ConfigError
 
 
@@ -39,6 +39,8 @@ def test_nearest_wins_and_is_named(tmp_path: Path) -> None:
 def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("sk-1\n")
+    pem = tmp_path / "pem"
+    pem.write_text("-----BEGIN CERTIFICATE-----\n")
     special = {
         "transport": "grpc",
         "dtype": "bfloat16",
@@ -50,11 +52,17 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "log_level": "debug",
         "max_body_bytes": "2048",
         "api_keys_file": str(keys),
+        "tls_cert": str(pem),
+        "tls_key": str(pem),
+        "tls_ca": str(pem),
         "allow_no_keys": "true",
         "generation_defaults": "false",
         "trusted_network": "true",
+        "state_dir": str(tmp_path),
+        "tool_call_parser": "hermes",
     }
-    values = {f.name: special.get(f.name, "7") for f in fields(Config)}
+    default = {f.name: "true" if HINTS[f.name] is bool else "7" for f in fields(Config)}
+    values = default | special
     from_env = load({}, {f"EXPERTMESH_{name.upper()}": value for name, value in values.items()})
     from_yaml = load({}, {}, yaml_file(tmp_path, "".join(f"{name}: {value}\n" for name, value in values.items())))
     assert from_env.config == from_yaml.config
@@ -63,7 +71,9 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
 
 def test_config_file_and_ray_address_from_environment(tmp_path: Path) -> None:
     file = yaml_file(tmp_path, "port: 11\n")
-    loaded = load({}, {"EXPERTMESH_CONFIG": str(file), "RAY_ADDRESS": "10.0.0.1:6379"})
+    loaded = load(
+        {}, {"EXPERTMESH_CONFIG": str(file), "RAY_ADDRESS": "10.0.0.1:6379", "EXPERTMESH_TRUSTED_NETWORK": "1"}
+    )
     assert loaded.config.port == 11
     assert loaded.config.ray_address == "10.0.0.1:6379"
     assert loaded.origins["ray_address"] == "RAY_ADDRESS"
@@ -96,6 +106,28 @@ def test_config_file_and_ray_address_from_environment(tmp_path: Path) -> None:
 def test_refusals_name_option_and_origin(given: dict[str, object], environ: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load(given, environ)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"ray_address": "10.0.0.1:6379"}, r"ray_address .*in the clear.*--tls-cert.*--trusted-network"),
+        ({"tls_cert": "pem"}, r"tls_cert \(--tls-cert\).* needs the two others"),
+        ({"tls_cert": "pem", "tls_key": "nowhere", "tls_ca": "pem"}, r"--tls-key .*nowhere: No such file"),
+        ({"tls_cert": "pem", "tls_key": "pem", "tls_ca": "noise"}, r"--tls-ca .*noise: not a PEM file"),
+    ],
+)
+def test_other_machines_see_rows_and_prompts_with_tls_or_by_the_explicit_flag_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, object], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pem").write_text("-----BEGIN CERTIFICATE-----\n")
+    Path("noise").write_text("noise")
+    with pytest.raises(ConfigError, match=says):
+        load(given, {})
+    tls = dict.fromkeys(("tls_cert", "tls_key", "tls_ca"), "pem")
+    for allowed in (tls, {"trusted_network": True}):
+        assert load({"ray_address": "10.0.0.1:6379", **allowed}, {}).config.ray_address is not None
 
 
 COLLECTIVE = {"transport": "collective"}
@@ -172,3 +204,19 @@ def test_yaml_mistakes(tmp_path: Path, text: str, says: str) -> None:
 def test_missing_config_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--config .*nowhere.yaml: No such file"):
         load({}, {}, tmp_path / "nowhere.yaml")
+
+
+def test_what_kubernetes_puts_into_the_environment_is_no_option() -> None:
+    """A Service called `expertmesh` sets EXPERTMESH_PORT in every pod of its namespace."""
+    loaded = load({}, {"EXPERTMESH_PORT": "tcp://10.96.0.12:8000", "EXPERTMESH_PORT_8000_TCP": "tcp://10.96.0.12:8000"})
+    assert loaded.config.port == 8000 and loaded.origins["port"] == "default"
+    (note,) = loaded.notes
+    assert note.startswith("EXPERTMESH_PORT=tcp://10.96.0.12:8000 is ignored")
+    with pytest.raises(ConfigError, match="port"):
+        load({}, {"EXPERTMESH_PORT": "tcp"})
+
+
+def test_paths_are_absolute_for_processes_that_work_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").write_text("k")
+    assert load({"api_keys_file": "keys"}, {}).config.api_keys_file == tmp_path / "keys"

@@ -33,10 +33,10 @@ def joined(frames: Iterator[wire.Frame]) -> bytes:
 
 @given(TAGS, DTYPES, st.integers(1, 9), st.integers(1, 9), st.data())
 def test_a_request_comes_out_as_it_went_in(tag: Tag, dtype: torch.dtype, t: int, d: int, data: st.DataObject) -> None:
-    experts = sorted(data.draw(st.lists(st.integers(0, wire.MAX_EXPERTS - 1), min_size=1, max_size=20)))
-    tokens = data.draw(st.lists(st.integers(0, t - 1), min_size=len(experts), max_size=len(experts)))
+    pair = st.tuples(st.integers(0, wire.MAX_EXPERTS - 1), st.integers(0, t - 1))
+    pairs = torch.tensor(sorted(data.draw(st.sets(pair, min_size=1, max_size=20))), dtype=torch.int32)
     x_TD = torch.randn(t, d).to(dtype)
-    token_P, expert_P = torch.tensor(tokens, dtype=torch.int32), torch.tensor(experts, dtype=torch.int32)
+    expert_P, token_P = pairs.T.contiguous()
     header, request = decoded(joined(wire.request_frames(tag, x_TD, token_P, expert_P)))
     assert (header.tag, header.kind, header.dtype) == (tag, wire.REQUEST, dtype)
     for sent, received in zip((x_TD, token_P, expert_P), request, strict=True):
@@ -71,7 +71,7 @@ def test_the_awaited_reply_is_known_at_one_look() -> None:
     """Catches a reply to something else, or of another size, that is taken for the awaited one."""
     y_PD = torch.randn(3, 8)
     message = joined(wire.reply_frames(TAG, 2, y_PD, compute_ns=0))
-    assert wire.reply_ns(memoryview(message), TAG, y_PD.shape, y_PD.dtype) == 0
+    assert wire.reply_ns(message, len(message), TAG, y_PD.shape, y_PD.dtype) == 0
     others = [
         (message, TAG._replace(attempt=2), y_PD.shape, y_PD.dtype),
         (message, TAG, (3, 4), y_PD.dtype),
@@ -83,7 +83,7 @@ def test_the_awaited_reply_is_known_at_one_look() -> None:
         (joined(wire.request_frames(TAG, torch.ones(3, 8), ONE_P, ONE_P)), TAG, y_PD.shape, y_PD.dtype),
     ]
     for other, tag, shape, dtype in others:
-        assert wire.reply_ns(memoryview(other), tag, shape, dtype) is None
+        assert wire.reply_ns(other, len(other), tag, shape, dtype) is None
 
 
 def test_rows_that_are_not_contiguous() -> None:
@@ -123,7 +123,34 @@ def test_a_damaged_request_is_refused_or_still_well_formed(data: st.DataObject) 
     assert request.token_P.min() >= 0
     assert request.token_P.max() < header.n_tokens
     assert request.expert_P.min() >= 0
-    assert (request.expert_P.diff() >= 0).all()
+    key_P = request.expert_P.long() * 2**32 + request.token_P
+    assert (key_P.diff() > 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [([0, 0], [1, 1]), ([1, 0], [1, 1]), ([0, 1], [2, 1])])
+def test_no_pair_comes_twice_or_out_of_order(tokens: list[int], experts: list[int]) -> None:
+    """Would catch a request that asks for more rows than its tokens times the model's experts."""
+    token_P, expert_P = torch.tensor(tokens, dtype=torch.int32), torch.tensor(experts, dtype=torch.int32)
+    with pytest.raises(WireError, match="repetition"):
+        decoded(joined(wire.request_frames(TAG, torch.ones(2, 8), token_P, expert_P)))
+
+
+def test_a_reply_that_would_be_too_large_is_refused_before_it_is_computed() -> None:
+    """17,000 pairs on 4 rows of 64 KiB, in a request of 400 KiB, ask for a reply of 1.1 GB."""
+    pairs_P = torch.arange(17000, dtype=torch.int32)
+    head, _ = wire.request_head(TAG, torch.empty(4, 1 << 14), len(pairs_P))
+    with pytest.raises(WireError, match="reply"):
+        wire.parse_head(head)
+
+
+@given(st.integers(1, 1 << 15), st.integers(1, 8), DTYPES)
+def test_the_most_tokens_of_a_step_fit_and_one_more_may_not(width: int, top_k: int, dtype: torch.dtype) -> None:
+    most = wire.most_tokens(width, top_k, dtype)
+    largest = [
+        max(rows * top_k * width * dtype.itemsize, rows * (width * dtype.itemsize + 8 * top_k))
+        for rows in (most, most + 1)
+    ]
+    assert largest[0] <= wire.MAX_PAYLOAD_BYTES < largest[1]
 
 
 def test_an_announced_size_is_not_allocated_before_it_is_checked() -> None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from workers.kernels.ops import Ops
 from workers.kernels.torch.ops import TorchOps
 from workers.kernels.weights import Matrix
 from workers.shard import ExpertShard
@@ -122,6 +123,8 @@ class FixedExperts:
     captured step follows.
     """
 
+    only_launches = True
+
     def __init__(
         self, group: FixedGroup, owner_LE: Tensor, hidden_size: int, dtype: torch.dtype, capacity: int
     ) -> None:
@@ -179,6 +182,9 @@ class FixedExperts:
         for k in range(1, place_TK.shape[1]):
             y_TD += self._back_SD.index_select(0, place_TK[:, k]).float() * weights_TK[:, k : k + 1]
         return y_TD.to(handle.dtype)
+
+    def by(self, ops: Ops) -> None:
+        """None: the experts are elsewhere."""
 
     def micro_batches(self, n_rows: int) -> int:
         """One: the ranks are in lockstep."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from workers import wire
 from workers.errors import WireError
 from workers.shard import ExpertShard
-from workers.transport.answer import answer
 from workers.transport.batcher import Batcher
 from workers.transport.collective.blocks import BLOCK_BYTES, ERROR_BYTES, LEAVE, Buffers, as_bytes, fill, fits, view
 from workers.transport.collective.group import Group
@@ -44,7 +43,7 @@ class CollectiveServer:
         self.address = f"{host}/{os.getpid()}"
         self._deadline_s = deadline_s
         self._shard = shard
-        self._work = Work(shard, Batcher(shard, shard.device))
+        self._work = Work(Batcher(shard, shard.device))
         self._lanes: list[RouterLane] = []
         self._joiner = Joiner(worker, host, shard.device, self._live, on_change)
 
@@ -101,10 +100,9 @@ class CollectiveServer:
 
 
 class Work:
-    """What the lanes of a worker share: its shard, and how many requests are in hand."""
+    """What the lanes of a worker share: its batcher, and how many requests are in hand."""
 
-    def __init__(self, shard: ExpertShard, batcher: Batcher) -> None:
-        self.shard = shard
+    def __init__(self, batcher: Batcher) -> None:
         self.batcher = batcher
         self._idle = threading.Condition()
         self._in_hand = 0
@@ -181,7 +179,7 @@ class RouterLane:
         return wire.with_rows(header, x_TD, view(pairs)), rest
 
     def _answer(self, header: wire.Header, request: wire.Request) -> None:
-        result = answer(self._work.shard, self._work.batcher, header, request, lambda: self._mesh.broken is None)
+        result = self._work.batcher.respond(header, request, lambda: self._mesh.broken is None)
         if isinstance(result, str):
             self._reply(wire.error_message(header.tag, result, ERROR_BYTES))
         elif result is not None:

@@ -2,92 +2,259 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from workers import wire
-from workers.errors import WireError, WorkerLost
-from workers.transport.base import Rows, Tag
-from workers.transport.grpc.stream import Awaited, Stream, StreamBroken
+from workers.errors import ExpertMeshError, WireError, WorkerLost
+from workers.transport.base import FastWay, Offered, Pair, Rows, Tag
+from workers.transport.grpc.credentials import Credentials
+from workers.transport.grpc.handshake import Hello, key
+from workers.transport.grpc.stream import Stream, StreamBroken
+from workers.wire import HEADER_BYTES, Frame, Header
+
+_log = logging.getLogger(__name__)
+_WATCH_S = 0.05
 
 
 class GrpcTransport:
     """A `Transport` over the Exchange stream of every worker. Addresses are `host:port`.
 
-    A reply that is late costs the stream, and `connect` opens the next one.
+    Where both ends of a stream can do so, rows take a faster way, and the stream says when the other end is gone.
+    Nobody but the step loop waits for bytes; a watchdog cancels the stream whose reply is overdue. So lateness costs
+    the stream, and `connect` opens the next one.
     """
 
-    def __init__(self, send_timeout_s: float = 10.0) -> None:
-        """`send_timeout_s`: how long a worker may take to accept a frame of a message larger than one frame."""
+    def __init__(
+        self,
+        router: str,
+        model: str,
+        credentials: Credentials,
+        *,
+        epoch: Callable[[], int] = int,
+        ways: Sequence[FastWay] = (),
+        greet_timeout_s: float = 10.0,
+    ) -> None:
+        """router: who this is. model: `Checkpoint.fingerprint`. epoch: of the placement in force.
+
+        greet_timeout_s: how long a worker may take to answer its first call.
+        """
         self.dropped_replies = 0
-        self._send_timeout_s = send_timeout_s
-        self._streams: dict[str, Stream] = {}
+        self._hello = Hello("", router, model)
+        self._credentials = credentials
+        self._epoch = epoch
+        self._ways = ways
+        self._greet_timeout_s = greet_timeout_s
+        self._links: dict[str, _Link] = {}
+        self._failed: dict[str, str] = {}  # workers to whom no stream could be opened, and why
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="exchange-watchdog", daemon=True).start()
 
     def connect(self, worker: str, address: str) -> None:
         """Open the way to `worker`; reopen it if it broke or the address changed. Returns before it is usable."""
-        stream = self._streams.get(worker)
-        if stream is None or stream.broken is not None or stream.address != address:
-            self.disconnect(worker)
-            self._streams[worker] = Stream(address, self._drop)
+        link = self._links.get(worker)
+        if link is not None and link.stream.broken is None and link.stream.address == address:
+            return
+        self.disconnect(worker)
+        hello = replace(self._hello, worker=worker, epoch=self._epoch())
+        try:
+            self._links[worker] = _Link(worker, address, self._credentials, hello, self._ways, self._greet_timeout_s)
+        except ExpertMeshError as error:
+            self._failed[worker] = str(error)
 
     def disconnect(self, worker: str) -> None:
         """Forget `worker`. What is in flight is lost."""
-        stream = self._streams.pop(worker, None)
-        if stream is not None:
-            stream.close()
+        self._failed.pop(worker, None)
+        link = self._links.pop(worker, None)
+        if link is not None:
+            link.close()
 
     def send(self, worker: str, rows: Rows) -> None:
-        """Hand over `rows`; waits only while a worker takes in what is larger than one frame.
+        """Hand over `rows`; only the first ones wait, until the worker has said that it is the one.
 
         Raises WorkerLost when the stream is known to be broken.
         """
-        stream, frames = self._stream(worker), _frames(rows)
         try:
-            stream.write(frames, self._send_timeout_s)
+            self._link(worker).send(rows)
         except StreamBroken as broken:
             raise WorkerLost(worker, str(broken)) from None
-        except WireError as error:
-            raise _malformed(worker, stream, error) from error
 
     def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
         """Write the reply to the rows sent with `tag` into `out_PD`; see `Transport.receive`."""
-        stream = self._stream(worker)
-        host_PD = out_PD if out_PD.is_cpu else out_PD.new_empty(out_PD.shape, device="cpu")
+        link = self._link(worker)
         try:
-            answer = stream.read(Awaited(tag, out_PD.shape, out_PD.dtype, wire.raw(host_PD)), timeout_s)
+            compute_ns, n_dropped = link.receive(tag, timeout_s, out_PD)
         except StreamBroken as broken:
             raise WorkerLost(worker, str(broken)) from None
         except WireError as error:
-            raise _malformed(worker, stream, error) from error
-        if answer.refusal is not None:
-            raise WorkerLost(worker, f"refused the rows: {answer.refusal}")
-        if host_PD is not out_PD:
-            out_PD.copy_(host_PD)
-        return answer.compute_ns
+            link.stream.cancel(f"malformed reply: {error}")
+            raise WorkerLost(worker, f"malformed reply: {error}") from error
+        self.dropped_replies += n_dropped
+        return compute_ns
 
     def close(self) -> None:
-        """Close every stream, from any thread."""
-        for stream in tuple(self._streams.values()):
-            stream.shut()
+        """Close every stream."""
+        self._closed.set()
+        for worker in list(self._links):
+            self.disconnect(worker)
 
-    def _stream(self, worker: str) -> Stream:
-        stream = self._streams.get(worker)
-        if stream is None:
-            raise WorkerLost(worker, "not connected")
-        return stream
+    def _link(self, worker: str) -> _Link:
+        link = self._links.get(worker)
+        if link is None:
+            raise WorkerLost(worker, self._failed.get(worker, "not connected"))
+        return link
 
-    def _drop(self) -> None:
-        self.dropped_replies += 1
+    def _watch(self) -> None:
+        while not self._closed.wait(_WATCH_S):
+            for link in list(self._links.values()):
+                link.stream.check_deadline()
 
 
-def _frames(rows: Rows) -> Iterable[wire.Frame]:
+class _Link:
+    """The stream to one worker, the faster way that both took, and what is in flight on either."""
+
+    def __init__(
+        self,
+        worker: str,
+        address: str,
+        credentials: Credentials,
+        hello: Hello,
+        ways: Sequence[FastWay],
+        greet_timeout_s: float,
+    ) -> None:
+        self._worker = worker
+        self._greet_timeout_s = greet_timeout_s
+        self._pair: Pair | None = None
+        self._is_greeted = False
+        self._in_flight: deque[tuple[Tag, bool]] = deque()  # what was sent, and whether the faster way
+        made = ((way.name, way.offer(worker)) for way in ways)
+        self._offers: dict[str, Offered] = {name: offered for name, offered in made if offered is not None}
+        words = tuple((key(name, "offer"), offered.text) for name, offered in self._offers.items())
+        try:
+            self.stream = Stream(address, credentials, hello, words, self._ended)
+        except ExpertMeshError:
+            self._withdraw()
+            raise
+
+    def send(self, rows: Rows) -> None:
+        """Raises StreamBroken, or WorkerLost."""
+        if not self._is_greeted:
+            self._greet()
+        is_fast = self._pair is not None and self.stream.broken is None and self._pair.send(rows)
+        if not is_fast:
+            for frame in _frames(rows):
+                self.stream.write(frame)
+        self._in_flight.append((rows.tag, is_fast))
+
+    def receive(self, tag: Tag, timeout_s: float, out_PD: Tensor) -> tuple[int, int]:
+        """Nanoseconds computed, and how many replies came that nobody awaited any more.
+
+        Raises StreamBroken, WireError or WorkerLost.
+        """
+        is_fast, found = False, False
+        while self._in_flight and not found:
+            sent, is_fast = self._in_flight.popleft()
+            found = sent == tag
+        if found and is_fast:
+            assert self._pair is not None
+            return self._pair.receive(tag, timeout_s, out_PD), 0
+        self.stream.deadline = time.monotonic() + timeout_s
+        try:
+            return self._read(tag, out_PD)
+        finally:
+            self.stream.deadline = math.inf
+
+    def close(self) -> None:
+        """End the stream, and with it the faster way."""
+        self.stream.close()
+        if self._pair is not None:
+            self._pair.close()
+        self._withdraw()
+
+    def _greet(self) -> None:
+        """Wait for the worker's first words, and settle on the way that it takes."""
+        self.stream.deadline = time.monotonic() + self._greet_timeout_s
+        try:
+            words = self.stream.greeting()
+        finally:
+            self.stream.deadline = math.inf
+        for name, offered in self._offers.items():
+            if (text := words.get(key(name, "accept"))) is not None:
+                try:
+                    self._pair = offered.accepted(text)
+                except OSError as error:
+                    _log.warning("worker %s: rows go over gRPC, not %s: %s", self._worker, name, error)
+                else:
+                    del self._offers[name]
+                    break
+            elif (why := words.get(key(name, "declined"))) is not None:
+                _log.info("worker %s: rows go over gRPC, not %s: %s", self._worker, name, why)
+        self._withdraw()
+        self._is_greeted = True
+        if self._pair is not None and self.stream.broken is not None:
+            self._pair.broken(self.stream.broken)
+
+    def _withdraw(self) -> None:
+        while self._offers:
+            self._offers.popitem()[1].close()
+
+    def _ended(self, reason: str) -> None:
+        if self._pair is not None:
+            self._pair.broken(reason)
+
+    def _read(self, tag: Tag, out_PD: Tensor) -> tuple[int, int]:
+        shape, n_dropped = tuple(out_PD.shape), 0
+        while True:
+            first = memoryview(self.stream.read())
+            if out_PD.is_cpu and len(first) >= HEADER_BYTES:
+                compute_ns = wire.reply_ns(first, len(first), tag, shape, out_PD.dtype)
+                if compute_ns is not None:
+                    wire.raw(out_PD)[:] = first[HEADER_BYTES:]
+                    return compute_ns, n_dropped
+            header = wire.parse_head(first)
+            if header.tag == tag:
+                break
+            for _ in self._pieces(header, first):
+                pass
+            n_dropped += 1
+        if header.kind == wire.ERROR:
+            text = b"".join(self._pieces(header, first)).decode(errors="replace")
+            raise WorkerLost(self._worker, f"refused the rows: {text}")
+        if (header.kind, header.n_pairs, header.width, header.dtype) != (wire.REPLY, *shape, out_PD.dtype):
+            raise WireError(f"{header.n_pairs} rows of {header.width} {header.dtype}, awaited: {shape}")
+        host_PD = out_PD if out_PD.is_cpu else torch.empty(shape, dtype=out_PD.dtype)
+        target, at = wire.raw(host_PD), 0
+        for piece in self._pieces(header, first):
+            target[at : at + len(piece)] = piece
+            at += len(piece)
+        if host_PD is not out_PD:
+            out_PD.copy_(host_PD)
+        return header.compute_ns, n_dropped
+
+    def _pieces(self, header: Header, first: memoryview) -> Iterator[memoryview]:
+        """The payload of a message, frame by frame. Raises WireError when it is longer or shorter than announced."""
+        left = HEADER_BYTES + header.payload_bytes
+        wire.check_frame(len(first), left)
+        left -= len(first)
+        yield first[HEADER_BYTES:]
+        while left:
+            frame = memoryview(self.stream.read())
+            wire.check_frame(len(frame), left)
+            left -= len(frame)
+            yield frame
+
+
+def _frames(rows: Rows) -> Iterable[Frame]:
+    """The frames of a request; it lies in host memory if it was laid out, else wherever its tensors are."""
     if rows.message is not None:
         return ((rows.message,),)
     x_TD, token_P, expert_P = rows.request
     return wire.request_frames(rows.tag, x_TD.cpu(), token_P, expert_P)
-
-
-def _malformed(worker: str, stream: Stream, error: WireError) -> WorkerLost:
-    stream.close()
-    return WorkerLost(worker, f"malformed reply: {error}")

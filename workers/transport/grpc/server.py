@@ -1,67 +1,92 @@
-"""The expert worker's side of the gRPC transport: a server around an ExpertShard, and the thread that drives both."""
+"""The expert worker's side of the gRPC transport: a server around an ExpertShard."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import threading
-import time
-from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
 
+import grpc
+import grpc.aio
+import numpy as np
+
+from workers import wire
 from workers.errors import WireError
 from workers.pb import experts_pb2 as pb
 from workers.shard import ExpertShard
-from workers.transport.answer import check
-from workers.transport.batcher import Batcher
-from workers.transport.grpc.call import Call
-from workers.transport.grpc.calls import CallServer
-from workers.transport.grpc.exchange import ExchangeStream, Job
-from workers.transport.grpc.health import HEALTH_METHOD, Health
-from workers.transport.grpc.options import DESCRIBE_METHOD, EXCHANGE_METHOD, EXPERTS_SERVICE
-from workers.transport.grpc.unary import Unary, unimplemented
+from workers.transport.base import Accepted, Acceptor, Declined
+from workers.transport.batcher import Batcher, Job
+from workers.transport.grpc.credentials import Credentials
+from workers.transport.grpc.handshake import EXPERTS_SERVICE, Hello, key
+from workers.transport.grpc.serving import Context, Server, text_values
+from workers.transport.threads import LoopThread
+from workers.wire import FRAME_BYTES, HEADER_BYTES, Frame
 
-_FLUSH_S = 0.01
+_log = logging.getLogger(__name__)
+_MOST_STREAMS = 256
 
 
 class ExpertServer:
-    """Serves one shard to any number of routers: Exchange, Describe and gRPC's health check.
+    """Serves one shard to any number of routers: Exchange, Describe and gRPC's health service.
 
-    One thread receives, computes and answers. What arrives while it computes is its next batch.
+    An asyncio loop in a thread of its own receives and answers. Few rows of a router that is alone are computed there;
+    everything else in one other thread, and what arrives meanwhile is its next batch.
     """
 
-    def __init__(self, shard: ExpertShard, worker: str, host: str, port: int = 0) -> None:
-        """Listens on `host`:`port` alone (0: any free port). Raises OSError when that cannot be had."""
+    def __init__(
+        self,
+        shard: ExpertShard,
+        worker: str,
+        host: str,
+        port: int = 0,
+        *,
+        model: str,
+        credentials: Credentials,
+        epoch: Callable[[], int] = int,
+        ways: Sequence[Callable[[Batcher], Acceptor]] = (),
+    ) -> None:
+        """Listens on `host`:`port` alone (0: any free one). Raises OSError when that cannot be had.
+
+        model: `Checkpoint.fingerprint`. epoch: of the placement that it serves. ways: make what serves a router on
+        this host faster, with the same batcher.
+        """
         self._shard = shard
-        self._worker = worker
+        self._worker, self._model, self._epoch = worker, model, epoch
         self._batcher = Batcher(shard)
-        self._health = Health(EXPERTS_SERVICE)
-        self._streams: set[ExchangeStream] = set()
-        self._waiting: deque[Job] = deque()  # what is being computed included
+        self._ways = [make(self._batcher) for make in ways]
+        self._credentials = credentials
+        self._streams = 0
+        self._in_hand = 0  # messages that came and are not answered
+        self._loop = LoopThread("expert-server")
         try:
-            self._server = CallServer(host, port, self._accept)
+            self.address = self._loop.run(self._listen(host, port))
         except OSError as error:
+            self._loop.close()
             raise OSError(f"expert worker {worker} {error}") from None
-        bracketed = f"[{host}]" if ":" in host else host
-        self.address = f"{bracketed}:{self._server.port}"
-        self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether requests are answered."""
+        return self._loop.is_alive
 
     def start(self) -> None:
         """Take requests from now on; the shard is loaded."""
-        self._server.start()
-        self._health.is_serving = True
-        self._thread.start()
+        self._loop.run(self._start())
 
     def drain(self) -> None:
         """Say NOT_SERVING; the routers that are connected are still answered."""
-        self._health.is_serving = False
+        self._loop.run(self._server.set_serving(False))
 
     def stop(self, grace_s: float) -> None:
-        """Drain, answer what has arrived (at most `grace_s` seconds), then close every stream."""
-        self.drain()
-        deadline = time.monotonic() + grace_s
-        while time.monotonic() < deadline and (self._waiting or not all(s.is_flushed for s in tuple(self._streams))):
-            time.sleep(_FLUSH_S)
-        self._server.stop()
-        self._thread.join()
+        """Drain, answer what has arrived (at most `grace_s` seconds), then close every stream. May be repeated."""
+        if not self._loop.is_alive:
+            return
+        self._loop.run(self._stop(grace_s))
+        self._loop.close()
 
     def numbers(self) -> dict[str, object]:
         """For people: experts held, bytes, rows and seconds computed, open streams."""
@@ -70,90 +95,120 @@ class ExpertServer:
             "weight_bytes": self._shard.weight_bytes,
             "rows": self._batcher.rows,
             "compute_seconds": round(self._batcher.compute_seconds, 3),
-            "streams": len(self._streams),
+            "streams": self._streams,
         }
 
-    def at_once(self, message: memoryview) -> memoryview | None:
-        """See `Worker`. Where there are several routers, others may be about to wait for the same layer."""
-        if self._waiting or len(self._streams) > 1:
-            return None
-        return self._batcher.answer(message)
+    async def _listen(self, host: str, port: int) -> str:
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._server = Server(self._credentials, FRAME_BYTES)
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            # No serialisers: frames are the bytes on the wire.
+            "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self._describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
+            ),
+        }
+        self._server.add(EXPERTS_SERVICE, handlers)
+        await self._server.set_serving(False)
+        return self._server.bind(host, port)
 
-    def add(self, job: Job) -> None:
-        """See `Worker`."""
-        self._waiting.append(job)
+    async def _start(self) -> None:
+        await self._server.start()
+        await self._server.set_serving(True)
 
-    def ended(self, stream: ExchangeStream) -> None:
-        """See `Worker`."""
-        self._streams.discard(stream)
+    async def _stop(self, grace_s: float) -> None:
+        await self._server.set_serving(False)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        await self._server.stop()
 
-    def _run(self) -> None:
+    async def _exchange(self, _frames: object, context: Context) -> None:
+        """One router, for as long as it lives."""
+        ended = threading.Event()
+        accepted = await self._greet(context)
+        self._streams += 1
         try:
-            while True:
-                self._server.take(wait=True)
-                while self._waiting:
-                    # Others may wait for the same layer; a router that is alone does not pay for the question.
-                    while len(self._streams) > 1 and self._server.take(wait=False):
-                        pass
-                    self._compute()
-        except CallServer.Stopped:
-            pass
-
-    def _compute(self) -> None:
-        """What waits for the layer of the oldest request, as one batch."""
-        jobs = self._next_batch()
-        wanted = []
-        for job in jobs:
-            if job.stream.is_open:
-                wanted.append(job)
-            else:
-                job.stream.drop()
-        reply = self._batcher.answer(wanted[0].message) if len(wanted) == 1 else None
-        if reply is not None:
-            wanted[0].stream.answer_whole(reply)
-        else:
-            self._answer(wanted)
-        for job in jobs:
-            self._waiting.remove(job)
-
-    def _answer(self, jobs: list[Job]) -> None:
-        """Each stream gets its answers in the order of its jobs."""
-        refusals = [self._refusal(job) for job in jobs]
-        fitting = [job.request for job, refusal in zip(jobs, refusals, strict=True) if refusal is None]
-        results = iter(self._batcher.compute_batch(jobs[0].header.tag.layer, fitting) if fitting else ())
-        for job, refusal in zip(jobs, refusals, strict=True):
-            job.stream.answer(job.header, *(next(results) if refusal is None else (refusal, 0)))
-
-    def _refusal(self, job: Job) -> WireError | None:
-        """Why the shard cannot compute the rows of `job`."""
-        try:
-            check(self._shard, job.header, job.request)
+            if accepted is not None:
+                accepted.start()
+            while (first := await context.read()) is not grpc.aio.EOF:
+                self._take_in_hand(1)
+                try:
+                    await self._answer(first, context, lambda: not ended.is_set())
+                finally:
+                    self._take_in_hand(-1)
         except WireError as error:
-            return error
-        return None
+            await self._abort(context, str(error))
+        finally:
+            ended.set()
+            self._streams -= 1
+            if accepted is not None:
+                await self._loop.off_loop(accepted.close)
 
-    def _next_batch(self) -> list[Job]:
-        """A stream's requests are answered in their order: none goes before one of its own for another layer."""
-        layer = self._waiting[0].header.tag.layer
-        jobs, passed = [], set()
-        for job in self._waiting:
-            if job.header.tag.layer == layer and job.stream not in passed:
-                jobs.append(job)
-            else:
-                passed.add(job.stream)
-        return jobs
+    async def _greet(self, context: Context) -> Accepted | None:
+        """Refuse whoever awaits another worker or model; else say who this is, and which faster way it takes."""
+        values = text_values(context.invocation_metadata())
+        asked = Hello.from_metadata(values)
+        hello = Hello(self._worker, asked.router, self._model, self._epoch())
+        if (objection := hello.objection(asked)) is not None:
+            _log.warning("%s (router %r) is refused: %s", context.peer(), asked.router, objection)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, objection)
+        if self._streams >= _MOST_STREAMS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MOST_STREAMS} streams are open already")
+        accepted, words = None, list(hello.metadata)
+        loop = asyncio.get_running_loop()
 
-    def _accept(self, call: Call) -> None:
-        if call.method == EXCHANGE_METHOD:
-            self._streams.add(ExchangeStream(call, self))
-        elif call.method == DESCRIBE_METHOD:
-            Unary(call, self._describe)
-        elif call.method == HEALTH_METHOD:
-            Unary(call, self._health.check)
+        def end(reason: str) -> None:
+            asyncio.run_coroutine_threadsafe(self._abort(context, reason), loop)
+
+        for way in self._ways:
+            offer = values.get(key(way.name, "offer"))
+            if offer is None or accepted is not None:
+                continue
+            try:
+                accepted = await self._loop.off_loop(way.accept, offer, asked.router, end)
+                words.append((key(way.name, "accept"), accepted.text))
+            except Declined as declined:
+                words.append((key(way.name, "declined"), str(declined)))
+        await context.send_initial_metadata(tuple(words))
+        return accepted
+
+    def _take_in_hand(self, messages: int) -> None:
+        self._in_hand += messages
+        if self._in_hand:
+            self._idle.clear()
         else:
-            Unary(call, unimplemented)
+            self._idle.set()
 
-    def _describe(self, _request: bytes) -> bytes:
+    async def _abort(self, context: Context, reason: str) -> None:
+        """End a stream of which nothing can be understood any more."""
+        _log.warning("stream of %s closed: %s", context.peer(), reason)
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+
+    async def _answer(self, first: bytes, context: Context, is_wanted: Callable[[], bool]) -> None:
+        """Receive the rest of a message, compute it and send the reply. Raises WireError for one that makes no sense.
+
+        What computing raises is said in the reply, and the router repairs it elsewhere.
+        """
+        message = await _whole(first, context)
+        if self._streams == 1 and (reply := self._batcher.answer(message)) is not None:
+            await context.write(bytes(reply))
+            return
+        header = wire.parse_head(message)
+        job = self._batcher.enqueue(header, wire.request(header, message[HEADER_BYTES:]), is_wanted)
+        for frame in await self._loop.off_loop(self._frames, job):
+            await context.write(b"".join(frame))
+
+    def _frames(self, job: Job) -> Iterator[Frame]:
+        tag, result = job.header.tag, self._batcher.outcome(job)
+        if result is None:
+            return iter(())
+        if isinstance(result, str):
+            return wire.error_frames(tag, result)
+        y_PD, compute_ns = result
+        return wire.reply_frames(tag, job.header.n_tokens, y_PD, compute_ns)
+
+    async def _describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         return pb.DescribeReply(
             worker=self._worker,
             pid=os.getpid(),
@@ -161,5 +216,26 @@ class ExpertServer:
             weight_bytes=self._shard.weight_bytes,
             rows=self._batcher.rows,
             compute_seconds=self._batcher.compute_seconds,
-            streams=len(self._streams),
-        ).SerializeToString()
+            streams=self._streams,
+        )
+
+
+async def _whole(first: bytes, context: Context) -> memoryview:
+    """A message, header and all, that begins with `first`. Raises WireError when the rest does not follow."""
+    header = wire.parse_head(first)
+    wire.check_request(header)
+    left = HEADER_BYTES + header.payload_bytes
+    wire.check_frame(len(first), left)
+    if len(first) == left:
+        return memoryview(first)
+    # numpy leaves the pages untouched: an announced size costs memory only as its bytes arrive.
+    message, at, frame = np.empty(left, np.uint8).data, 0, first
+    while True:
+        message[at : at + len(frame)] = frame
+        at += len(frame)
+        if at == left:
+            return message
+        frame = await context.read()
+        if frame is grpc.aio.EOF:
+            raise WireError("the stream ended within a message")
+        wire.check_frame(len(frame), left - at)

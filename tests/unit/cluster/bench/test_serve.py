@@ -6,11 +6,13 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -19,8 +21,10 @@ from cluster.bench.gateway import Client
 from cluster.bench.load import Arrival, Gateway, Record, Routers, closed_loop, follow, make_prompts, open_loop
 from cluster.bench.serve import serve, summary
 from cluster.bench.sse_client import HTTPError, post_events
+from cluster.fleet.run_state import RunState, credentials_path
 from cluster.gateway.session import Session
 from cluster.router.service import GenerationService
+from tests.credentials import CREDENTIALS
 from tests.fake_engine import FakeEngine
 from tests.loop import in_loop
 
@@ -111,10 +115,10 @@ async def test_a_gateway_is_asked_for_an_exact_number_of_tokens_and_its_usage_is
 @in_loop
 async def test_both_loops_run_every_request_over_the_routers() -> None:
     engine = FakeEngine()
-    service = GenerationService(engine, "127.0.0.1")
+    service = GenerationService(engine, "127.0.0.1", credentials=CREDENTIALS)
     await service.start()
     prompts = make_prompts(20, 5, seed=0)
-    async with Session({"router": service.address}) as session:
+    async with Session(CREDENTIALS, {"router-0": service.address}) as session:
         target = Routers(session)
         runs: list[Callable[[], Any]] = [
             lambda: closed_loop(target, prompts, 10, 4, ignore),
@@ -162,19 +166,30 @@ def test_the_figures_are_those_of_the_records() -> None:
     assert summary([Record(due=0.0, end=1.0, error="x")])["ttft_s"] is None
 
 
-def test_the_command_prints_one_json_object() -> None:
-    command = [sys.executable, "-m", "tests.fake_router", "0.001"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+def test_the_command_prints_one_json_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a router that this user's cluster has, with the credentials that the cluster left for its user."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    process = psutil.Process()
+    run_dir = str(tmp_path)
+    state = RunState(process.pid, process.create_time(), "", 8000, "", run_dir, "tiny", "grpc", "as configured")
+    state.write()
+    CREDENTIALS.write(credentials_path(tmp_path))
+    command = [sys.executable, "-m", "tests.fake_router", "router-7", "0.001"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as router:
         try:
-            assert process.stdout is not None
-            address = f"127.0.0.1:{int(process.stdout.readline())}"
+            assert router.stdout is not None
+            address = router.stdout.readline().decode().strip()
+            known = {"written": time.time(), "run_dir": run_dir}
+            known |= {"processes": [{"role": "router", "id": "router-7", "address": address}]}
+            (tmp_path / "status.json").write_text(json.dumps(known))
             app = typer.Typer()
             app.command()(serve)
-            run = CliRunner().invoke(
-                app, ["--router", address, "--requests", "6", "--concurrency", "3", "--tokens", "5", "--json"]
-            )
+            options = ["--requests", "6", "--concurrency", "3", "--tokens", "5", "--json"]
+            run = CliRunner().invoke(app, ["--router", address, *options])
+            unknown = CliRunner().invoke(app, ["--router", "127.0.0.1:1", *options])
         finally:
-            process.kill()
+            router.kill()
+    assert address in str(unknown.exception)
     assert run.exit_code == 0, run.output
     result = json.loads(run.stdout)
     assert (result["tokens"], result["endpoint"], result["errors"]) == (30, "router", {})

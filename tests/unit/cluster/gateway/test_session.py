@@ -16,6 +16,7 @@ from cluster.gateway.journal import Entry
 from cluster.gateway.session import Session
 from cluster.router.params import SamplingParams, StepOutput, TokenLogprobs
 from cluster.router.service import GenerationService
+from tests.credentials import CREDENTIALS
 from tests.fake_engine import FakeEngine, expected
 from tests.loop import in_loop, until
 
@@ -25,7 +26,7 @@ class Router:
 
     def __init__(self, name: str, engine: FakeEngine) -> None:
         self.engine = engine
-        self.service = GenerationService(engine, "127.0.0.1", router=name)
+        self.service = GenerationService(engine, "127.0.0.1", router=name, credentials=CREDENTIALS)
 
     async def stop(self) -> None:
         self.engine.gate.set()
@@ -40,7 +41,9 @@ async def cluster(*engines: FakeEngine, rejoin_timeout_s: float = 30.0) -> Async
         for router in routers:
             await router.service.start()
             stack.push_async_callback(router.stop)
-        session = await stack.enter_async_context(Session(view(routers), rejoin_timeout_s=rejoin_timeout_s))
+        session = await stack.enter_async_context(
+            Session(CREDENTIALS, view(routers), rejoin_timeout_s=rejoin_timeout_s)
+        )
         await until(lambda: all(stream.state == "ready" for stream in session.stats().streams))
         yield session, routers
 
@@ -125,7 +128,9 @@ async def test_a_router_that_restarts_at_its_address_is_found_again() -> None:
         tasks = start(session, 2, params)
         await until(lambda: session.stats().tokens > 20)
         await first.stop()
-        second = GenerationService(FakeEngine(), "127.0.0.1", first.service.port)
+        second = GenerationService(
+            FakeEngine(), "127.0.0.1", int(first.service.address.rsplit(":", 1)[1]), credentials=CREDENTIALS
+        )
         await second.start()
         await assert_undisturbed(tasks, params)
         await second.stop()
@@ -133,7 +138,7 @@ async def test_a_router_that_restarts_at_its_address_is_found_again() -> None:
 
 @in_loop
 async def test_without_a_router_the_wait_has_an_end() -> None:
-    async with Session(rejoin_timeout_s=0.05) as session:
+    async with Session(CREDENTIALS, rejoin_timeout_s=0.05) as session:
         with pytest.raises(RequestError, match="no router") as caught:
             await tokens_of(session, [1], SamplingParams(max_tokens=1))
         assert (caught.value.status, caught.value.code) == (503, "service_unavailable")
@@ -272,7 +277,7 @@ async def test_a_client_that_leaves_frees_its_sequence() -> None:
 
 @in_loop
 async def test_a_client_that_leaves_while_there_is_no_router_is_forgotten() -> None:
-    async with Session() as session:
+    async with Session(CREDENTIALS) as session:
         [task] = start(session, 1, SamplingParams(max_tokens=1))
         await until(lambda: session.stats().waiting == 1)
         task.cancel()
@@ -289,7 +294,7 @@ async def test_a_request_that_takes_every_router_down_is_given_up() -> None:
         for _ in range(session_module._MAX_LOSSES):
             await until(lambda: any(router.service.n_open for router in routers))
             victim = next(router for router in routers if router.service.n_open)
-            await victim.service._server.stop(None)
+            await victim.service._server.stop()
             await until(lambda victim=victim: not victim.service.n_open)  # type: ignore[misc]
         with pytest.raises(RequestError, match="in a row"):
             await task

@@ -21,6 +21,7 @@ from cluster.router.exchange import Exchange
 from cluster.router.params import SamplingParams
 from workers.checkpoint import Checkpoint
 from workers.shard import load_shard
+from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.grpc.server import ExpertServer
 
@@ -28,10 +29,16 @@ directory = Path(sys.argv[1])
 write_random(directory)
 checkpoint = Checkpoint(directory)
 layers, experts = checkpoint.spec.n_layers, checkpoint.spec.n_experts
-server = ExpertServer(load_shard(checkpoint, product(range(layers), range(experts)), torch.float32), "w", "127.0.0.1")
+shard = load_shard(checkpoint, product(range(layers), range(experts)), torch.float32)
+credentials = Credentials.generate()
+server = ExpertServer(shard, "w", "127.0.0.1", model="m", credentials=credentials)
 server.start()
 exchange = Exchange(
-    striped(layers, experts, ("w",)), {"w": server.address}, GrpcTransport(), reply_timeout_s=30, rejoin_timeout_s=30
+    striped(layers, experts, ("w",)),
+    {"w": server.address},
+    GrpcTransport("r", "m", credentials),
+    reply_timeout_s=30,
+    rejoin_timeout_s=30,
 )
 engine = build_engine(Config(kv_cache_mb=1), directory, exchange)
 engine.submit("x", [1, 2, 3], SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))

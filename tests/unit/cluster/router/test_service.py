@@ -15,10 +15,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.errors import RequestError, StartError
 from cluster.router import service as service_module
-from cluster.router.codec import decode_output, decode_refusal, decode_sampling, encode_cancel, encode_submit
+from cluster.router.codec import (
+    ROUTER_KEY,
+    decode_output,
+    decode_refusal,
+    decode_sampling,
+    encode_cancel,
+    encode_submit,
+)
 from cluster.router.gateway_stream import GatewayStream
 from cluster.router.params import SamplingParams, StepOutput, TokenLogprobs
 from cluster.router.service import GenerationService
+from tests.credentials import CREDENTIALS
 from tests.fake_engine import FakeEngine, expected
 from tests.loop import in_loop, until
 from workers.pb import generation_pb2 as pb
@@ -29,7 +37,7 @@ Call = Any
 
 @asynccontextmanager
 async def serving(engine: FakeEngine, **options: Any) -> AsyncIterator[GenerationService]:
-    service = GenerationService(engine, "127.0.0.1", **options)
+    service = GenerationService(engine, "127.0.0.1", credentials=CREDENTIALS, **options)
     await service.start()
     try:
         yield service
@@ -44,9 +52,9 @@ async def stub_of(service: GenerationService) -> AsyncIterator[Any]:
         yield generation_pb2_grpc.GenerationStub(channel)
 
 
-async def opened(stub: Any) -> Call:
+async def opened(stub: Any, router: str = "router-0") -> Call:
     """A stream whose first event, the router's state, was read."""
-    call = stub.Stream()
+    call = stub.Stream(metadata=(*CREDENTIALS.metadata, (ROUTER_KEY, router)))
     assert (await call.read()).state == "ready"
     return call
 
@@ -294,11 +302,11 @@ async def test_drain_lets_the_open_finish_and_refuses_the_new() -> None:
 async def test_describe_and_health_answer_while_a_step_is_blocked() -> None:
     engine = FakeEngine()
     async with serving(engine, router="router-3") as service, stub_of(service) as stub:
-        call = await opened(stub)
+        call = await opened(stub, "router-3")
         with closed_gate(engine):
             await call.write(encode_submit("0", [1], SamplingParams(max_tokens=2)))
             await until(lambda: bool(engine.sequences))
-            reply = await stub.Describe(pb.DescribeRequest())
+            reply = await stub.Describe(pb.DescribeRequest(), metadata=CREDENTIALS.metadata)
             assert (reply.router, reply.state, reply.running, list(reply.connected)) == (
                 "router-3", "ready", 1, ["expert-0"],
             )  # fmt: skip
@@ -313,14 +321,15 @@ async def test_describe_and_health_answer_while_a_step_is_blocked() -> None:
 @in_loop
 async def test_it_listens_on_its_address_alone_and_says_when_that_is_taken() -> None:
     async with serving(FakeEngine()) as service:
+        port = int(service.address.rsplit(":", 1)[1])
         addresses = {
             connection.laddr.ip.removeprefix("::ffff:")
             for connection in psutil.Process().net_connections("inet")
-            if connection.status == "LISTEN" and connection.laddr.port == service.port
+            if connection.status == "LISTEN" and connection.laddr.port == port
         }
         assert addresses == {"127.0.0.1"}
-        with pytest.raises(StartError, match=str(service.port)):
-            await GenerationService(FakeEngine(), "127.0.0.1", service.port).start()
+        with pytest.raises(StartError, match=str(port)):
+            await GenerationService(FakeEngine(), "127.0.0.1", port, credentials=CREDENTIALS).start()
 
 
 @in_loop

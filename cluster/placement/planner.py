@@ -1,0 +1,209 @@
+"""Which replicas to have, where, and with which shares: from loads to a plan. Pure and deterministic.
+
+Replica counts, homes and shares are one problem and are solved as one, layer by layer, since a step waits for the
+slowest worker of every layer: the largest time of a worker is to be least. Of two ways to fill a layer's slots
+(`layout`) the better one counts, with rows divided as its homes allow (`shares`); and a layer whose present homes do as
+well when their rows are divided anew keeps them.
+
+Legend: L layers, E experts of a layer, S slots of a layer, W workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cluster.errors import PlacementError
+from cluster.placement.homes import keep, match
+from cluster.placement.layout import FREE, Floats, Ints, Layout, fill_exactly, replicate_and_pack
+from cluster.placement.placement import Placement
+from cluster.placement.shares import divide
+from cluster.placement.swaps import swap
+
+_SLACKS = (1e-9, 0.001, 0.003, 0.01, 0.03, 0.1)  # how much longer than the mean a layer may take, tried in this order
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """An expert worker as the planner sees it."""
+
+    name: str
+    slots: int  # replicas it may hold, over all layers
+    speed: float = 1.0  # rows per second, by those of any other worker
+    host: str = ""  # replicas of one expert go to different hosts where that costs nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a plan may cost, and what is not worth a move."""
+
+    expert_bytes: int = 1
+    moved_bytes: int | None = None  # at most so many are loaded; None: any number
+    tolerance: float = 0.01  # a layer within this of the best that was found keeps its homes
+    bytes_per_s: float = 1e9  # at which replicas are loaded: for the forecast
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a plan is expected to do. Imbalance: the sum over layers of max load / speed, by that of mean load."""
+
+    imbalance_before: float
+    imbalance_after: float
+    moved_replicas: int
+    moved_bytes: int
+    seconds: float  # to load them, one after another
+    gain: float  # part of the experts' time that is saved
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The next placement, and why."""
+
+    placement: Placement
+    forecast: Forecast
+
+
+def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, limits: Limits | None = None) -> Plan:
+    """The placement that makes the largest worker load least, its epoch following `current`.
+
+    loads_LE: rows of each expert, [L, E], at least 0. Only `workers` hold anything afterwards. Raises PlacementError
+    when their slots do not suffice for one replica of every expert.
+    """
+    sparse = [layer for layer, experts in enumerate(current.replicas) if experts]
+    if len(sparse) < current.n_layers:
+        plan = balance(loads_LE[sparse], workers, current.only(sparse), limits)
+        back = {layer: i for i, layer in enumerate(sparse)}
+        return replace(plan, placement=plan.placement.only([back.get(layer, -1) for layer in range(current.n_layers)]))
+    limits = limits or Limits()
+    fleet = _interleaved(workers)
+    n_layers, n_experts = loads_LE.shape
+    if sum(worker.slots for worker in fleet) < n_layers * n_experts:
+        raise PlacementError(
+            f"{n_layers * n_experts} experts do not fit into the {sum(worker.slots for worker in fleet)} slots of "
+            f"{len(fleet)} workers; more workers, or a larger --expert-slots, make room"
+        )
+    # An expert without rows needs a home all the same, and a little is what makes it count.
+    loads_LE = np.maximum(loads_LE, loads_LE.mean() * 1e-6 + 1e-12)
+    speed_W = np.array([worker.speed for worker in fleet])
+    homes: list[list[dict[str, float]]] = [[] for _ in range(n_layers)]
+    moves_L = np.zeros(n_layers, np.int64)
+    options: list[_Option] = []
+    for layers, slots_W in _slots(fleet, n_layers, n_experts):
+        worker_S = np.repeat(np.arange(len(fleet)), slots_W)
+        kept = divide(loads_LE[layers], keep(current, layers, fleet, worker_S, loads_LE[layers]), speed_W)
+        best = match(_best(loads_LE[layers], worker_S, speed_W), kept, speed_W)
+        enough_L = best.times(speed_W).max(1) * (1 + limits.tolerance)
+        swapped = divide(loads_LE[layers], swap(kept, speed_W, enough_L), speed_W)
+        times = [layout.times(speed_W).max(1) for layout in (kept, swapped, best)]
+        for i, layer in enumerate(layers.tolist()):
+            homes[layer] = _homes(kept, i, fleet, n_experts)
+            moves_L[layer] = _moves(current, layer, homes[layer])
+            if times[0][i] > enough_L[i]:
+                # The way with the fewest moves that is good enough.
+                which = 1 if times[1][i] <= enough_L[i] else 2
+                go = _homes((kept, swapped, best)[which], i, fleet, n_experts)
+                moves = _moves(current, layer, go)
+                options.append(_Option(float(times[0][i] - times[which][i]) / max(1, moves), layer, go, moves))
+    left = np.inf if limits.moved_bytes is None else limits.moved_bytes // limits.expert_bytes - moves_L.sum()
+    for option in sorted(options, key=lambda option: (-option.gain, option.layer)):
+        if option.moves - moves_L[option.layer] <= left:
+            left -= option.moves - moves_L[option.layer]
+            homes[option.layer], moves_L[option.layer] = option.homes, option.moves
+    names = sorted(worker.name for worker in fleet)
+    placement = Placement.of(current.epoch + 1, names, homes)
+    return Plan(placement, _forecast(loads_LE, fleet, current, placement, int(moves_L.sum()), limits))
+
+
+def imbalance(loads_LE: Floats, workers: Sequence[Worker], placement: Placement) -> float:
+    """Sum over layers of the largest time of a worker, by the sum of the mean times; 1.0 is perfect."""
+    at = {worker.name: i for i, worker in enumerate(workers)}
+    speed_W = np.array([worker.speed for worker in workers])
+    time_LW = np.zeros((placement.n_layers, len(workers)))
+    for layer in range(placement.n_layers):
+        for expert in range(len(placement.replicas[layer])):
+            homes = zip(placement.holders(layer, expert), placement.share(layer, expert), strict=True)
+            for worker, share in homes:
+                if worker in at:
+                    time_LW[layer, at[worker]] += share * loads_LE[layer, expert] / speed_W[at[worker]]
+    mean = loads_LE.sum() / speed_W.sum()
+    return float(time_LW.max(1).sum() / mean) if mean > 0 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """New homes for a layer."""
+
+    gain: float  # time saved for each replica that is loaded
+    layer: int
+    homes: list[dict[str, float]]
+    moves: int
+
+
+def _best(loads_LE: Floats, worker_S: Ints, speed_W: Floats) -> Layout:
+    """The better of both ways for each layer, without regard to what is where."""
+    mean_L = loads_LE.sum(1) / speed_W.sum()
+    layout = divide(loads_LE, replicate_and_pack(loads_LE, worker_S, speed_W), speed_W)
+    expert_LS, rows_LS = layout.expert_LS.copy(), layout.rows_LS.copy()
+    largest_L = layout.times(speed_W).max(1)
+    if len(worker_S) < loads_LE.shape[1] + len(speed_W) - 1:
+        return layout  # it would cut an expert at every worker, and there are not so many slots
+    left = np.arange(len(loads_LE))
+    for slack in _SLACKS:
+        left = left[largest_L[left] > mean_L[left] * (1 + slack)]
+        if not len(left):
+            break
+        filled, complete = fill_exactly(loads_LE[left], worker_S, speed_W, mean_L[left] * (1 + slack))
+        done = left[complete]
+        expert_LS[done], rows_LS[done] = filled.expert_LS[complete], filled.rows_LS[complete]
+        left = left[~complete]
+    return Layout(expert_LS, rows_LS, worker_S)
+
+
+def _interleaved(workers: Sequence[Worker]) -> list[Worker]:
+    """By turns from each host: an expert that is cut is on neighbours."""
+    rank: dict[str, int] = {}
+    keyed = []
+    for worker in sorted(workers, key=lambda worker: (worker.host, worker.name)):
+        rank[worker.host] = rank.get(worker.host, 0) + 1
+        keyed.append((rank[worker.host], worker.host, worker.name, worker))
+    return [worker for *_, worker in sorted(keyed, key=lambda key: key[:3])]
+
+
+def _slots(fleet: Sequence[Worker], n_layers: int, n_experts: int) -> list[tuple[Ints, Ints]]:
+    """Layers that have the same slots, and how many each worker has for one of them: every worker's are spread evenly,
+    the rest of a worker going on with the layer where that of the one before it ended."""
+    slots_LW = np.zeros((n_layers, len(fleet)), np.int64)
+    at = 0
+    for w, worker in enumerate(fleet):
+        base, rest = divmod(min(worker.slots, n_layers * n_experts), n_layers)
+        slots_LW[:, w] = base
+        slots_LW[(at + np.arange(rest)) % n_layers, w] += 1
+        at += rest
+    slots_LW = slots_LW.clip(0, n_experts)
+    kinds, kind_L = np.unique(slots_LW, axis=0, return_inverse=True)
+    return [(np.flatnonzero(kind_L.ravel() == kind), kinds[kind]) for kind in range(len(kinds))]
+
+
+def _homes(layout: Layout, layer: int, fleet: Sequence[Worker], n_experts: int) -> list[dict[str, float]]:
+    homes: list[dict[str, float]] = [{} for _ in range(n_experts)]
+    slots = zip(layout.expert_LS[layer].tolist(), layout.rows_LS[layer].tolist(), layout.worker_S.tolist(), strict=True)
+    for expert, rows, worker in slots:
+        if expert != FREE:
+            homes[expert][fleet[worker].name] = rows
+    return homes
+
+
+def _moves(current: Placement, layer: int, homes: Sequence[dict[str, float]]) -> int:
+    """Replicas that are to be loaded."""
+    return sum(len(here.keys() - set(current.holders(layer, expert))) for expert, here in enumerate(homes))
+
+
+def _forecast(
+    loads_LE: Floats, fleet: Sequence[Worker], before: Placement, after: Placement, moved: int, limits: Limits
+) -> Forecast:
+    was, becomes = imbalance(loads_LE, fleet, before), imbalance(loads_LE, fleet, after)
+    n_bytes = moved * limits.expert_bytes
+    gain = max(0.0, 1 - becomes / was) if was > 0 else 0.0
+    return Forecast(was, becomes, moved, n_bytes, n_bytes / limits.bytes_per_s, gain)

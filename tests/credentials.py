@@ -1,0 +1,7 @@
+"""What the processes of a test's cluster show each other. Needs no torch."""
+
+from __future__ import annotations
+
+from workers.transport.grpc.credentials import Credentials
+
+CREDENTIALS = Credentials("the token of the tests")
