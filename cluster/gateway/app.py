@@ -35,13 +35,8 @@ def create_app(
     check_exposure(config)
     keys = ApiKeys.from_file(config.api_keys_file) if config.api_keys_file is not None else None
     grammars = GrammarCompiler(model.path, model.vocab_size, tokenizer.eos_ids)
-<<<<<<< HEAD
-    gateway = Gateway(
-        config, model, tokenizer, TokenNames(tokenizer.pieces), session, Metrics(), grammars, _fingerprint(model)
-    )
-=======
-    gateway = Gateway(config, model, tokenizer, TokenNames(tokenizer.pieces), session, metrics or Metrics(), grammars)
->>>>>>> main
+    names, fingerprint = TokenNames(tokenizer.pieces), _fingerprint(model)
+    gateway = Gateway(config, model, tokenizer, names, session, metrics or Metrics(), grammars, fingerprint)
     app = FastAPI(
         title="ExpertMesh",
         description="A mixture-of-experts model behind OpenAI's API",
