@@ -22,7 +22,7 @@ def main(directory: str, worker: str, n_workers: str, threads: str, credentials:
     torch.set_num_threads(int(threads))
     checkpoint = Checkpoint(directory)
     spec = checkpoint.spec
-    placement = striped(spec.n_layers, spec.n_experts, worker_names(int(n_workers)))
+    placement = striped(spec.n_layers, spec.n_experts, worker_names(int(n_workers)), dense_layers=spec.dense_layers)
     shard = load_shard(checkpoint, placement.shard(worker), torch.float32)
     server = ExpertServer(
         shard,

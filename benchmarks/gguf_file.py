@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import Checkpoint
+from workers.errors import CheckpointError
 
 
 def write_gguf(directory: Path, dest: Path) -> None:
     """Convert the Mixtral at `directory`."""
     checkpoint = Checkpoint(directory)
     spec, dense = checkpoint.spec, checkpoint.dense(torch.float32)
+    if spec.family != "mixtral" or spec.rope_scaling is not None:
+        raise CheckpointError(f"{directory}: only a Mixtral without rotary scaling is converted for llama.cpp")
     writer = gguf.GGUFWriter(dest, "llama")
     writer.add_vocab_size(spec.vocab_size)
     writer.add_context_length(spec.max_context)
@@ -45,6 +48,7 @@ def write_gguf(directory: Path, dest: Path) -> None:
         add(f"blk.{index}.attn_v", layer.v)
         add(f"blk.{index}.attn_output", layer.o)
         add(f"blk.{index}.ffn_norm", layer.post_norm_D)
+        assert layer.gate_ED is not None
         add(f"blk.{index}.ffn_gate_inp", layer.gate_ED)
         experts = [checkpoint.expert(index, expert, torch.float32) for expert in range(spec.n_experts)]
         add(f"blk.{index}.ffn_gate_exps", torch.stack([expert.w1_FD for expert in experts]))

@@ -36,7 +36,7 @@ def local_cluster(directory: Path, n_workers: int, threads: int) -> Iterator[Exc
         transport = GrpcTransport("router-0", checkpoint.fingerprint(torch.float32), credentials)
         stack.callback(transport.close)
         yield Exchange(
-            striped(spec.n_layers, spec.n_experts, names), addresses, transport,
+            striped(spec.n_layers, spec.n_experts, names, dense_layers=spec.dense_layers), addresses, transport,
             reply_timeout_s=config.reply_timeout_s, rejoin_timeout_s=config.rejoin_timeout_s,
         )  # fmt: skip
 

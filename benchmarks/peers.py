@@ -21,7 +21,7 @@ from benchmarks.child import Child
 from benchmarks.gguf_file import write_gguf
 from benchmarks.workload import DECODE_PROMPT, DECODE_STEPS, Runner, prompts
 from cluster.errors import ExpertMeshError
-from workers.spec import ModelSpec
+from workers.families.registry import read_spec
 
 
 class Peer(Runner, Protocol):
@@ -37,7 +37,7 @@ class Vllm:
     name = "vllm"
 
     def __init__(self, python: str, directory: Path, n_threads: int) -> None:
-        self._vocab_size = ModelSpec.from_config(directory).vocab_size
+        self._vocab_size = read_spec(directory).vocab_size
         script = Path(__file__).with_name("vllm_process.py")
         self._child = Child(self.name, [python, "-I", str(script), str(directory), str(n_threads)])
 

@@ -1,4 +1,4 @@
-"""Random small Mixtrals in transformers and in ExpertMesh, from one directory on disk.
+"""Random small models of every family in transformers and in ExpertMesh, from one directory on disk.
 
 The default model's experts are copies of each other, so it cannot show a mis-routed token; these models can: experts,
 norms and gates are all distinct and large enough to matter.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from workers.checkpoint import Checkpoint
 from workers.kernels.select import ops_for
@@ -25,49 +25,186 @@ from workers.shard import ExpertShard, load_shard
 
 TOLERANCE = 1e-4
 
-# Each shape has something that a bug would break; sizes are odd where they may be.
-SHAPES: dict[str, dict[str, Any]] = {
+BASE: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "ffn": 48, "experts": 8, "top_k": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""The model that the shapes vary. Three sizes have names of their own here, since each family names them otherwise."""
+
+# What every family with experts is tried with. Each has something that a bug would break.
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "mqa_tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "small_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}},
+    "three_experts_top_1": {"experts": 3, "top_k": 1},
+    "sixteen_experts_top_4": {"experts": 16, "top_k": 4},
+    "all_experts": {"experts": 3, "top_k": 3},
+    "odd_sizes": {"hidden_size": 40, "ffn": 37, "vocab_size": 101, "rms_norm_eps": 1e-3},
+    "one_layer": {"num_hidden_layers": 1, "experts": 5},
+}
+_DENSE: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4},
-    "mqa": {"num_key_value_heads": 1},
-    "head_dim_larger_than_share": {"head_dim": 24},
-    "head_dim_smaller_than_share": {"head_dim": 6, "num_attention_heads": 6, "num_key_value_heads": 3},
-    "tied": {"tie_word_embeddings": True},
-    "window": {"sliding_window": 7},
-    "window_of_one_block_tied": {"sliding_window": 4, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "mqa_tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "small_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}},
-    "three_experts_top_1": {"num_local_experts": 3, "num_experts_per_tok": 1},
-    "sixteen_experts_top_4": {"num_local_experts": 16, "num_experts_per_tok": 4},
-    "all_experts": {"num_local_experts": 3, "num_experts_per_tok": 3},
-    "odd_sizes": {"hidden_size": 52, "intermediate_size": 37, "vocab_size": 101, "head_dim": 10, "rms_norm_eps": 1e-3},
-    "one_layer": {"num_hidden_layers": 1, "num_local_experts": 5},
+    "head_dim_larger_than_share": {"head_dim": 24},
+    "odd_sizes": {"hidden_size": 40, "ffn": 37, "vocab_size": 101, "rms_norm_eps": 1e-3},
+    "one_layer": {"num_hidden_layers": 1},
 }
 
+# Scalings that matter within the length of a test: these models were trained on 16 tokens.
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+}  # fmt: skip
 
-def save_random(directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> MixtralForCausalLM:
-    """Write a random Mixtral to `directory` as `dtype` and return transformers' float32 model of it, in eval mode."""
-    base = {
-        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
-        "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None,
-    }  # fmt: skip
-    model = MixtralForCausalLM(MixtralConfig(**(base | sizes))).float().eval()
-    model.set_experts_implementation("eager")  # the others refuse odd sizes
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """How a family is tried: its words for the sizes with names of their own, what it has besides, ten shapes."""
+
+    keys: dict[str, str]
+    base: dict[str, Any]
+    shapes: dict[str, dict[str, Any]]
+
+
+_QWEN = {"ffn": "moe_intermediate_size", "experts": "num_experts", "top_k": "num_experts_per_tok"}
+_MIXTRAL = {"ffn": "intermediate_size", "experts": "num_local_experts", "top_k": "num_experts_per_tok"}
+
+CASES: dict[str, FamilyCase] = {
+    "mixtral": FamilyCase(
+        _MIXTRAL,
+        {"sliding_window": None},
+        _EXPERTS | {
+            "head_dim_smaller_than_share": {"head_dim": 6, "num_attention_heads": 6, "num_key_value_heads": 3},
+            "window_of_one_block_tied": {"sliding_window": 4, "tie_word_embeddings": True, "num_key_value_heads": 1},
+            "window": {"sliding_window": 7},
+            "yarn": {"rope_parameters": YARN, "head_dim": 16},
+        },
+    ),
+    "qwen3_moe": FamilyCase(
+        _QWEN,
+        {"norm_topk_prob": True, "intermediate_size": 112, "head_dim": 16},
+        _EXPERTS | {
+            "not_normalized": {"norm_topk_prob": False, "head_dim": 24},
+            "dense_among_sparse_window": {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 7},
+            "yarn": {"rope_parameters": YARN | {"truncate": False}},
+        },
+    ),
+    "qwen2_moe": FamilyCase(
+        _QWEN,
+        {"intermediate_size": 112, "shared_expert_intermediate_size": 80},
+        _EXPERTS | {
+            "normalized_without_bias": {"norm_topk_prob": True, "qkv_bias": False},
+            "window_in_every_other_layer_dense_first": {
+                "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 4, "decoder_sparse_step": 2,
+                "num_hidden_layers": 4,
+            },
+            "linear": {"rope_parameters": LINEAR},
+        },
+    ),
+    "olmoe": FamilyCase(
+        _QWEN | {"ffn": "intermediate_size"},
+        {},
+        _EXPERTS | {
+            "mha_normalized": {"num_key_value_heads": 4, "norm_topk_prob": True},
+            "llama3": {"rope_parameters": LLAMA3},
+        },
+    ),
+    "granitemoe": FamilyCase(
+        _MIXTRAL,
+        {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 1.5},
+        _EXPERTS | {
+            "mha_residual": {"num_key_value_heads": 4, "residual_multiplier": 1.7, "embedding_multiplier": 1.0},
+            "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+        },
+    ),
+    "glm4_moe": FamilyCase(
+        _QWEN | {"experts": "n_routed_experts"},
+        {
+            "intermediate_size": 112, "head_dim": 16, "attention_bias": True, "use_qk_norm": True,
+            "routed_scaling_factor": 1.8, "n_shared_experts": 1,
+        },
+        {shape: sizes | {"first_k_dense_replace": 0} for shape, sizes in _EXPERTS.items()} | {
+            "dense_first_two_shared": {"first_k_dense_replace": 2, "n_shared_experts": 2, "head_dim": 24},
+            "no_bias_no_norm_not_normalized": {
+                "attention_bias": False, "use_qk_norm": False, "norm_topk_prob": False, "partial_rotary_factor": 0.25,
+            },
+            "all_rotated_llama3": {"partial_rotary_factor": 1.0, "rope_parameters": LLAMA3},
+        },
+    ),
+    "llama": FamilyCase(
+        {"ffn": "intermediate_size"},
+        {},
+        _DENSE | {
+            "llama3": {"rope_parameters": LLAMA3},
+            "linear": {"rope_parameters": LINEAR},
+            "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+        },
+    ),
+    "mistral": FamilyCase(
+        {"ffn": "intermediate_size"},
+        {"sliding_window": None},
+        _DENSE | {
+            "window": {"sliding_window": 7},
+            "window_of_one_block_tied": {"sliding_window": 4, "tie_word_embeddings": True, "num_key_value_heads": 1},
+            "yarn": {"rope_parameters": YARN | {"attention_factor": 1.3}},
+        },
+    ),
+}  # fmt: skip
+
+EVERY_SHAPE = [(family, shape) for family, case in CASES.items() for shape in case.shapes]
+
+
+def save_random(
+    directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, family: str = "mixtral", **sizes: Any
+) -> PreTrainedModel:
+    """Write a random model to `directory` as `dtype` and return transformers' float32 model of it, in eval mode.
+
+    `sizes` are in the words of `BASE`, what is not there in those of the family.
+    """
+    case = CASES[family]
+    values = BASE | case.base | sizes
+    config = {case.keys.get(key, key): value for key, value in values.items() if key in case.keys or key not in _OWN}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=torch.float32).eval()
+    _plain(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in (*model.named_parameters(), *model.named_buffers()):
             noise = torch.randn(weight.shape, generator=generator)
-            if "norm" in name:
+            if "bias" in name:
+                weight.copy_(0.3 * noise)
+            elif "norm" in name:
                 weight.copy_(1.0 + 0.3 * noise)
-            elif "gate.weight" in name or ("embed" in name and not model.config.tie_word_embeddings):
+            elif name.endswith(("gate.weight", "router.weight")) or (
+                "embed" in name and not model.config.tie_word_embeddings
+            ):
                 weight.copy_(noise)
-            else:  # what logits come from among them: they are of order one in every shape, so one tolerance fits all
+            elif "inv_freq" not in name:
+                # What logits come from among them: they are of order one in every shape, so one tolerance fits all.
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
     model.to(dtype).save_pretrained(directory)
     if dtype != torch.float32:  # `to` has rounded the frequencies of the rotary embedding too
-        model = MixtralForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        model.set_experts_implementation("eager")
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        _plain(model)
     return model
+
+
+def save_shape(directory: Path, family: str, shape: str, seed: int = 0, **sizes: Any) -> PreTrainedModel:
+    """`save_random` of one of the shapes of a family, with other `sizes` where they are given."""
+    return save_random(directory, seed, family=family, **(CASES[family].shapes[shape] | sizes))
+
+
+_OWN = ("ffn", "experts", "top_k")
+
+
+def _plain(model: PreTrainedModel) -> None:
+    """Experts one by one: the other implementations refuse odd sizes."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
 
 
 class Paged:
@@ -80,7 +217,7 @@ class Paged:
         """`widened`: with float32 copies of whatever the checkpoint holds."""
         checkpoint = Checkpoint(directory)
         self.spec = spec = checkpoint.spec
-        every = list(product(range(spec.n_layers), range(spec.n_experts)))
+        every = spec.experts
         shard = ExpertShard(spec, dtype=torch.float32) if widened else load_shard(checkpoint, every, torch.float32)
         for layer, expert in every if widened else ():
             shard.load(layer, expert, checkpoint.expert(layer, expert, torch.float32))
@@ -133,27 +270,40 @@ def random_tokens(vocab_size: int, n: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def reference_logits(model: MixtralForCausalLM, token_ids: Sequence[int]) -> Tensor:
-    """transformers' logits [T, V] of every position, without any cache."""
-    return model(torch.tensor([list(token_ids)]), use_cache=False).logits[0].float()
+def reference_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
+    """transformers' logits [T, V] of every position, without any cache.
+
+    With dynamic scaling token by token, as they are generated: computed at once all tokens would be rotated by the
+    frequencies of the longest context.
+    """
+    ids_1T = torch.tensor([list(token_ids)])
+    if (model.config.rope_parameters or {}).get("rope_type") != "dynamic":
+        return model(ids_1T, use_cache=False).logits[0].float()
+    cache = DynamicCache(config=model.config)
+    return torch.cat([model(token_11, cache=cache).logits[0] for token_11 in ids_1T.split(1, dim=1)])
 
 
 @torch.no_grad()
-def gate_margins(model: MixtralForCausalLM, token_ids: Sequence[int]) -> Tensor:
+def gate_margins(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
     """Per position [T], how far the last expert chosen is ahead of the first one not chosen, in the closest layer.
 
     Where that is within float32's noise either choice is right, and what follows differs by far more than noise.
     """
-    top_k, margins = model.config.num_experts_per_tok, []
+    top_k, margins = getattr(model.config, "num_experts_per_tok", 0), []
 
     def note(gate: torch.nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         logits_TE = inputs[0].reshape(-1, inputs[0].shape[-1]) @ gate.weight.T
+        if (bias_E := getattr(gate, "e_score_correction_bias", None)) is not None:
+            logits_TE = logits_TE.sigmoid() + bias_E
         best_TE = logits_TE.sort(dim=-1, descending=True).values
         if top_k < best_TE.shape[-1]:
             margins.append(best_TE[:, top_k - 1] - best_TE[:, top_k])
 
-    hooks = [layer.mlp.gate.register_forward_hook(note) for layer in model.model.layers]
-    reference_logits(model, token_ids)
+    gates = [module for name, module in model.named_modules() if name.endswith((".mlp.gate", ".router"))]
+    if not gates:
+        return torch.full((len(token_ids),), torch.inf)
+    hooks = [gate.register_forward_hook(note) for gate in gates]
+    model(torch.tensor([list(token_ids)]), use_cache=False)
     for hook in hooks:
         hook.remove()
     return torch.stack(margins).amin(0) if margins else torch.full((len(token_ids),), torch.inf)

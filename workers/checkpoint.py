@@ -1,6 +1,6 @@
-"""A Hugging Face Mixtral directory: exactly the tensors asked for, and nothing else is read.
+"""A Hugging Face checkpoint directory: exactly the tensors asked for, and nothing else is read.
 
-Shape legend: V vocabulary, D hidden size, E experts, F expert FFN size; projections are [out, in].
+Shape legend: V vocabulary, D hidden size, E experts, F FFN size; projections are [out, in].
 """
 
 from __future__ import annotations
@@ -15,13 +15,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from workers.spec import ModelSpec, Shape
+from workers.families.registry import layout_in, read_spec
+from workers.families.tensors import Shape, TensorNames, Tensors
 from workers.tensor_store import TensorStore
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert, or another SwiGLU: y = w2 (silu(w1 x) * (w3 x))."""
+
+    w1_FD: Tensor
+    w2_DF: Tensor
+    w3_FD: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class DenseLayer:
-    """The dense half of one layer."""
+    """The dense half of one layer; what its family does not have is None."""
 
     input_norm_D: Tensor
     q: Tensor  # [n_heads * head_dim, D]
@@ -29,7 +39,15 @@ class DenseLayer:
     v: Tensor  # [n_kv_heads * head_dim, D]
     o: Tensor  # [D, n_heads * head_dim]
     post_norm_D: Tensor
-    gate_ED: Tensor
+    q_bias: Tensor | None = None  # a bias for each row of the projection
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    q_norm: Tensor | None = None  # [head_dim], or a weight for each row of the projection
+    k_norm: Tensor | None = None
+    gate_ED: Tensor | None = None  # None: a layer without experts
+    gate_bias_E: Tensor | None = None
+    ffn: ExpertWeights | None = None  # of a layer without experts, or shared by all tokens beside the experts
+    shared_gate_1D: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +60,22 @@ class DenseWeights:
     layers: tuple[DenseLayer, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """One expert: y = w2 (silu(w1 x) * (w3 x))."""
-
-    w1_FD: Tensor
-    w2_DF: Tensor
-    w3_FD: Tensor
-
-
 class Checkpoint:
     """A checkpoint directory, opened: `config.json`, the index and a header are read, no tensor is.
 
-    Raises CheckpointError when the directory holds no Mixtral in safetensors; `verify` finds the rest before anything
-    is served. Not thread-safe.
+    Raises CheckpointError when the directory holds no model of a known family in safetensors; `verify` finds the rest
+    before anything is served. Not thread-safe.
     """
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
-        """`device`: where tensors are read to."""
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu", *, finite: bool = False) -> None:
+        """`device`: where tensors are read to. `finite`: refuse weights that are NaN or infinite when they are read."""
         self.path = Path(path)
-        spec = ModelSpec.from_config(self.path)
-        self._store = TensorStore(self.path, torch.device(device))
-        self._fused = spec.tensor_names.fused_experts(0)["gate_up"][0] in self._store
+        spec = read_spec(self.path)
+        self._store = TensorStore(self.path, torch.device(device), finite)
         # The files know their dtype better than `config.json`, in which it is optional.
-        self.spec = dataclasses.replace(spec, dtype=self._store.check(*spec.tensor_names.embed()))
+        names = TensorNames(spec, layout_in(spec, lambda name: name in self._store))
+        self.spec = dataclasses.replace(spec, dtype=self._store.check(*names.embed()))
+        self._names = TensorNames(self.spec, names.layout)
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +92,7 @@ class Checkpoint:
 
         The sizes, the names of the tensors, and the values of the last norm, which two trainings do not share.
         """
-        norm_D = self._store.read(*self.spec.tensor_names.norm(), torch.float32).cpu()
+        norm_D = self._store.read(*self._names.norm(), torch.float32).cpu()
         said = repr((self.spec, dtype, self._store.names, norm_D.tolist()))
         sizes = f"{self.spec.n_layers}x{self.spec.n_experts}x{self.spec.hidden_size}"
         return f"{sizes}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
@@ -92,68 +102,56 @@ class Checkpoint:
 
         Raises one CheckpointError: the first thing that is wrong, with file and tensor.
         """
-        for name, shape in self.spec.tensor_names.every(fused=self._fused):
+        for name, shape in self._names.every():
             self._store.check(name, shape)
 
     def dense(self, dtype: torch.dtype, keep: Collection[torch.dtype] = ()) -> DenseWeights:
         """Read everything but the experts, as `dtype`; a matrix that is stored as one of `keep` stays as it is."""
-        names = self.spec.tensor_names
+        names = self._names
         embed_VD = self._read(*names.embed(), dtype, keep)
         return DenseWeights(
             embed_VD=embed_VD,
             norm_D=self._read(*names.norm(), dtype, keep),
             head_VD=embed_VD if self.spec.tie_embeddings else self._read(*names.head(), dtype, keep),
-            layers=tuple(
-                DenseLayer(
-                    **{
-                        field: self._read(name, shape, dtype, keep)
-                        for field, (name, shape) in names.layer(layer, fused=self._fused).items()
-                    }
-                )
-                for layer in range(self.spec.n_layers)
-            ),
+            layers=tuple(self._layer(layer, dtype, keep) for layer in range(self.spec.n_layers)),
         )
 
     def dense_bytes(self, dtype: torch.dtype, keep: Collection[torch.dtype] = ()) -> int:
         """Bytes of what `dense` gives, by the headers alone."""
-        names = self.spec.tensor_names
-        tensors = [names.embed(), names.norm()] + ([] if self.spec.tie_embeddings else [names.head()])
-        for layer in range(self.spec.n_layers):
-            tensors += names.layer(layer, fused=self._fused).values()
+        tensors = self._names.dense()
         return sum(prod(shape) * self._dtype_of(name, shape, dtype, keep).itemsize for name, shape in tensors)
 
     def stored_bytes(self, routers: int) -> int:
         """Bytes that so many routers and workers with one replica of each expert read in all."""
         spec, every = self.spec, frozenset((torch.float32, torch.bfloat16, torch.float16))
         expert = 3 * spec.hidden_size * spec.ffn_size * self.expert_dtype.itemsize
-        return routers * self.dense_bytes(spec.dtype, every) + spec.n_layers * spec.n_experts * expert
+        return routers * self.dense_bytes(spec.dtype, every) + len(spec.experts) * expert
 
     @property
     def expert_dtype(self) -> torch.dtype:
         """What every expert is stored as; float32, which holds all of them, where they differ. Reads headers alone."""
-        names, stored = self.spec.tensor_names, set()
-        for layer in range(self.spec.n_layers):
-            if self._fused:
-                stored |= {self._store.check(*tensor) for tensor in names.fused_experts(layer).values()}
-                continue
-            for expert in range(self.spec.n_experts):
-                stored |= {self._store.check(*tensor) for tensor in names.expert(layer, expert).values()}
+        tensors = (tensor for layer in self.spec.sparse_layers for tensor in self._names.experts(layer))
+        stored = {self._store.check(*tensor) for tensor in tensors}
         return stored.pop() if len(stored) == 1 else torch.float32
 
     def expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
         """Read one expert, as `dtype`."""
-        names = self.spec.tensor_names
-        if not self._fused:
-            return ExpertWeights(**self._read_all(names.expert(layer, expert), dtype))
+        fused = self._names.fused_experts(layer)
+        if not fused:
+            return ExpertWeights(**self._read_all(self._names.expert(layer, expert), dtype))
         ffn, hidden = self.spec.ffn_size, self.spec.hidden_size
         size = ffn * hidden
-        fused = names.fused_experts(layer)
         gate_up, down = fused["gate_up"], fused["down"]
         return ExpertWeights(
             w1_FD=self._store.read(*gate_up, dtype, first=2 * expert * size, part=(ffn, hidden)),
             w2_DF=self._store.read(*down, dtype, first=expert * size, part=(hidden, ffn)),
             w3_FD=self._store.read(*gate_up, dtype, first=(2 * expert + 1) * size, part=(ffn, hidden)),
         )
+
+    def _layer(self, layer: int, dtype: torch.dtype, keep: Collection[torch.dtype]) -> DenseLayer:
+        ffn = self._read_all(self._names.ffn(layer), dtype, keep)
+        tensors = self._read_all(self._names.layer(layer), dtype, keep)
+        return DenseLayer(**tensors, ffn=ExpertWeights(**ffn) if ffn else None)
 
     def _read(self, name: str, shape: Shape, dtype: torch.dtype, keep: Collection[torch.dtype]) -> Tensor:
         return self._store.read(name, shape, self._dtype_of(name, shape, dtype, keep))
@@ -163,5 +161,5 @@ class Checkpoint:
         stored = self._store.check(name, shape)
         return stored if len(shape) > 1 and stored in keep else dtype
 
-    def _read_all(self, tensors: dict[str, tuple[str, Shape]], dtype: torch.dtype) -> dict[str, Tensor]:
-        return {field: self._store.read(name, shape, dtype) for field, (name, shape) in tensors.items()}
+    def _read_all(self, tensors: Tensors, dtype: torch.dtype, keep: Collection[torch.dtype] = ()) -> dict[str, Tensor]:
+        return {field: self._read(name, shape, dtype, keep) for field, (name, shape) in tensors.items()}

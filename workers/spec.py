@@ -1,37 +1,50 @@
-"""What a model family is made of: its sizes, and the names and shapes of its tensors on disk.
+"""What a model is made of, in words that fit every family: its sizes, its attention, its gate, who has experts.
 
-Shape legend: V vocabulary, D hidden size, H query heads, G key/value heads, A head size, E experts, F expert FFN size.
+`workers.families` reads it from a checkpoint's `config.json`, each family in its own words.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from workers.errors import CheckpointError
+from workers.gate_spec import GateSpec
 
-Shape = tuple[int, ...]
-Value = TypeVar("Value", int, float, bool)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How the frequencies of the rotary embedding are stretched for contexts longer than those of the training.
+
+    linear: position interpolation (Chen et al. 2023, arXiv 2306.15595). dynamic: the base grows with the length (NTK).
+    yarn: NTK by parts (Peng et al. 2023, arXiv 2309.00071, section 3.2). llama3: by wavelength, as Llama 3.1 does.
+    """
+
+    kind: Literal["linear", "dynamic", "yarn", "llama3"]
+    factor: float
+    original_context: int = 0  # tokens that the frequencies were trained on; not of linear
+    attention_factor: float = 1.0  # yarn: what cos and sin are multiplied by
+    beta_fast: float = 32.0  # yarn: frequencies that turn more often than this in `original_context` stay as they are
+    beta_slow: float = 1.0  # yarn: those that turn less often are divided by `factor`
+    truncate: bool = True  # yarn: whether these borders are whole dimensions
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_context / this are stretched by `factor`
+    high_freq_factor: float = 4.0  # llama3: those below original_context / this are not
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Sizes of a Mixtral-family model, as its `config.json` states them."""
+    """Sizes and options of one model; the defaults are those of a Mixtral."""
 
     hidden_size: int
     n_layers: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    ffn_size: int
-    n_experts: int
+    ffn_size: int  # of an expert
+    n_experts: int  # of a layer that has any; 0: a dense model
     top_k: int
     vocab_size: int
     rope_theta: float
@@ -42,211 +55,56 @@ class ModelSpec:
     bos_id: int | None
     eos_ids: tuple[int, ...]
     dtype: torch.dtype  # as stored on disk
+    family: str = "mixtral"  # `model_type`
 
-    @classmethod
-    def from_config(cls, directory: str | Path) -> ModelSpec:
-        """Read `config.json` (and `generation_config.json`, where it exists) of a checkpoint directory.
+    # Attention
+    rotary_dim: int | None = None  # the first numbers of each head that are rotated; None: all
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    qk_norm: Literal["head", "row"] | None = None  # RMSNorm of queries and keys: each head alone, or all heads together
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    full_layers: frozenset[int] = frozenset()  # the layers that `sliding_window` does not concern
 
-        Raises CheckpointError when a file is missing or broken, a size is missing or cannot be right, or the
-        architecture is not one this code computes exactly.
-        """
-        directory = Path(directory)
-        spec = cls.from_values(read_json(directory / "config.json"), directory / "config.json")
-        path = directory / "generation_config.json"
-        eos_ids = _Config(path, read_json(path)).token_ids("eos_token_id") if path.is_file() else ()
-        return replace(spec, eos_ids=eos_ids) if eos_ids else spec
+    # Experts
+    gate_score: Literal["softmax", "sigmoid"] = "softmax"  # of all experts' logits
+    gate_normalize: bool = True  # whether the chosen experts' weights are made to sum to one
+    gate_scale: float = 1.0  # of the weights, at last
+    gate_bias: bool = False  # whether a bias is added to the scores to choose by
+    dense_layers: frozenset[int] = frozenset()  # layers with one FFN instead of experts
+    dense_ffn_size: int = 0  # of such a layer
+    shared_ffn_size: int = 0  # of the FFN that every token takes beside its experts; 0: there is none
+    shared_gate: bool = False  # whether that is weighted by a sigmoid of its own
 
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any], origin: Path) -> ModelSpec:
-        """The spec that the values of a `config.json` state; errors name `origin`. Raises CheckpointError."""
-        config = _Config(origin, values)
-        config.check_architecture()
-        n_heads = config.get("num_attention_heads", int)
-        hidden_size = config.get("hidden_size", int)
-        spec = cls(
-            hidden_size=hidden_size,
-            n_layers=config.get("num_hidden_layers", int),
-            n_heads=n_heads,
-            n_kv_heads=config.get("num_key_value_heads", int, n_heads),
-            head_dim=config.get("head_dim", int, hidden_size // max(n_heads, 1)),
-            ffn_size=config.get("intermediate_size", int),
-            n_experts=config.get("num_local_experts", int),
-            top_k=config.get("num_experts_per_tok", int),
-            vocab_size=config.get("vocab_size", int),
-            rope_theta=config.rope_theta(),
-            norm_eps=config.get("rms_norm_eps", float, 1e-5),
-            sliding_window=config.values.get("sliding_window") and config.get("sliding_window", int),
-            tie_embeddings=config.get("tie_word_embeddings", bool, False),
-            max_context=config.get("max_position_embeddings", int),
-            bos_id=config.token_id("bos_token_id"),
-            eos_ids=config.token_ids("eos_token_id"),
-            dtype=config.dtype(),
-        )
-        config.check_sizes(spec)
-        return spec
+    # Multipliers, as Granite has them
+    embed_scale: float = 1.0  # of the embedding
+    residual_scale: float = 1.0  # of what attention and FFN add to the residual stream
+    logits_scaling: float = 1.0  # what the logits are divided by
 
     @property
-    def tensor_names(self) -> TensorNames:
-        """The names and shapes of the tensors of a model of these sizes."""
-        return TensorNames(self)
+    def gate(self) -> GateSpec:
+        """How a token's experts are chosen and weighted."""
+        return GateSpec(self.top_k, self.gate_score, self.gate_normalize, self.gate_scale)
 
+    @property
+    def scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
-@dataclass(frozen=True, slots=True)
-class TensorNames:
-    """Names and shapes of a Mixtral's tensors on disk.
+    @property
+    def rotary_size(self) -> int:
+        """How many numbers of a head are rotated."""
+        return self.rotary_dim or self.head_dim
 
-    Two layouts exist. *Per expert*: `model.layers.L.block_sparse_moe.experts.E.{w1,w2,w3}.weight`, one tensor each.
-    *Fused*: `model.layers.L.mlp.experts.gate_up_proj` [E, 2F, D] (rows of w1, then rows of w3) and `down_proj`
-    [E, D, F]. The gate goes with the block: `block_sparse_moe.gate.weight` or `mlp.gate.weight`.
-    """
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that have experts, ascending."""
+        return tuple(layer for layer in range(self.n_layers) if layer not in self.dense_layers)
 
-    spec: ModelSpec
+    @property
+    def experts(self) -> tuple[tuple[int, int], ...]:
+        """Every (layer, expert) of the model, ascending."""
+        return tuple((layer, expert) for layer in self.sparse_layers for expert in range(self.n_experts))
 
-    def embed(self) -> tuple[str, Shape]:
-        return "model.embed_tokens.weight", (self.spec.vocab_size, self.spec.hidden_size)
-
-    def norm(self) -> tuple[str, Shape]:
-        return "model.norm.weight", (self.spec.hidden_size,)
-
-    def head(self) -> tuple[str, Shape]:
-        """The output head. Not on disk (or ignored there) when it is tied to the embedding."""
-        return "lm_head.weight", (self.spec.vocab_size, self.spec.hidden_size)
-
-    def layer(self, layer: int, *, fused: bool) -> dict[str, tuple[str, Shape]]:
-        """The dense tensors of one layer, keyed by their field in `DenseLayer`."""
-        spec, prefix = self.spec, f"model.layers.{layer}."
-        hidden, q, kv = spec.hidden_size, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-        block = "mlp" if fused else "block_sparse_moe"
-        return {
-            "input_norm_D": (prefix + "input_layernorm.weight", (hidden,)),
-            "q": (prefix + "self_attn.q_proj.weight", (q, hidden)),
-            "k": (prefix + "self_attn.k_proj.weight", (kv, hidden)),
-            "v": (prefix + "self_attn.v_proj.weight", (kv, hidden)),
-            "o": (prefix + "self_attn.o_proj.weight", (hidden, q)),
-            "post_norm_D": (prefix + "post_attention_layernorm.weight", (hidden,)),
-            "gate_ED": (prefix + f"{block}.gate.weight", (spec.n_experts, hidden)),
-        }
-
-    def expert(self, layer: int, expert: int) -> dict[str, tuple[str, Shape]]:
-        """The tensors of one expert in the per-expert layout, keyed by their field in `ExpertWeights`."""
-        prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
-        hidden, ffn = self.spec.hidden_size, self.spec.ffn_size
-        return {
-            "w1_FD": (prefix + "w1.weight", (ffn, hidden)),
-            "w2_DF": (prefix + "w2.weight", (hidden, ffn)),
-            "w3_FD": (prefix + "w3.weight", (ffn, hidden)),
-        }
-
-    def fused_experts(self, layer: int) -> dict[str, tuple[str, Shape]]:
-        """The tensors of all experts of one layer in the fused layout: `gate_up` and `down`."""
-        prefix = f"model.layers.{layer}.mlp.experts."
-        hidden, ffn, experts = self.spec.hidden_size, self.spec.ffn_size, self.spec.n_experts
-        return {
-            "gate_up": (prefix + "gate_up_proj", (experts, 2 * ffn, hidden)),
-            "down": (prefix + "down_proj", (experts, hidden, ffn)),
-        }
-
-    def every(self, *, fused: bool) -> Iterator[tuple[str, Shape]]:
-        """Every tensor a checkpoint must hold, in the order of the computation."""
-        yield self.embed()
-        for layer in range(self.spec.n_layers):
-            yield from self.layer(layer, fused=fused).values()
-            if fused:
-                yield from self.fused_experts(layer).values()
-            else:
-                for expert in range(self.spec.n_experts):
-                    yield from self.expert(layer, expert).values()
-        yield self.norm()
-        if not self.spec.tie_embeddings:
-            yield self.head()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises CheckpointError naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a checkpoint directory has a {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not a JSON object")
-    return values
-
-
-@dataclass(frozen=True, slots=True)
-class _Config:
-    """A JSON configuration that complains with the file's name."""
-
-    path: Path
-    values: Mapping[str, Any]
-
-    def get(self, key: str, kind: type[Value], default: Value | None = None) -> Value:
-        value = self.values.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise CheckpointError(f"{self.path}: `{key}` is missing")
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise CheckpointError(f"{self.path}: `{key}` is {value!r}, not {kind.__name__}")
-        return value
-
-    def check_architecture(self) -> None:
-        """Refuse whatever would be computed wrongly rather than exactly."""
-        kind = self.values.get("model_type")
-        if kind != "mixtral":
-            hint = "; `expertmesh model upcycle` makes a Mixtral of it" if kind in ("llama", "mistral") else ""
-            raise CheckpointError(f"{self.path}: unsupported architecture {kind!r}; supported: 'mixtral'{hint}")
-        if self.values.get("quantization_config"):
-            raise CheckpointError(f"{self.path}: quantized checkpoints (`quantization_config`) are not supported")
-        activation = self.values.get("hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise CheckpointError(f"{self.path}: unsupported `hidden_act` {activation!r}; supported: 'silu'")
-        for key in ("rope_scaling", "rope_parameters"):
-            rope = self.values.get(key) or {}
-            if not isinstance(rope, dict):
-                raise CheckpointError(f"{self.path}: `{key}` is {rope!r}, not an object")
-            scaling = rope.get("rope_type", rope.get("type", "default"))
-            if scaling != "default":
-                raise CheckpointError(f"{self.path}: unsupported rotary scaling {scaling!r} in `{key}`")
-
-    def rope_theta(self) -> float:
-        """From `rope_parameters` (newer files) or the top level; Mixtral's own base when neither says."""
-        nested = _Config(self.path, self.values.get("rope_parameters") or {})
-        return nested.get("rope_theta", float, self.get("rope_theta", float, 1e6))
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """One id, several or none."""
-        value = self.values.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int and token >= 0 for token in ids):
-            raise CheckpointError(f"{self.path}: `{key}` is {value!r}, not one or several token ids")
-        return tuple(ids)
-
-    def token_id(self, key: str) -> int | None:
-        return next(iter(self.token_ids(key)), None)
-
-    def dtype(self) -> torch.dtype:
-        name = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
-        if name not in _DTYPES:
-            raise CheckpointError(f"{self.path}: unsupported dtype {name!r}; supported: {', '.join(_DTYPES)}")
-        return _DTYPES[name]
-
-    def check_sizes(self, spec: ModelSpec) -> None:
-        """Sizes that contradict themselves fail here, not as a shape error in the middle of a step."""
-        for name in ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_size", "n_experts", "top_k",
-                     "vocab_size", "max_context", "rope_theta", "norm_eps"):  # fmt: skip
-            if not getattr(spec, name) > 0:
-                raise CheckpointError(f"{self.path}: {name} is {getattr(spec, name)}, not positive")
-        if spec.sliding_window is not None and spec.sliding_window < 1:
-            raise CheckpointError(f"{self.path}: sliding_window is {spec.sliding_window}, not positive")
-        if spec.n_heads % spec.n_kv_heads:
-            raise CheckpointError(
-                f"{self.path}: {spec.n_heads} attention heads cannot share {spec.n_kv_heads} key/value heads evenly"
-            )
-        if spec.head_dim % 2:
-            raise CheckpointError(f"{self.path}: head_dim {spec.head_dim} is odd; rotary embedding needs pairs")
-        if spec.top_k > spec.n_experts:
-            raise CheckpointError(f"{self.path}: top-{spec.top_k} of {spec.n_experts} experts is impossible")
+    def window(self, layer: int) -> int | None:
+        """How many tokens a token of `layer` attends to, itself included; None: to all before it."""
+        return None if layer in self.full_layers else self.sliding_window

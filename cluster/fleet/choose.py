@@ -16,11 +16,14 @@ class Choice:
     reason: str
 
 
-def choose(config: Config, *, linked_gpus: bool) -> Choice:
+def choose(config: Config, *, linked_gpus: bool, has_experts: bool = True) -> Choice:
     """What `config.transport` says, or for "auto" what suits the machine.
 
     linked_gpus: whether every router and expert worker computes on a GPU of its own and reaches the others' directly.
+    has_experts: whether the model has any.
     """
+    if not has_experts:
+        return Choice("local", "the model has no experts: routers serve it alone")
     if config.transport != "auto":
         return Choice(config.transport, "as configured")
     if config.expert_workers == 0:

@@ -42,7 +42,8 @@ class Plan:
     checkpoint: str
     model_name: str
     n_layers: int
-    n_experts: int
+    n_experts: int  # of a layer that has any
+    dense_layers: frozenset[int]  # the layers without
     vocab_size: int
     max_context: int  # tokens, prompt and answer together
     defaults: SamplingDefaults  # of what requests leave open
@@ -51,6 +52,7 @@ class Plan:
     worker_threads: int
     router_threads: int
     memory: dict[str, int]  # bytes of the host's, by what they are for
+    expert_bytes: int  # of one replica
     load_bytes: int  # that all of them together read of the checkpoint
 
 
@@ -59,17 +61,19 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     opened = Checkpoint(checkpoint)
     opened.verify()
     spec = opened.spec
+    if not spec.experts:
+        config = replace(config, expert_workers=0)
     config = kinds(config, found := gpus())
     dtype = cluster_dtype(config, spec)
-    if spec.n_experts and config.max_batch_tokens > (most := wire.most_tokens(spec.hidden_size, spec.top_k, dtype)):
+    if spec.experts and config.max_batch_tokens > (most := wire.most_tokens(spec.hidden_size, spec.top_k, dtype)):
         raise StartError(f"--max-batch-tokens {config.max_batch_tokens}: rows of this model travel {most} at most")
-    experts = expert_bytes(opened, dtype, config.expert_device) * spec.n_layers * spec.n_experts
+    experts = expert_bytes(opened, dtype, config.expert_device) * len(spec.experts)
     dense = dense_bytes(opened, dtype, config.router_device)
     block = bytes_per_block(spec, config.block_size, dtype)
     work = step_bytes(config, spec, dtype) if config.router_device == "cuda" else _STEP_BYTES
     needs = Needs(experts=experts, n_experts=spec.n_experts, dense=dense, work=work, kv_block=block)
     config, uses = arrange(config, found, needs)
-    transport = choose(config, linked_gpus=False)
+    transport = choose(config, linked_gpus=False, has_experts=bool(spec.experts))
     n_workers = config.expert_workers if config.expert_workers and transport.transport != "local" else 0
     n_blocks = pool_blocks(config, spec, dtype)
     wanted = {"processes": _PROCESS_BYTES * (config.routers + n_workers) + _RAY_BYTES}
@@ -81,6 +85,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         wanted["work"] = work * config.routers
     cores = available_cores()
     return Plan(
+        expert_bytes=experts // (spec.n_layers * spec.n_experts),
         config=replace(config, transport=transport.transport),
         gpus=found,
         uses=uses,
@@ -89,6 +94,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         model_name=model_name(config, checkpoint),
         n_layers=spec.n_layers,
         n_experts=spec.n_experts,
+        dense_layers=spec.dense_layers,
         vocab_size=spec.vocab_size,
         max_context=context_limit(config, spec, n_blocks),
         defaults=read_defaults(checkpoint) if config.generation_defaults else SamplingDefaults(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import typer
 
 from cluster.errors import ExpertMeshError
 from cluster.models import resolve
+from cluster.state_dir import settle
 
 # The modules that import torch are imported by the commands that need them: every `expertmesh` command imports this.
 
@@ -25,6 +27,7 @@ Dest = Annotated[Path, typer.Argument(help="directory to write; must not exist o
 def one_line_errors() -> Iterator[None]:
     """An error made on purpose ends the command with one line on standard error and exit code 1."""
     try:
+        settle(os.environ)
         yield
     except ExpertMeshError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,6 +59,7 @@ def upcycle(
 @app.command()
 def random(
     dest: Dest,
+    family: Annotated[str, typer.Option(help="`model_type` of the family")] = "mixtral",
     hidden: Annotated[int, typer.Option(help="hidden size", min=1)] = 64,
     layers: Annotated[int, typer.Option(help="layers", min=1)] = 2,
     heads: Annotated[int, typer.Option(help="attention heads", min=1)] = 4,
@@ -76,10 +80,10 @@ def random(
     fused: Annotated[bool, typer.Option(help="all experts of a layer in one tensor")] = False,
     shard_mb: Annotated[int | None, typer.Option(help="split into files of this many MB; default: one", min=1)] = None,
 ) -> None:
-    """Write a random Mixtral of given sizes, with a small real tokenizer, for tests and benchmarks."""
+    """Write a random model of given sizes and family, with a small real tokenizer, for tests and benchmarks."""
     import torch
 
-    from cluster.models.random import SMALL, write_random
+    from cluster.models.random import SMALL, of_family, write_random
 
     spec = dataclasses.replace(
         SMALL, hidden_size=hidden, n_layers=layers, n_heads=heads, n_kv_heads=kv_heads,
@@ -87,5 +91,6 @@ def random(
         max_context=max_context, sliding_window=sliding_window, rope_theta=rope_theta,
         tie_embeddings=tie_embeddings, dtype=getattr(torch, dtype),
     )  # fmt: skip
+    shard_bytes = shard_mb * 2**20 if shard_mb else None
     with one_line_errors():
-        write_random(dest, spec, seed=seed, fused=fused, shard_bytes=shard_mb * 2**20 if shard_mb else None)
+        write_random(dest, of_family(spec, family), seed=seed, fused=fused, shard_bytes=shard_bytes)

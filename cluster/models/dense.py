@@ -6,13 +6,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from cluster.errors import CheckpointError
-from workers.spec import Shape, read_json
+from workers.families.config import read_json
+from workers.families.registry import spec_of
+from workers.families.tensors import Shape
+from workers.spec import ModelSpec
 from workers.tensor_store import TensorStore
 
 # What goes along unchanged: the tokenizer in all its forms, the chat template, the generation defaults.
@@ -21,11 +23,7 @@ CARRIED_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
-# The two dense families with Mixtral's arithmetic, and what their `config.json` means when it is silent.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048},
-    "mistral": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 131072, "sliding_window": 4096},
-}
+_FAMILIES = ("llama", "mistral")  # with a Mixtral's arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class DenseSource:
     """A dense model to upcycle."""
 
     origin: Path  # for messages
-    config: dict[str, Any]  # the values of a Mixtral's `config.json`, less the number of experts and top-k
+    spec: ModelSpec
     read: Callable[[str, Shape], Tensor]  # a tensor by its Hugging Face Llama name; raises CheckpointError
     tokenizer: Tokenizer
     carry: Callable[[Path], None]  # writes tokenizer, chat template and generation defaults to a directory
@@ -44,13 +42,8 @@ def from_directory(directory: Path) -> DenseSource:
     path = directory / "config.json"
     values = read_json(path)
     kind = values.get("model_type")
-    if kind not in _DEFAULTS:
-        raise CheckpointError(f"{path}: cannot upcycle architecture {kind!r}; supported: {', '.join(_DEFAULTS)}")
-    for key in ("attention_bias", "mlp_bias"):
-        if values.get(key):
-            raise CheckpointError(f"{path}: `{key}` is on; a Mixtral has no biases")
-    if kind == "llama":  # a leftover there means nothing
-        values.pop("sliding_window", None)
+    if kind not in _FAMILIES:
+        raise CheckpointError(f"{path}: cannot upcycle architecture {kind!r}; supported: {', '.join(_FAMILIES)}")
     store = TensorStore(directory)
 
     def carry(dest: Path) -> None:
@@ -60,7 +53,7 @@ def from_directory(directory: Path) -> DenseSource:
 
     return DenseSource(
         origin=directory,
-        config=_DEFAULTS[kind] | values | {"model_type": "mixtral"},
+        spec=spec_of(values, path),
         read=store.read,
         tokenizer=_load_tokenizer(directory / "tokenizer.json"),
         carry=carry,

@@ -18,7 +18,9 @@ from torch import Tensor
 from cluster.errors import CheckpointError
 from cluster.models import corpus
 from cluster.models.dense import DenseSource
-from workers.spec import ModelSpec, Shape
+from workers.families.tensors import Shape
+from workers.model.rope import Rope
+from workers.spec import ModelSpec
 
 Read = Callable[[str, Shape], Tensor]
 
@@ -46,7 +48,7 @@ def ffn_inputs(spec: ModelSpec, read: Read, ids_CT: Tensor) -> Iterator[Tensor]:
     """
     hidden, q, kv = spec.hidden_size, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     h_CTD = F.embedding(ids_CT, read("model.embed_tokens.weight", (spec.vocab_size, hidden)).float())
-    cos_TA, sin_TA = _rotary(spec, ids_CT.shape[1])
+    cos_TA, sin_TA = Rope(spec, ids_CT.device).angles(torch.arange(ids_CT.shape[1]))
     for layer in range(spec.n_layers):
 
         def weight(name: str, *shape: int, layer: int = layer) -> Tensor:
@@ -87,12 +89,6 @@ def _encode_corpus(spec: ModelSpec, source: DenseSource) -> Tensor:
             f"{source.origin}: {spec.n_experts} experts are more than the text to fit gates to has tokens"
         )
     return ids_CT
-
-
-def _rotary(spec: ModelSpec, length: int) -> tuple[Tensor, Tensor]:
-    frequencies_A = spec.rope_theta ** -(torch.arange(0, spec.head_dim, 2).float() / spec.head_dim)
-    angles_TA = torch.outer(torch.arange(length).float(), frequencies_A).repeat(1, 2)
-    return angles_TA.cos(), angles_TA.sin()
 
 
 def _rotate(x_CHTA: Tensor, cos_TA: Tensor, sin_TA: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from cluster.models.dense import DenseSource
 from cluster.models.gguf_tokenizer import build_tokenizer
 from cluster.models.tokenizer import tokenizer_config
 from cluster.models.writer import write_json
-from workers.spec import Shape
+from workers.families.registry import spec_of
+from workers.families.tensors import Shape
 
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -78,11 +79,11 @@ def from_gguf(path: Path) -> DenseSource:
         )  # fmt: skip
         write_json(dest / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
 
-    return DenseSource(origin=path, config=config, read=read, tokenizer=tokenizer, carry=carry)
+    return DenseSource(origin=path, spec=spec_of(config, path), read=read, tokenizer=tokenizer, carry=carry)
 
 
 def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a Mixtral's `config.json`, less the experts."""
+    """The values of a Llama's `config.json`."""
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(f"{path}: cannot upcycle architecture {architecture!r}; supported: llama")
@@ -98,7 +99,7 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -
         head_dim = fields.get("llama.attention.key_length") or fields["llama.embedding_length"] // n_heads
         eos_ids = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
         config = {
-            "model_type": "mixtral",
+            "model_type": "llama",
             "hidden_size": fields["llama.embedding_length"],
             "num_hidden_layers": fields["llama.block_count"],
             "num_attention_heads": n_heads,

@@ -1,17 +1,21 @@
-"""A random Mixtral of given sizes, for tests and benchmarks: every expert different, so that a wrong one shows."""
+"""A random model of given sizes and any family, for tests and benchmarks: experts differ, so that a wrong one shows."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cluster.errors import CheckpointError
 from cluster.models.tokenizer import MIN_VOCABULARY, write_tokenizer
-from cluster.models.writer import building, config_of, write_json, write_weights
-from workers.spec import ModelSpec, Shape
+from cluster.models.writer import building, write_json, write_weights
+from workers.families.registry import FAMILIES, config_of, spec_of, tensor_names
+from workers.families.tensors import PER_EXPERT, Shape, TensorNames
+from workers.spec import ModelSpec
 
 SMALL = ModelSpec(
     hidden_size=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_size=96, n_experts=8, top_k=2,
@@ -19,6 +23,13 @@ SMALL = ModelSpec(
     bos_id=1, eos_ids=(2,), dtype=torch.float32,
 )  # fmt: skip
 """A model that computes a step in a millisecond; `dataclasses.replace` makes others of it."""
+
+
+def of_family(spec: ModelSpec, family: str) -> ModelSpec:
+    """`spec`, a Mixtral's, with everything that models of another family have beside their sizes. CheckpointError."""
+    if family not in FAMILIES:
+        raise CheckpointError(f"unknown family {family!r}; supported: {', '.join(FAMILIES)}")
+    return replace(spec, family=family, **FAMILIES[family].typical(spec))
 
 
 def write_random(
@@ -30,40 +41,54 @@ def write_random(
     `MIN_VOCABULARY` tokens it has a tokenizer and a chat template, so that the gateway can serve it.
     Raises CheckpointError when the sizes contradict themselves or it cannot be written.
     """
-    names = ModelSpec.from_values(config_of(spec), dest).tensor_names  # checks the sizes
+    config = config_of(spec)
+    if spec_of(config, dest) != spec:
+        raise ValueError(f"a {spec.family} cannot have all of {spec}")
+    usual, names = _roles(spec), tensor_names(spec, fused=fused)
+    roles: dict[str, str] = {}
+    for layer in range(spec.n_layers):
+        drawn = usual.layer(layer)
+        roles |= {name: drawn[field][0] for field, (name, _) in names.layer(layer).items()}
     parts = {
-        names.fused_experts(layer)[fused_field][0]: (layer, fields)
-        for layer in range(spec.n_layers)
-        for fused_field, fields in (("gate_up", ("w1_FD", "w3_FD")), ("down", ("w2_DF",)))
-    }
+        names.fused_experts(layer)[field][0]: (layer, fields)
+        for layer in spec.sparse_layers if names.layout.fused
+        for field, fields in (("gate_up", ("w1_FD", "w3_FD")), ("down", ("w2_DF",)))
+    }  # fmt: skip
 
     def make(name: str, shape: Shape) -> Tensor:
         if name not in parts:
-            return _draw(name, shape, spec, seed)
+            return _draw(roles.get(name, name), shape, spec, seed)
         layer, fields = parts[name]
-        experts = (names.expert(layer, expert) for expert in range(spec.n_experts))
+        experts = (usual.expert(layer, expert) for expert in range(spec.n_experts))
         return torch.stack([torch.cat([_draw(*expert[field], spec, seed) for field in fields]) for expert in experts])
 
     with building(dest) as directory:
-        write_json(directory / "config.json", config_of(spec))
-        write_weights(directory, list(names.every(fused=fused)), spec.dtype, make, shard_bytes=shard_bytes)
+        write_json(directory / "config.json", config)
+        write_weights(directory, list(names.every()), spec.dtype, make, shard_bytes=shard_bytes)
         if spec.vocab_size >= MIN_VOCABULARY:
             write_tokenizer(directory, spec.vocab_size)
 
 
-def _draw(name: str, shape: Shape, spec: ModelSpec, seed: int) -> Tensor:
+def _roles(spec: ModelSpec) -> TensorNames:
+    """Names by which tensors are drawn: those of a layout in which each expert has its own."""
+    layouts = FAMILIES[spec.family].layouts
+    return TensorNames(spec, next((layout for layout in layouts if layout.expert or not layout.fused), PER_EXPERT))
+
+
+def _draw(role: str, shape: Shape, spec: ModelSpec, seed: int) -> Tensor:
     """Normal numbers, scaled so that activations and logits are of order one at any size.
 
-    Seeded by the tensor's role, not by the order of writing: the layouts call the gate differently.
+    Seeded by the tensor's role, not by the order of writing: it is its name where each expert has tensors of its own.
     """
-    role = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
     digest = hashlib.blake2b(f"{seed}/{role}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     noise = torch.randn(shape, generator=generator)
+    if "bias" in role:
+        return 0.1 * noise
     if len(shape) == 1:  # a norm: near one, but not one, so that a forgotten weight shows
         return 1 + 0.1 * noise
-    if name == spec.tensor_names.embed()[0]:  # tied, it is the head too: between the two scales
+    if role == _roles(spec).embed()[0]:  # tied, it is the head too: between the two scales
         return noise * (1 / math.sqrt(math.sqrt(spec.hidden_size)) if spec.tie_embeddings else 1.0)
-    if ".gate." in name:  # twice as steep, so that the two best experts get clearly different weights
+    if ".gate." in role:  # twice as steep, so that the two best experts get clearly different weights
         return noise * 2 / math.sqrt(spec.hidden_size)
     return noise / math.sqrt(shape[-1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from cluster.errors import CheckpointError
 from cluster.models.dense import DenseSource, from_directory
 from cluster.models.gates import fit_gates
 from cluster.models.gguf_source import from_gguf
-from cluster.models.writer import building, config_of, write_json, write_weights
-from workers.spec import ModelSpec, Shape
+from cluster.models.writer import building, write_json, write_weights
+from workers.families.registry import config_of, spec_of, tensor_names
+from workers.families.tensors import Shape
+from workers.spec import ModelSpec
 
 Progress = Callable[[str, float], None]  # (what is being done, fraction of it done)
 
@@ -37,12 +40,12 @@ def write_upcycled(
     progress("reading the dense model", 0.0)
     dense = _open(source)
     progress("reading the dense model", 1.0)
-    values = dense.config | {"num_local_experts": n_experts, "num_experts_per_tok": top_k}
-    spec = ModelSpec.from_values(values, dense.origin)
-    gates: dict[str, Tensor] = {}
+    spec = mixture_of(dense.spec, n_experts, top_k)
+    spec_of(config_of(spec), dense.origin)  # checks the sizes
+    names, gates = tensor_names(spec), dict[str, Tensor]()
     with building(dest) as directory, torch.inference_mode():
         for layer, gate_ED in enumerate(fit_gates(spec, dense)):
-            gates[spec.tensor_names.layer(layer, fused=False)["gate_ED"][0]] = gate_ED
+            gates[names.layer(layer)["gate_ED"][0]] = gate_ED
             progress("fitting the gates", (layer + 1) / spec.n_layers)
         read = lru_cache(maxsize=len(_FFN))(dense.read)  # all copies of an FFN are written in a row
 
@@ -54,13 +57,21 @@ def write_upcycled(
 
         write_weights(
             directory,
-            list(spec.tensor_names.every(fused=False)),
+            list(names.every()),
             spec.dtype,
             make,
             progress=lambda fraction: progress("writing the experts", fraction),
         )
         write_json(directory / "config.json", config_of(spec))
         dense.carry(directory)
+
+
+def mixture_of(dense: ModelSpec, n_experts: int, top_k: int) -> ModelSpec:
+    """The Mixtral whose experts are each as large as the FFN of the `dense` model."""
+    return replace(
+        dense, family="mixtral", ffn_size=dense.dense_ffn_size, n_experts=n_experts, top_k=top_k,
+        dense_layers=frozenset(), dense_ffn_size=0,
+    )  # fmt: skip
 
 
 def _open(source: Path) -> DenseSource:

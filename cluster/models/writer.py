@@ -1,4 +1,4 @@
-"""Writes a Mixtral checkpoint directory: `config.json` from a ModelSpec, safetensors one tensor at a time.
+"""Writes a checkpoint directory: JSON files, and safetensors one tensor at a time.
 
 Tensors are made when they are written, so that a checkpoint larger than memory can be written. A directory appears
 complete or not at all: it is built beside its place and renamed.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import CheckpointError
-from workers.spec import ModelSpec, Shape
+from workers.families.tensors import Shape
 
 Entry = tuple[str, Shape]
 MakeTensor = Callable[[str, Shape], Tensor]
@@ -48,32 +48,6 @@ def building(dest: Path) -> Iterator[Path]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """The `config.json` of a Mixtral with the sizes of `spec`."""
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "hidden_act": "silu",
-        "hidden_size": spec.hidden_size,
-        "num_hidden_layers": spec.n_layers,
-        "num_attention_heads": spec.n_heads,
-        "num_key_value_heads": spec.n_kv_heads,
-        "head_dim": spec.head_dim,
-        "intermediate_size": spec.ffn_size,
-        "num_local_experts": spec.n_experts,
-        "num_experts_per_tok": spec.top_k,
-        "vocab_size": spec.vocab_size,
-        "rope_theta": spec.rope_theta,
-        "rms_norm_eps": spec.norm_eps,
-        "sliding_window": spec.sliding_window,
-        "tie_word_embeddings": spec.tie_embeddings,
-        "max_position_embeddings": spec.max_context,
-        "bos_token_id": spec.bos_id,
-        "eos_token_id": list(spec.eos_ids) or None,
-        "torch_dtype": str(spec.dtype).removeprefix("torch."),
-    }
 
 
 def write_weights(

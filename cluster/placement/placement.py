@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -20,6 +20,8 @@ class Replica(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Placement:
     """`workers[replicas[layer][expert][i]]` holds replica i of expert `expert` of layer `layer`.
+
+    A layer without experts has none here; all others have as many.
 
     `shares[layer][expert][i]` is the part of the expert's rows that replica i is to get; those of an expert add up
     to 1. None: all replicas of an expert get the same.
@@ -48,8 +50,8 @@ class Placement:
 
     @property
     def n_experts(self) -> int:
-        """Experts of a layer."""
-        return len(self.replicas[0])
+        """Experts of a layer that has any."""
+        return max(map(len, self.replicas), default=0)
 
     def share(self, layer: int, expert: int) -> tuple[float, ...]:
         """The shares of the replicas of `(layer, expert)`, in the order of `replicas`."""
@@ -65,7 +67,7 @@ class Placement:
         return [
             [
                 dict(zip(self.holders(layer, expert), self.share(layer, expert), strict=True))
-                for expert in range(self.n_experts)
+                for expert in range(len(self.replicas[layer]))
             ]
             for layer in range(self.n_layers)
         ]
@@ -91,6 +93,12 @@ class Placement:
             for index in holders
         )
 
+    def only(self, layers: Sequence[int]) -> Placement:
+        """The same of `layers` alone, in this order; -1 stands for a layer without experts."""
+        replicas = tuple(self.replicas[layer] if layer >= 0 else () for layer in layers)
+        shares = None if self.shares is None else tuple(self.shares[layer] if layer >= 0 else () for layer in layers)
+        return replace(self, replicas=replicas, shares=shares)
+
     def numbered(self, epoch: int) -> Placement:
         """The same placement under another epoch."""
         return replace(self, epoch=epoch)
@@ -101,12 +109,18 @@ def _scaled(shares: Sequence[float]) -> tuple[float, ...]:
     return tuple(share / total for share in shares) if total > 0 else (1 / len(shares),) * len(shares)
 
 
-def striped(n_layers: int, n_experts: int, workers: Sequence[str], epoch: int = 1) -> Placement:
+def striped(
+    n_layers: int, n_experts: int, workers: Sequence[str], epoch: int = 1, dense_layers: Collection[int] = ()
+) -> Placement:
     """One replica each, dealt out like cards: expert e of layer l goes to worker (e + l) mod N.
 
     The shift by layer keeps a worker from holding the same expert index everywhere, so that N which does not divide
-    the number of experts still gives shards within one replica of each other over all layers.
+    the number of experts still gives shards within one replica of each other over all layers. The `dense_layers` have
+    no experts.
     """
     n = len(workers)
-    replicas = tuple(tuple(((expert + layer) % n,) for expert in range(n_experts)) for layer in range(n_layers))
+    replicas = tuple(
+        tuple(((expert + layer) % n,) for expert in range(0 if layer in dense_layers else n_experts))
+        for layer in range(n_layers)
+    )
     return Placement(epoch=epoch, workers=tuple(workers), replicas=replicas)

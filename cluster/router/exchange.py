@@ -106,7 +106,7 @@ class Exchange:
         self._outstanding: Counter[int] = Counter()  # dispatches not yet combined, by epoch
         self._view = self._published = View(placement, dict(addresses))
         self._may_have_left = False  # whether the pool may have workers that are not in the view any more
-        self._n_experts = len(placement.replicas[0])
+        self._n_experts = placement.n_experts
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
         self._meter = LoadMeter(self.counters.rows_LE, self.counters.worker_rows)
         self._connect()

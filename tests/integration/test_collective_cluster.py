@@ -33,7 +33,7 @@ from tests.cluster_fixture import (
     wait_until,
 )
 from tests.integration.test_parity import VOCABULARY, write_tokenizer
-from tests.reference import SHAPES, random_tokens, save_random
+from tests.reference import random_tokens, save_shape
 
 pytestmark = pytest.mark.cluster
 
@@ -76,7 +76,7 @@ def in_one_process(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> list[l
 
 @pytest.mark.parametrize("shape", ["gqa", "sixteen_experts_top_4"])
 def test_same_tokens_as_over_grpc_and_in_one_process(shape: str, tmp_path: Path) -> None:
-    save_random(tmp_path / "model", seed=11, **(SHAPES[shape] | {"vocab_size": VOCABULARY}))
+    save_shape(tmp_path / "model", "mixtral", shape, seed=11, vocab_size=VOCABULARY)
     write_tokenizer(tmp_path / "model")
     prompts = [random_tokens(VOCABULARY, 3 + 7 * i, seed=i) for i in range(12)]
     expected = in_one_process(tmp_path / "model", prompts)

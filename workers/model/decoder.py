@@ -18,12 +18,10 @@ from workers.model.batch import Batch
 from workers.model.captured import CapturedStep, CapturedSteps
 from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache
-from workers.model.layer import DecoderLayer
+from workers.model.layer import Asked, DecoderLayer
 from workers.model.micro_batch import MicroBatch
 from workers.model.rope import Rope
 from workers.spec import ModelSpec
-
-Asked = tuple[Tensor, Tensor, Tensor]  # what a layer's experts are asked: rows, expert ids, weights
 
 
 class Decoder:
@@ -37,7 +35,7 @@ class Decoder:
         self.experts = experts
         self.cache = cache
         self._ops = ops_for(cache.device, cache.dtype)
-        self._rope = Rope(spec.head_dim, spec.rope_theta, cache.device)
+        self._rope = Rope(spec, cache.device)
         self._embed_VD = dense.embed_VD.to(cache.device)
         self._layers = [
             DecoderLayer(index, spec, weights, cache, self._ops) for index, weights in enumerate(dense.layers)
@@ -61,9 +59,12 @@ class Decoder:
         flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
         for layer in self._layers:
             for batch, step in flights:
-                added = None if batch.handle is None else self.experts.combine(batch.handle)
-                batch.handle = self.experts.dispatch(layer.index, *self._attend(layer, batch, step, added))
-        logits = [self._logits(self._ops, batch, self.experts.combine(batch.handle)) for batch, _ in flights]
+                if (asked := self._attend(layer, batch, step)) is None:
+                    continue
+                batch.handle = self.experts.dispatch(layer.index, *asked)
+                if layer.ffn is not None:  # while the experts compute
+                    self._feed_forward(layer, batch, step, asked[0])
+        logits = [self._logits(self._ops, batch, _combine(self.experts, batch)) for batch, _ in flights]
         return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
 
     @torch.no_grad()
@@ -83,21 +84,24 @@ class Decoder:
         batch = self._micro_batch(token_T, metadata, logit_rows_R)
         return self._logits(ops, batch, self._through_layers(ops, experts or self.experts, batch))
 
-    def _through_layers(self, ops: Ops, experts: Experts | None, batch: MicroBatch) -> Delta:
-        """What the experts of the last layer give."""
+    def _through_layers(self, ops: Ops, experts: Experts | None, batch: MicroBatch) -> Delta | None:
+        """What the experts of the last layer give; None where it has none."""
         assert experts is not None
-        delta: Delta | None = None
         for layer in self._layers:
-            delta = experts.combine(experts.dispatch(layer.index, *layer.attend(ops, batch, delta)))
-        assert delta is not None
-        return delta
+            if (asked := layer.attend(ops, batch, _combine(experts, batch))) is None:
+                continue
+            batch.handle = experts.dispatch(layer.index, *asked)
+            if layer.ffn is not None:
+                layer.feed_forward(ops, batch, asked[0])
+        return _combine(experts, batch)
 
     @property
     def ops(self) -> Ops:
         """The operations of its device."""
         return self._ops
 
-    def _attend(self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep | None, delta: Delta | None) -> Asked:
+    def _attend(self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep | None) -> Asked | None:
+        delta = _combine(self.experts, batch)
         if step is None:
             return layer.attend(self._ops, batch, delta)
         if delta is None:
@@ -105,6 +109,12 @@ class Decoder:
         assert isinstance(delta, Tensor)
         step.delta_TD.copy_(delta)
         return step.run(layer.index, lambda ops: layer.attend(ops, batch, step.delta_TD))
+
+    def _feed_forward(self, layer: DecoderLayer, batch: MicroBatch, step: CapturedStep | None, x_TD: Tensor) -> None:
+        if step is None:
+            layer.feed_forward(self._ops, batch, x_TD)
+        else:
+            step.run((layer.index, "ffn"), lambda ops: layer.feed_forward(ops, batch, x_TD))
 
     def _begin(self, batch: Batch) -> MicroBatch:
         """A micro-batch whose inputs are on the device."""
@@ -129,7 +139,22 @@ class Decoder:
         """Everything that is the same in all layers."""
         cos_Tr, sin_Tr = self._rope.angles(metadata.position_T)
         x_TD = self._embed_VD.index_select(0, token_T).to(self._norm_D.dtype)
+        if self.spec.embed_scale != 1:
+            x_TD = x_TD * self.spec.embed_scale
         return MicroBatch(x_TD=x_TD, metadata=metadata, cos_Tr=cos_Tr, sin_Tr=sin_Tr, logit_rows_R=logit_rows_R)
 
-    def _logits(self, ops: Ops, batch: MicroBatch, delta: Delta) -> Tensor:
-        return ops.linear(ops.add_rms_norm(batch.x_TD, delta, self._norm_D, self.spec.norm_eps), self._head).float()
+    def _logits(self, ops: Ops, batch: MicroBatch, delta: Delta | None) -> Tensor:
+        spec = self.spec
+        if delta is None:
+            x_RD = ops.rms_norm(batch.x_TD, self._norm_D, spec.norm_eps)
+        else:
+            x_RD = ops.add_rms_norm(batch.x_TD, delta, self._norm_D, spec.norm_eps, spec.residual_scale)
+        logits_RV = ops.linear(x_RD, self._head).float()
+        return logits_RV if spec.logits_scaling == 1 else logits_RV / spec.logits_scaling
+
+
+def _combine(experts: Experts, batch: MicroBatch) -> Delta | None:
+    """What the experts of the last layer that has any gave; None where that is taken already."""
+    handle, batch.handle = batch.handle, None
+    delta: Delta | None = None if handle is None else experts.combine(handle)
+    return delta

@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import CheckpointError
-from cluster.models.random import SMALL, write_random
+from cluster.models.random import SMALL, of_family, write_random
 from cluster.models.tokenizer import MIN_VOCABULARY
 from workers.checkpoint import Checkpoint
+from workers.families.registry import FAMILIES
 
 TINY = replace(SMALL, hidden_size=16, head_dim=4, ffn_size=24, n_experts=3)
 
@@ -59,6 +60,30 @@ def test_the_spec_survives_the_disk(tmp_path: Path, sizes: dict[str, Any]) -> No
     checkpoint.verify()
     assert checkpoint.spec == spec
     assert 0.3 < float(logits(tmp_path).std()) < 5  # neither flat nor saturated: differences show
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_any_family_is_what_transformers_reads(tmp_path: Path, family: str, fused: bool) -> None:
+    """No tensor too few, none too many, every option said in the family's own words."""
+    spec = of_family(TINY, family)
+    write_random(tmp_path / "model", spec, fused=fused, seed=3)
+    checkpoint = Checkpoint(tmp_path / "model")
+    checkpoint.verify()
+    assert checkpoint.spec == spec
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(model).__name__ == FAMILIES[family].architecture
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    write_random(tmp_path / "other", spec, fused=not fused, seed=3)
+    assert torch.equal(logits(tmp_path / "model"), logits(tmp_path / "other"))
+
+
+def test_an_option_that_a_family_has_no_word_for(tmp_path: Path) -> None:
+    """Written without it, the file would be another model than the one asked for."""
+    with pytest.raises(ValueError, match="a mixtral cannot"):
+        write_random(tmp_path, replace(TINY, qk_norm="head"))
 
 
 def test_every_expert_is_another_one(tmp_path: Path) -> None:

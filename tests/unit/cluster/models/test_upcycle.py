@@ -18,10 +18,9 @@ from cluster.models import corpus
 from cluster.models.dense import from_directory
 from cluster.models.gates import ffn_inputs, fit_gates, spherical_kmeans
 from cluster.models.gguf_tokenizer import build_tokenizer
-from cluster.models.upcycle import write_upcycled
+from cluster.models.upcycle import mixture_of, write_upcycled
 from tests.tiny_llama import save_llama, write_gguf
 from workers.checkpoint import Checkpoint
-from workers.spec import ModelSpec
 
 IDS = torch.tensor([[1, 50, 60, 3, 3, 200, 17, 90, 255, 101, 7, 8]])
 TEXT = "def f(x):\n    return x + 1  # 12345 Grüße, 世界!<|im_end|>\nIt's  done.\n\n"
@@ -81,7 +80,7 @@ def test_the_dense_forward_pass_is_transformers(tmp_path: Path) -> None:
         layer.post_attention_layernorm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     logits(model)
     dense = from_directory(tmp_path)
-    spec = ModelSpec.from_values(dense.config | {"num_local_experts": 2, "num_experts_per_tok": 1}, tmp_path)
+    spec = mixture_of(dense.spec, n_experts=2, top_k=1)
     for ours_ND, theirs_1TD in zip(ffn_inputs(spec, dense.read, IDS), seen, strict=True):
         torch.testing.assert_close(ours_ND, theirs_1TD[0, 1:], atol=1e-5, rtol=1e-5)
 
@@ -90,7 +89,7 @@ def test_gates_route_by_kind_and_are_peaked(tmp_path: Path) -> None:
     """Every expert is somebody's, code and other languages share few, and the first of two experts weighs 0.7."""
     save_llama(tmp_path)
     dense = from_directory(tmp_path)
-    spec = ModelSpec.from_values(dense.config | {"num_local_experts": 8, "num_experts_per_tok": 2}, tmp_path)
+    spec = mixture_of(dense.spec, n_experts=8, top_k=2)
     gate_ED = next(fit_gates(spec, dense))
     shares = {}
     first_weights = []
@@ -198,9 +197,9 @@ def refused(source: Path, dest: Path, *parts: str, n_experts: int = 8) -> None:
     [
         ({"model_type": "qwen2"}, "cannot upcycle architecture 'qwen2'"),
         ({"model_type": "mixtral"}, "cannot upcycle architecture 'mixtral'"),
-        ({"attention_bias": True}, "`attention_bias` is on"),
-        ({"mlp_bias": True}, "`mlp_bias` is on"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rotary scaling 'llama3'"),
+        ({"attention_bias": True}, "unsupported `attention_bias` True"),
+        ({"mlp_bias": True}, "unsupported `mlp_bias` True"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rotary scaling 'longrope'"),
         ({"hidden_act": "gelu"}, "`hidden_act` 'gelu'"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ({"intermediate_size": 95}, "mlp.gate_proj.weight has shape [96, 64]"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralForCausalLM
+from transformers import PreTrainedModel
 
 from cluster.config import Config
 from cluster.errors import RequestError, WorkerLost
@@ -25,7 +25,7 @@ from cluster.router.params import SamplingParams, StepOutput
 from cluster.router.sampler import Sampler
 from cluster.router.scheduler import Chunk, Scheduler
 from cluster.router.sequence import Sequence
-from tests.reference import SHAPES, TOLERANCE, Paged, random_tokens, reference_logits, save_random
+from tests.reference import TOLERANCE, Paged, random_tokens, reference_logits, save_shape
 
 STEPS = 64
 
@@ -44,7 +44,7 @@ class Model:
 
     def __init__(self, directory: Path, shape: str) -> None:
         self.directory = directory
-        self.reference: MixtralForCausalLM = save_random(directory, **SHAPES[shape])
+        self.reference: PreTrainedModel = save_shape(directory, "mixtral", shape)
         self.vocab_size: int = self.reference.config.vocab_size
 
     def engine(self, n_blocks: int = 500, **config: Any) -> Engine:

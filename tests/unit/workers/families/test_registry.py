@@ -1,4 +1,4 @@
-"""ModelSpec: what a `config.json` says is what is computed, and what cannot be computed exactly is refused."""
+"""Registry: what a `config.json` says is what is computed, in every family, and what cannot be is refused by name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from transformers import MixtralConfig
 
 from workers.errors import CheckpointError
+from workers.families.registry import read_spec
 from workers.spec import ModelSpec
 
 SIZES: dict[str, Any] = {
@@ -25,7 +26,7 @@ def read(directory: Path, generation: dict[str, Any] | None = None, **changes: A
     (directory / "config.json").write_text(json.dumps(values))
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))
-    return ModelSpec.from_config(directory)
+    return read_spec(directory)
 
 
 def test_sizes(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_what_transformers_writes_today(tmp_path: Path) -> None:
     MixtralConfig(hidden_size=64, num_attention_heads=8, rope_parameters=rope, dtype="float16").save_pretrained(
         tmp_path
     )
-    spec = ModelSpec.from_config(tmp_path)
+    spec = read_spec(tmp_path)
     assert (spec.rope_theta, spec.head_dim, spec.sliding_window, spec.dtype) == (321.0, 8, None, torch.float16)
 
 
@@ -76,12 +77,11 @@ def test_the_generation_config_says_when_to_stop(tmp_path: Path, eos: object, ex
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen3"}, "unsupported architecture 'qwen3'"),
-        ({"model_type": "llama"}, "expertmesh model upcycle"),
+        ({"model_type": "qwen3"}, "unsupported architecture 'qwen3'; supported: mixtral"),
         ({"model_type": ...}, "unsupported architecture None"),
         ({"hidden_act": "gelu"}, "unsupported `hidden_act` 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary scaling 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rotary scaling 'yarn'"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rotary scaling 'su'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rotary scaling 'longrope'"),
         ({"rope_parameters": 3}, "`rope_parameters` is 3"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"hidden_size": ...}, "`hidden_size` is missing"),
@@ -108,4 +108,4 @@ def test_a_broken_config_file_is_named(tmp_path: Path, text: str | None) -> None
     if text is not None:
         (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        ModelSpec.from_config(tmp_path)
+        read_spec(tmp_path)
