@@ -68,6 +68,12 @@ class Config:
     gpus_per_expert_worker: float = option(
         0.0, "share of a GPU of each expert worker; 0: a whole one, less where there are too few", at_least=0, at_most=1
     )
+    admin_port: int = option(
+        0,
+        "port of the admin API (placement, receipts), on the address that Ray uses; 0: any free one",
+        at_least=0,
+        at_most=65535,
+    )
     expert_slots: int = option(
         0,
         "experts that each expert worker has room for, over all layers; 0: what its GPU holds, on a CPU half more than "
@@ -80,6 +86,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "compute dtype of routers and expert workers; auto: the checkpoint's on a GPU, float32 on a CPU"
     )
+    check_weights: bool = option(True, "refuse weights that are NaN or infinite when they are loaded")
     router_threads: int = option(0, "CPU threads of a router; 0: an even share of the cores", at_least=0)
     worker_threads: int = option(0, "CPU threads of an expert worker; 0: a share of the cores", at_least=0)
     kv_cache_mb: int = option(0, "KV cache of each router, MiB; 0: what its GPU has left, 512 on a CPU", at_least=0)
@@ -108,4 +115,7 @@ class Config:
     allow_no_keys: bool = option(False, "listen beyond loopback without API keys")
     drain_timeout_s: float = option(30.0, "how long open requests may finish when the cluster stops", at_least=0)
     ray_address: str | None = option(None, "running Ray cluster to join; default: RAY_ADDRESS, else start Ray here")
+    state_dir: Path | None = option(  # noqa: RUF009
+        None, "directory for caches, models, Ray's token and the notes of running clusters; default: where XDG has them"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "log level of every process")

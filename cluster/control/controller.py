@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Collection
@@ -12,14 +13,19 @@ from dataclasses import replace
 import psutil
 import ray
 
+from cluster.control.api import AdminOptions, create_app, serve
 from cluster.control.client import NAME
 from cluster.control.epochs import Change
 from cluster.control.membership import Membership
+from cluster.control.operator import Operator
 from cluster.control.view import Member, View
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement, striped
 
+_log = logging.getLogger(__name__)
+
 CHANGE_TIMEOUT_S = 300.0  # for the workers to load and verify what a change adds
+_ADMIN_RETRY_S = 1.0
 _POLL_S = 1.0  # a call that has no news returns after this: it is the heartbeat
 _SWEEP_S = 0.25
 
@@ -38,13 +44,19 @@ class Controller:
         workers: Collection[str],
         expected: Collection[str],
         dense_layers: Collection[int] = (),
+        expert_bytes: int = 0,
+        admin: AdminOptions | None = None,
     ) -> None:
+        """`workers` hold the first placement, `expected` are all members of a complete cluster."""
         # Nanoseconds: a restarted controller starts above every version it ever gave out.
         placement = striped(n_layers, n_experts, tuple(workers), dense_layers=dense_layers)
         self._membership = Membership(placement, expected, time.monotonic(), time.time_ns())
         self._changed = asyncio.Condition()
         self._processes: dict[str, psutil.Process] = {}  # of this node, by member: psutil tells a recycled pid apart
         self._node = ray.get_runtime_context().get_node_id()
+        self._operator = Operator(self._membership, self.change, expert_bytes)
+        self._admin_address = ""
+        self._admin = None if admin is None else asyncio.get_event_loop().create_task(self._serve_admin(admin))
         self._sweeper = asyncio.get_event_loop().create_task(self._sweep())
 
     async def sync(self, member: Member, known_version: int, placement: Placement | None = None) -> View | None:
@@ -67,7 +79,7 @@ class Controller:
     async def watch(self, known_version: int) -> View:
         """The view with the controller itself among the members, as soon as it differs, else after a second."""
         view = await self._news(known_version)
-        myself = Member("controller", NAME, os.getpid(), self._node, "ready", "")
+        myself = Member("controller", NAME, os.getpid(), self._node, "ready", self._admin_address)
         return replace(view, members=(*view.members, myself))
 
     async def change(self, placement: Placement, reason: str, timeout_s: float = CHANGE_TIMEOUT_S) -> Change:
@@ -91,6 +103,18 @@ class Controller:
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+    async def _serve_admin(self, options: AdminOptions) -> None:
+        def listening(address: str) -> None:
+            self._admin_address = address
+
+        app = create_app(self._membership, self._operator, options.token)
+        while True:
+            try:
+                await serve(app, options, listening)
+            except OSError as error:  # the port of the controller before may be taken for a moment
+                _log.warning("the admin API cannot listen on %s:%d: %s", options.host, options.port, error)
+            await asyncio.sleep(_ADMIN_RETRY_S)
 
     async def _news(self, known_version: int) -> View:
         deadline = time.monotonic() + _POLL_S

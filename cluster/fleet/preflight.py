@@ -52,6 +52,7 @@ class Plan:
     worker_threads: int
     router_threads: int
     memory: dict[str, int]  # bytes of the host's, by what they are for
+    expert_bytes: int  # of one replica
     load_bytes: int  # that all of them together read of the checkpoint
 
 
@@ -84,6 +85,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         wanted["work"] = work * config.routers
     cores = available_cores()
     return Plan(
+        expert_bytes=experts // (spec.n_layers * spec.n_experts),
         config=replace(config, transport=transport.transport),
         gpus=found,
         uses=uses,

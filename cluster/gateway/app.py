@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import Depends, FastAPI
@@ -23,8 +24,10 @@ from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.grammar import GrammarCompiler
 
 
-def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: Session) -> FastAPI:
-    """The OpenAI-compatible API of one model.
+def create_app(
+    config: Config, model: ModelCard, tokenizer: Tokenizer, session: Session, metrics: Metrics | None = None
+) -> FastAPI:
+    """The OpenAI-compatible API of one model. `metrics` says which gateway it is, where there are several.
 
     Raises ConfigError where the keys cannot be read, or where none is asked for and `config.host` can be reached from
     other machines.
@@ -32,7 +35,8 @@ def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: 
     check_exposure(config)
     keys = ApiKeys.from_file(config.api_keys_file) if config.api_keys_file is not None else None
     grammars = GrammarCompiler(model.path, model.vocab_size, tokenizer.eos_ids)
-    gateway = Gateway(config, model, tokenizer, TokenNames(tokenizer.pieces), session, Metrics(), grammars)
+    names, fingerprint = TokenNames(tokenizer.pieces), _fingerprint(model)
+    gateway = Gateway(config, model, tokenizer, names, session, metrics or Metrics(), grammars, fingerprint)
     app = FastAPI(
         title="ExpertMesh",
         description="A mixture-of-experts model behind OpenAI's API",
@@ -50,6 +54,10 @@ def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: 
     app.include_router(token_routes(gateway), dependencies=secured)
     app.include_router(service_routes(gateway, app.version))
     return app
+
+
+def _fingerprint(model: ModelCard) -> str:
+    return "fp_" + sha256(f"{model.id} {model.created} {_version()}".encode()).hexdigest()[:12]
 
 
 def _version() -> str:

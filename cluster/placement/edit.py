@@ -74,6 +74,8 @@ def check(placement: Placement, slots: Mapping[str, int]) -> None:
 def _homes(placement: Placement, layer: int, expert: int) -> list[list[dict[str, float]]]:
     if not 0 <= layer < placement.n_layers:
         raise PlacementError(f"there is no layer {layer}; layers are 0 to {placement.n_layers - 1}")
+    if not placement.replicas[layer]:
+        raise PlacementError(f"layer {layer} is dense: it has no experts")
     if not 0 <= expert < placement.n_experts:
         raise PlacementError(f"there is no expert {expert}; experts are 0 to {placement.n_experts - 1}")
     return placement.homes()

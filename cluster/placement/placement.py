@@ -67,7 +67,7 @@ class Placement:
         return [
             [
                 dict(zip(self.holders(layer, expert), self.share(layer, expert), strict=True))
-                for expert in range(self.n_experts)
+                for expert in range(len(self.replicas[layer]))
             ]
             for layer in range(self.n_layers)
         ]
@@ -92,6 +92,12 @@ class Placement:
             for expert, holders in enumerate(experts)
             for index in holders
         )
+
+    def only(self, layers: Sequence[int]) -> Placement:
+        """The same of `layers` alone, in this order; -1 stands for a layer without experts."""
+        replicas = tuple(self.replicas[layer] if layer >= 0 else () for layer in layers)
+        shares = None if self.shares is None else tuple(self.shares[layer] if layer >= 0 else () for layer in layers)
+        return replace(self, replicas=replicas, shares=shares)
 
     def numbered(self, epoch: int) -> Placement:
         """The same placement under another epoch."""

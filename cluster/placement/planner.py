@@ -11,7 +11,7 @@ Legend: L layers, E experts of a layer, S slots of a layer, W workers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,13 +71,18 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
     loads_LE: rows of each expert, [L, E], at least 0. Only `workers` hold anything afterwards. Raises PlacementError
     when their slots do not suffice for one replica of every expert.
     """
+    sparse = [layer for layer, experts in enumerate(current.replicas) if experts]
+    if len(sparse) < current.n_layers:
+        plan = balance(loads_LE[sparse], workers, current.only(sparse), limits)
+        back = {layer: i for i, layer in enumerate(sparse)}
+        return replace(plan, placement=plan.placement.only([back.get(layer, -1) for layer in range(current.n_layers)]))
     limits = limits or Limits()
     fleet = _interleaved(workers)
     n_layers, n_experts = loads_LE.shape
     if sum(worker.slots for worker in fleet) < n_layers * n_experts:
         raise PlacementError(
             f"{n_layers * n_experts} experts do not fit into the {sum(worker.slots for worker in fleet)} slots of "
-            f"{len(fleet)} workers"
+            f"{len(fleet)} workers; more workers, or a larger --expert-slots, make room"
         )
     # An expert without rows needs a home all the same, and a little is what makes it count.
     loads_LE = np.maximum(loads_LE, loads_LE.mean() * 1e-6 + 1e-12)
@@ -117,7 +122,7 @@ def imbalance(loads_LE: Floats, workers: Sequence[Worker], placement: Placement)
     speed_W = np.array([worker.speed for worker in workers])
     time_LW = np.zeros((placement.n_layers, len(workers)))
     for layer in range(placement.n_layers):
-        for expert in range(placement.n_experts):
+        for expert in range(len(placement.replicas[layer])):
             homes = zip(placement.holders(layer, expert), placement.share(layer, expert), strict=True)
             for worker, share in homes:
                 if worker in at:

@@ -22,7 +22,7 @@ def steps(current: Placement, goal: Placement, slots: Mapping[str, int], at_most
     changed = [
         (layer, expert)
         for layer in range(current.n_layers)
-        for expert in range(current.n_experts)
+        for expert in range(len(current.replicas[layer]))
         if now[layer][expert] != then[layer][expert]
     ]
     workers = (*current.workers, *(worker for worker in goal.workers if worker not in current.workers))

@@ -85,7 +85,11 @@ class Scheduler:
                 f"{self.blocks.n_blocks * self.blocks.block_size}",
                 code="context_length_exceeded", param="max_tokens",
             )  # fmt: skip
-        self.waiting.append(sequence)
+        # Behind those of the same priority; whoever was preempted is first in any case.
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].params.priority > sequence.params.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, with blocks for all of them. Empty only when there is nothing to do."""
@@ -109,7 +113,7 @@ class Scheduler:
         """The running sequences with one pending token, each with a block for it; preempts where there is none."""
         decoding: list[Sequence] = []
         for sequence in tuple(self.running):
-            if sequence.state is not State.RUNNING or sequence.pending != 1:
+            if sequence.state is not State.RUNNING or sequence.pending != 1 or sequence.awaits_its_end:
                 continue
             if sequence.computed == len(sequence.blocks) * self.blocks.block_size:
                 while not self.blocks.n_free and self.running[-1] is not sequence:

@@ -12,6 +12,7 @@ from cluster.errors import PlacementError
 from cluster.placement.edit import check
 from cluster.placement.placement import striped
 from cluster.placement.planner import Limits, Worker, balance, imbalance
+from cluster.placement.steps import steps
 
 
 def fleet(n: int, slots: int, **others: float) -> list[Worker]:
@@ -116,3 +117,13 @@ def test_it_says_the_same_twice_and_replicas_are_on_different_hosts() -> None:
 def test_without_any_rows_nothing_breaks() -> None:
     plan = balance(np.zeros((2, 4)), fleet(2, 6), striped(2, 4, ["w0", "w1"]))
     assert plan.forecast.moved_replicas == 0
+
+
+def test_layers_without_experts_stay_without() -> None:
+    loads_LE = zipf(4, 8, 1.0, np.random.default_rng(8))
+    current = striped(4, 8, ["w0", "w1"], dense_layers=[0, 2])
+    plan = balance(loads_LE, fleet(2, 12), current)
+    assert [len(experts) for experts in plan.placement.replicas] == [0, 8, 0, 8]
+    assert plan.forecast.imbalance_after < 1.01
+    last = list(steps(current, plan.placement, {}, 4))[-1]
+    assert last.homes() == plan.placement.homes()

@@ -1,0 +1,184 @@
+"""The admin API: an operator's verbs over HTTP, on a port of its own, behind a token; documentation is at `/docs`."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, Field
+
+from cluster.control.membership import Membership
+from cluster.control.operator import Operator, Receipt
+from cluster.errors import PlacementError
+from cluster.placement.placement import Placement
+
+_BEARER = HTTPBearer(auto_error=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AdminOptions:
+    """Where the API listens, and what it asks for."""
+
+    host: str
+    port: int  # 0: any free one
+    token: str
+
+
+class Replicate(BaseModel):
+    """Another replica of an expert."""
+
+    layer: int
+    expert: int
+    worker: str | None = Field(None, description="default: the worker with most room that has none")
+
+
+class Drop(BaseModel):
+    """One replica less."""
+
+    layer: int
+    expert: int
+    worker: str
+
+
+class Move(BaseModel):
+    """A replica elsewhere."""
+
+    layer: int
+    expert: int
+    source: str | None = Field(None, description="needed when there are several replicas")
+    target: str
+
+
+class Homes(BaseModel):
+    """A whole placement."""
+
+    homes: list[list[dict[str, float]]] = Field(description="by layer and expert: worker -> share of its rows")
+
+
+class Rebalance(BaseModel):
+    """A placement that suits the recent load."""
+
+    dry_run: bool = Field(False, description="only say what would be done")
+
+
+def create_app(membership: Membership, operator: Operator, token: str) -> FastAPI:
+    """The application. All paths ask for `Authorization: Bearer TOKEN`; what cannot be done is 409 with the reason."""
+
+    def authenticated(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
+        if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
+            raise HTTPException(401, "the admin API needs the cluster's admin token", {"WWW-Authenticate": "Bearer"})
+
+    app = FastAPI(title="ExpertMesh admin", dependencies=[Depends(authenticated)])
+
+    @app.exception_handler(PlacementError)
+    async def refused(request: Request, error: PlacementError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 409)
+
+    @app.get("/placement")
+    async def show() -> dict[str, Any]:
+        """The placement in force, the load and room of each worker, the change under way."""
+        return _shown(membership, operator)
+
+    @app.put("/placement")
+    async def apply(body: Homes) -> dict[str, Any]:
+        """Bring a whole placement into force."""
+        return receipt_shown(await operator.apply(body.homes), membership)
+
+    @app.get("/placement/plan")
+    async def plan() -> dict[str, Any]:
+        """What `rebalance` would do, with its forecast."""
+        made = await asyncio.to_thread(operator.plan)
+        return {"forecast": asdict(made.forecast), "homes": made.placement.homes()}
+
+    @app.post("/placement/replicate")
+    async def replicate(body: Replicate) -> dict[str, Any]:
+        """Load another replica."""
+        return receipt_shown(await operator.replicate(body.layer, body.expert, body.worker), membership)
+
+    @app.post("/placement/drop")
+    async def drop(body: Drop) -> dict[str, Any]:
+        """Unload a replica."""
+        return receipt_shown(await operator.drop(body.layer, body.expert, body.worker), membership)
+
+    @app.post("/placement/move")
+    async def move(body: Move) -> dict[str, Any]:
+        """Load a replica elsewhere and unload it where it was."""
+        return receipt_shown(await operator.move(body.layer, body.expert, body.source, body.target), membership)
+
+    @app.post("/rebalance")
+    async def rebalance(body: Rebalance) -> dict[str, Any]:
+        """Plan for the recent load and carry it out."""
+        if body.dry_run:
+            return {"forecast": asdict((await asyncio.to_thread(operator.plan)).forecast)}
+        return receipt_shown(await operator.rebalance(), membership)
+
+    @app.post("/workers/{worker}/drain")
+    async def drain(worker: str) -> dict[str, Any]:
+        """Move everything away from a worker and give it nothing more."""
+        return receipt_shown(await operator.drain(worker), membership)
+
+    @app.post("/workers/{worker}/undrain")
+    async def undrain(worker: str) -> dict[str, Any]:
+        """Let the next rebalance use the worker again."""
+        operator.undrain(worker)
+        return {"drained": sorted(operator.drained)}
+
+    @app.get("/receipts")
+    async def receipts() -> list[dict[str, Any]]:
+        """The latest actions, oldest first: forecast, cost, and the imbalance since."""
+        return [receipt_shown(receipt, membership) for receipt in operator.receipts]
+
+    return app
+
+
+def receipt_shown(receipt: Receipt, membership: Membership) -> dict[str, Any]:
+    """A receipt as JSON, with what has come of it until now."""
+    shown = asdict(receipt)
+    del shown["rows_then"]
+    load = membership.load
+    return shown | {"imbalance_since": None if load is None else receipt.realised(dict(load.total))}
+
+
+def _shown(membership: Membership, operator: Operator) -> dict[str, Any]:
+    epochs, load = membership.epochs, membership.load
+    placement: Placement = epochs.placement
+    change = epochs.change
+    return {
+        "epoch": placement.epoch,
+        "acknowledged": epochs.acknowledged,
+        "change": None if change is None or change.done else change.reason,
+        "imbalance": 1.0 if load is None else load.imbalance,
+        "workers": [
+            {
+                "id": member.id,
+                "state": member.state,
+                "drained": member.id in operator.drained,
+                "slots": member.slots,
+                "replicas": len(placement.shard(member.id)),
+                "rows": 0 if load is None else load.total.get(member.id, 0),
+                "recent_rows": 0.0 if load is None else load.recent.get(member.id, 0.0),
+            }
+            for member in membership.view.members
+            if member.role == "expert"
+        ],
+        "homes": placement.homes(),
+        "recent_rows": None if load is None else load.recent_LE.round(1).tolist(),
+    }
+
+
+async def serve(app: FastAPI, options: AdminOptions, listening: Callable[[str], None]) -> None:
+    """Serve `app` for ever; `listening` is told its host:port. Raises OSError when the port is taken."""
+    family = socket.getaddrinfo(options.host, 0, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((options.host, options.port), family=family)
+    port = listener.getsockname()[1]
+    listening(f"[{options.host}]:{port}" if ":" in options.host else f"{options.host}:{port}")
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+    await uvicorn.Server(config).serve(sockets=[listener])

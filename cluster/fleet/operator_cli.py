@@ -1,0 +1,171 @@
+"""`expertmesh placement`, `rebalance` and `drain`: the admin API of the running cluster from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.errors import ExpertMeshError, PlacementError
+
+Port = Annotated[int | None, typer.Option(help="of the gateway, when several clusters run")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Where = Annotated[str, typer.Argument(metavar="L:E", help="layer and expert, both from 0")]
+
+placement = typer.Typer(no_args_is_help=True, help="See and change which expert worker holds which expert.")
+
+
+@placement.command()
+def show(port: Port = None, as_json: Json = False) -> None:
+    """Workers with their room and load, and the homes of every expert with several."""
+    answer = _ask("GET", "/placement", port)
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    change = f"; under way: {answer['change']}" if answer["change"] else ""
+    typer.echo(f"epoch {answer['epoch']}, imbalance {answer['imbalance']:.3f} (max / mean rows, 60 s window){change}")
+    for worker in answer["workers"]:
+        state = "drained" if worker["drained"] else worker["state"]
+        room = (
+            f"{worker['replicas']} of {worker['slots']} slots" if worker["slots"] else f"{worker['replicas']} replicas"
+        )
+        typer.echo(f"  {worker['id']:12} {state:9} {room:18} {worker['recent_rows']:12.0f} rows recently")
+    for layer, experts in enumerate(answer["homes"]):
+        for expert, homes in enumerate(experts):
+            if len(homes) > 1:
+                shown = ", ".join(f"{worker} {share:.0%}" for worker, share in sorted(homes.items()))
+                typer.echo(f"  {layer}:{expert} on {shown}")
+
+
+@placement.command()
+def plan(port: Port = None, as_json: Json = False) -> None:
+    """What `rebalance` would do; with --json a file that `placement apply` takes."""
+    answer = _ask("GET", "/placement/plan", port)
+    typer.echo(json.dumps(answer) if as_json else _forecast(answer["forecast"]))
+
+
+@placement.command()
+def apply(
+    file: Annotated[Path, typer.Argument(help="JSON as `placement plan --json` prints it")], port: Port = None
+) -> None:
+    """Bring a whole placement into force."""
+    try:
+        homes = json.loads(file.read_text(encoding="utf-8"))["homes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlacementError(f"{file} is not what `expertmesh placement plan --json` prints: {error!r}") from error
+    _report(_ask("PUT", "/placement", port, {"homes": homes}))
+
+
+@placement.command()
+def move(
+    where: Where,
+    to: Annotated[str, typer.Option(help="worker that is to hold it")],
+    source: Annotated[str | None, typer.Option("--from", help="worker that gives it up; needed with replicas")] = None,
+    port: Port = None,
+) -> None:
+    """Load an expert on another worker, then unload it where it was."""
+    layer, expert = _where(where)
+    body = {"layer": layer, "expert": expert, "source": source, "target": to}
+    _report(_ask("POST", "/placement/move", port, body))
+
+
+@placement.command()
+def replicate(
+    where: Where,
+    to: Annotated[str | None, typer.Option(help="worker; default: the one with most room")] = None,
+    port: Port = None,
+) -> None:
+    """Give an expert another replica."""
+    layer, expert = _where(where)
+    _report(_ask("POST", "/placement/replicate", port, {"layer": layer, "expert": expert, "worker": to}))
+
+
+@placement.command()
+def drop(
+    where: Annotated[str, typer.Argument(metavar="L:E@W", help="layer, expert and worker")], port: Port = None
+) -> None:
+    """Take one replica of an expert away; never the last one."""
+    pair, _, worker = where.partition("@")
+    layer, expert = _where(pair)
+    if not worker:
+        raise PlacementError(f"{where} names no worker; write it as {where}@expert-0")
+    _report(_ask("POST", "/placement/drop", port, {"layer": layer, "expert": expert, "worker": worker}))
+
+
+@placement.command()
+def receipts(port: Port = None) -> None:
+    """The latest actions as JSON: forecast, cost, error, and the imbalance since."""
+    typer.echo(json.dumps(_ask("GET", "/receipts", port), indent=2))
+
+
+def rebalance(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False, port: Port = None
+) -> None:
+    """Place experts by the load of the last minutes: more replicas for busy ones, shares so that workers are even."""
+    answer = _ask("POST", "/rebalance", port, {"dry_run": dry_run})
+    typer.echo(_forecast(answer["forecast"]))
+    if not dry_run:
+        _report(answer)
+
+
+def drain(
+    worker: Annotated[str, typer.Argument(help="id of an expert worker")],
+    undo: Annotated[bool, typer.Option("--undo", help="let the next rebalance use it again")] = False,
+    port: Port = None,
+) -> None:
+    """Move everything away from an expert worker, so that it can be ended."""
+    if undo:
+        _ask("POST", f"/workers/{worker}/undrain", port)
+        typer.echo(f"{worker} may be used again")
+    else:
+        _report(_ask("POST", f"/workers/{worker}/drain", port))
+
+
+def _where(text: str) -> tuple[int, int]:
+    if (found := re.fullmatch(r"(\d+):(\d+)", text)) is None:
+        raise PlacementError(f"{text} is not LAYER:EXPERT, as in 3:5")
+    return int(found[1]), int(found[2])
+
+
+def _forecast(forecast: dict[str, Any]) -> str:
+    return (
+        f"imbalance {forecast['imbalance_before']:.3f} -> {forecast['imbalance_after']:.3f}, "
+        f"{forecast['moved_replicas']} replicas to load ({forecast['moved_bytes'] / 2**20:.0f} MiB), "
+        f"experts' time {-100 * forecast['gain']:+.1f}%"
+    )
+
+
+def _report(receipt: dict[str, Any]) -> None:
+    typer.echo(
+        f"{receipt['action']}: epoch {receipt['epoch_before']} -> {receipt['epoch_after']}, "
+        f"{receipt['added']} replicas loaded, {receipt['removed']} unloaded, {receipt['seconds']:.2f} s"
+    )
+
+
+def _ask(method: str, path: str, port: int | None, body: dict[str, Any] | None = None) -> Any:
+    """The answer of the running cluster's admin API. Raises PlacementError with its reason for a refusal."""
+    import httpx
+
+    from cluster.fleet.run_state import admin_token, find
+    from cluster.fleet.snapshot import read
+
+    state = find(port)
+    controllers = [process for process in read(port)["processes"] if process["role"] == "controller"]
+    if not controllers or not controllers[0]["address"]:
+        raise ExpertMeshError("the controller is just starting; try again in a moment")
+    headers = {"Authorization": f"Bearer {admin_token(Path(state.run_dir))}"}
+    try:
+        # A change takes as long as the weights take to load.
+        response = httpx.request(
+            method, f"http://{controllers[0]['address']}{path}", json=body, headers=headers, timeout=None
+        )
+    except httpx.HTTPError as error:
+        raise ExpertMeshError(f"the controller at {controllers[0]['address']} does not answer: {error}") from error
+    if response.status_code == 409:
+        raise PlacementError(response.json()["detail"])
+    if response.is_error:
+        raise ExpertMeshError(f"the controller answered {response.status_code}: {response.text}")
+    return response.json()

@@ -1,0 +1,169 @@
+"""Experts that move while streams run. Catches a token that changes or is lost, a verb that leaves half of itself,
+and a controller that comes back with an older placement."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.fleet.run_state import admin_token
+from tests.cluster_fixture import RunningCluster, running_cluster, wait_until
+
+pytestmark = pytest.mark.cluster
+
+_STREAMS = 8
+_TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[RunningCluster]:
+    directory = tmp_path_factory.mktemp("placement")
+    options = ("--routers", "2", "--expert-workers", "3", "--kv-cache-mb", "32", "--expert-slots", "16")
+    with running_cluster(directory, tiny_checkpoint, *options) as running:
+        yield running
+
+
+def admin(fleet: RunningCluster) -> httpx.Client:
+    """The admin API, wherever the controller is by now."""
+    status = fleet.status()
+    headers = {"Authorization": f"Bearer {admin_token(Path(status['run_dir']))}"}
+    return httpx.Client(base_url=f"http://{fleet.process_of('controller')['address']}", headers=headers, timeout=60)
+
+
+def answer(fleet: RunningCluster, i: int) -> str:
+    """The tokens of one stream, every other one sampled with a seed."""
+    body = {"model": fleet.model, "prompt": f"Story {i}", "max_tokens": _TOKENS, "ignore_eos": True, "stream": True,
+            "temperature": 0.0 if i % 2 else 0.8, "seed": i}  # fmt: skip
+    said = []
+    with httpx.stream("POST", f"{fleet.url}/v1/completions", json=body, timeout=120) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                said += [choice["text"] for choice in json.loads(line.removeprefix("data: "))["choices"]]
+    return "".join(said)
+
+
+class Load:
+    """Streams without end, each compared with the undisturbed run; an exception of one is an error."""
+
+    def __init__(self, fleet: RunningCluster) -> None:
+        self.undisturbed = [answer(fleet, i) for i in range(_STREAMS)]
+        self.compared = 0
+        self.errors: list[str] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(fleet, i)) for i in range(_STREAMS)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        assert not self.errors, self.errors[:3]
+        assert self.compared >= _STREAMS
+
+    def _run(self, fleet: RunningCluster, i: int) -> None:
+        while not self._stop.is_set() and not self.errors:
+            try:
+                same = answer(fleet, i) == self.undisturbed[i]
+            except Exception as error:
+                self.errors.append(repr(error))
+            else:
+                self.compared += 1
+                if not same:
+                    self.errors.append(f"stream {i} has other tokens")
+
+
+def random_verb(client: httpx.Client, rng: random.Random) -> httpx.Response:
+    """One that may well be refused."""
+    homes = client.get("/placement").json()["homes"]
+    layer, expert = rng.randrange(len(homes)), rng.randrange(len(homes[0]))
+    holders, target = sorted(homes[layer][expert]), f"expert-{rng.randrange(3)}"
+    body: dict[str, Any] = {"layer": layer, "expert": expert}
+    match rng.choice(["move", "replicate", "drop"]):
+        case "move":
+            return client.post("/placement/move", json=body | {"source": rng.choice(holders), "target": target})
+        case "replicate":
+            return client.post("/placement/replicate", json=body | {"worker": target})
+        case _:
+            return client.post("/placement/drop", json=body | {"worker": rng.choice(holders)})
+
+
+def held(fleet: RunningCluster) -> dict[str, int]:
+    return {p["id"]: p["detail"]["experts"] for p in fleet.status()["processes"] if p["role"] == "expert"}
+
+
+def test_random_moves_under_streams_change_no_token(fleet: RunningCluster) -> None:
+    rng = random.Random(0)
+    with Load(fleet), admin(fleet) as client:
+        done = 0
+        while done < 40:
+            response = random_verb(client, rng)
+            assert response.status_code in (200, 409), response.text
+            if response.status_code == 200:
+                done += 1
+        drained = client.post("/workers/expert-1/drain")
+        assert drained.status_code == 200, drained.text
+        shown = client.get("/placement").json()
+        assert all("expert-1" not in homes for experts in shown["homes"] for homes in experts)
+        assert client.post("/workers/expert-1/undrain").status_code == 200
+        rebalanced = client.post("/rebalance", json={})
+        assert rebalanced.status_code == 200, rebalanced.text
+    with admin(fleet) as client:
+        wanted = {worker["id"]: worker["replicas"] for worker in client.get("/placement").json()["workers"]}
+    wait_until(lambda: held(fleet) == wanted, 10)
+
+
+def test_a_killed_controller_and_a_killed_worker_keep_the_placement(fleet: RunningCluster) -> None:
+    with admin(fleet) as client:
+        homes = client.get("/placement").json()["homes"]
+        for expert in range(2):
+            target = next(f"expert-{i}" for i in range(3) if f"expert-{i}" not in homes[0][expert])
+            body = {"layer": 0, "expert": expert, "source": sorted(homes[0][expert])[0], "target": target}
+            assert client.post("/placement/move", json=body).status_code == 200
+        before = client.get("/placement").json()
+    with Load(fleet):
+        fleet.kill("controller")
+        with admin(fleet) as client:
+            wait_until(lambda: client.get("/placement").json()["epoch"] >= before["epoch"], 10)
+            assert client.get("/placement").json()["homes"] == before["homes"]
+        fleet.kill("expert-2")
+        with admin(fleet) as client:
+            response = client.post("/placement/replicate", json={"layer": 1, "expert": 0})
+            assert response.status_code == 200, response.text
+            assert client.get("/placement").json()["epoch"] == before["epoch"] + 1
+
+
+def test_the_command_line_says_what_was_done_and_why_not(fleet: RunningCluster) -> None:
+    with admin(fleet) as client:
+        homes = client.get("/placement").json()["homes"]
+        assert httpx.get(f"{client.base_url}/placement").status_code == 401
+        schema = httpx.get(f"{client.base_url}/openapi.json").json()
+        assert {"/placement", "/placement/move", "/rebalance", "/workers/{worker}/drain"} <= schema["paths"].keys()
+    assert fleet.command("placement", "show").stdout.startswith("epoch ")
+    holder = sorted(homes[1][3])[0]
+    target = next(f"expert-{i}" for i in range(3) if f"expert-{i}" not in homes[1][3])
+    moved = fleet.command("placement", "move", "1:3", "--from", holder, "--to", target)
+    assert moved.returncode == 0 and "1 replicas loaded, 1 unloaded" in moved.stdout, moved.stderr
+    for arguments, reason in (
+        (("placement", "move", "1:3", "--from", holder, "--to", target), "has no replica"),
+        (("placement", "move", "1:3", "--from", target, "--to", "expert-9"), "there is no expert worker expert-9"),
+        (("placement", "drop", f"99:0@{target}"), "there is no layer 99"),
+        (("placement", "drop", "1:3"), "names no worker"),
+        (("drain", "expert-7"), "there is no expert worker expert-7"),
+    ):
+        refused = fleet.command(*arguments)
+        assert refused.returncode == 1 and reason in refused.stderr, (arguments, refused.stderr)
+    assert "replicas to load" in fleet.command("rebalance", "--dry-run").stdout
+    receipts = json.loads(fleet.command("placement", "receipts").stdout)
+    assert receipts[-1]["action"].startswith("move layer 1, expert 3") and not receipts[-1]["error"]
