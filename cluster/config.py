@@ -86,6 +86,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "compute dtype of routers and expert workers; auto: the checkpoint's on a GPU, float32 on a CPU"
     )
+    check_weights: bool = option(True, "refuse weights that are NaN or infinite when they are loaded")
     router_threads: int = option(0, "CPU threads of a router; 0: an even share of the cores", at_least=0)
     worker_threads: int = option(0, "CPU threads of an expert worker; 0: a share of the cores", at_least=0)
     kv_cache_mb: int = option(0, "KV cache of each router, MiB; 0: what its GPU has left, 512 on a CPU", at_least=0)

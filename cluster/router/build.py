@@ -34,7 +34,9 @@ def build_engine(config: Config, source: str | Path | Checkpoint, experts: Exper
     Raises CheckpointError when a tensor is missing or wrong, StartError when memory does not suffice; both before
     anything is loaded.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source, pick(config.router_device))
+    if not isinstance(source, Checkpoint):
+        source = Checkpoint(source, pick(config.router_device), finite=config.check_weights)
+    checkpoint = source
     checkpoint.verify()
     device = checkpoint.device
     spec = checkpoint.spec

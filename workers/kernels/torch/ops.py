@@ -54,16 +54,9 @@ class TorchOps:
         return self.rms_norm(residual_TD, weight_D, eps)
 
     def add_norm_gate(
-        self,
-        residual_TD: Tensor,
-        delta: Delta,
-        weight_D: Tensor,
-        eps: float,
-        gate: Matrix,
-        spec: GateSpec,
-        bias_E: Tensor | None = None,
-        scale: float = 1.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, residual_TD: Tensor, delta: Delta, weight_D: Tensor, eps: float, gate: Matrix, spec: GateSpec,
+        bias_E: Tensor | None = None, scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x_TD = self.add_rms_norm(residual_TD, delta, weight_D, eps, scale)
         return x_TD, *self.gate(self.linear(x_TD, gate), spec, bias_E)
 
@@ -71,15 +64,9 @@ class TorchOps:
         residual_TD.add_(summed(delta), alpha=scale)
 
     def rotary_write(
-        self,
-        qkv_TX: Tensor,
-        metadata: AttentionMetadata,
-        cos_Tr: Tensor,
-        sin_Tr: Tensor,
-        k_cache_CZGd: Tensor,
-        v_cache_CZGd: Tensor,
-        norm: QKNorm | None = None,
-    ) -> Tensor:
+        self, qkv_TX: Tensor, metadata: AttentionMetadata, cos_Tr: Tensor, sin_Tr: Tensor, k_cache_CZGd: Tensor,
+        v_cache_CZGd: Tensor, norm: QKNorm | None = None,
+    ) -> Tensor:  # fmt: skip
         n_kv, head = k_cache_CZGd.shape[-2:]
         k_size = n_kv * head
         q_TX, k_TX, v_TX = torch.split(qkv_TX, [qkv_TX.shape[1] - 2 * k_size, k_size, k_size], dim=1)
@@ -94,14 +81,9 @@ class TorchOps:
         return q_THd
 
     def attention(
-        self,
-        q_THd: Tensor,
-        k_cache_CZGd: Tensor,
-        v_cache_CZGd: Tensor,
-        metadata: AttentionMetadata,
-        scale: float,
+        self, q_THd: Tensor, k_cache_CZGd: Tensor, v_cache_CZGd: Tensor, metadata: AttentionMetadata, scale: float,
         window: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         out_THd = torch.empty_like(q_THd)
         size = k_cache_CZGd.shape[1]
         last_S = metadata.position_T[torch.tensor(metadata.q_start[1:], device=q_THd.device) - 1].tolist()
