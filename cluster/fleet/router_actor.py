@@ -66,6 +66,7 @@ class Router:
     async def _start(self) -> str:
         await self._first_view.wait()
         engine = await asyncio.to_thread(self._build)
+        from cluster.router.admission import Admission
         from cluster.router.service import GenerationService
 
         self._source = None
@@ -76,6 +77,7 @@ class Router:
             router=self._id,
             state="starting",
             exchange=self._exchange,
+            admission=Admission.of(self._config),
         )
         await service.start()
         self._service = service
