@@ -186,10 +186,11 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path, tiny_checkpoint: Pa
         closed.bind(("127.0.0.1", 0))
         gone = f"127.0.0.1:{closed.getsockname()[1]}"
         began = time.monotonic()
-        line = refused(environ | {"RAY_ADDRESS": gone}, model)
+        line = refused(environ | {"RAY_ADDRESS": gone}, model, "--trusted-network")
         assert f"no Ray at {gone}: Connection refused; unset RAY_ADDRESS" in line
-        line = refused(environ | {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path)}, model)
-        assert "ray_address: `auto`, but Could not find any running Ray instance" in line
+        if not any(process.name() == "gcs_server" for process in psutil.process_iter()):  # it might be somebody's
+            line = refused(environ | {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path)}, model, "--trusted-network")
+            assert "ray_address: `auto`, but Could not find any running Ray instance" in line
         assert time.monotonic() - began < 60  # was eight minutes
 
     def few_files() -> None:
