@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence as Items
 from enum import Enum
@@ -26,8 +27,21 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_keys", "blocks", "cached", "computed", "n_prompt", "params", "prompt_logprobs", "request_id",
-        "sampling", "state", "stops", "tokens",
+        "admitted",
+        "ahead",
+        "arrived",
+        "block_keys",
+        "blocks",
+        "cached",
+        "computed",
+        "n_prompt",
+        "params",
+        "prompt_logprobs",
+        "request_id",
+        "sampling",
+        "state",
+        "stops",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -47,11 +61,14 @@ class Sequence:
         goes_on = params.ignore_eos and grammar is None  # after a grammar's end nothing else may come
         self.stops = frozenset(params.stop_ids if goes_on else (*params.stop_ids, *eos_ids))
         self.sampling = SamplingState(params, prompt_ids, emitted_ids, grammar)
-        self.computed = 0  # tokens whose K and V are in the cache
+        self.computed = 0  # tokens whose K and V are in the cache, or will be once the steps under way are complete
+        self.ahead = -1  # which draw of the step under way is its next token; -1: every token is known here
         self.cached = 0  # of the prompt's tokens those that were there when it was admitted first
         self.blocks = array("i")
         self.block_keys: list[bytes] = []  # of its first blocks, each a function of all tokens up to its end
         self.state = State.WAITING
+        self.arrived = time.monotonic()
+        self.admitted = False  # once, even if it was preempted since
         # By position; grows as the prompt is computed. None: not wanted, or sent already, be it by another router.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None and not emitted_ids:
@@ -61,10 +78,30 @@ class Sequence:
     def n_emitted(self) -> int:
         return len(self.tokens) - self.n_prompt
 
+    def ends_with(self, ids: Items[int]) -> bool:
+        """Whether the answer so far ends with `ids`."""
+        n = len(ids)
+        return n == 0 or (n <= self.n_emitted and tuple(self.tokens[-n:]) == tuple(ids))
+
+    @property
+    def n_known(self) -> int:
+        """Tokens that there are, that of a step under way included."""
+        return len(self.tokens) + (self.ahead >= 0)
+
     @property
     def pending(self) -> int:
-        """Tokens that are known but not in the cache: 1 while it decodes, more while it prefills."""
-        return len(self.tokens) - self.computed
+        """Tokens that there are but not in the cache: 1 while it decodes, more while it prefills."""
+        return self.n_known - self.computed
+
+    @property
+    def awaits_its_end(self) -> bool:
+        """Whether the token of the step under way is its last, whatever it is."""
+        return self.ahead >= 0 and self.n_known - self.n_prompt >= self.params.max_tokens
+
+    @property
+    def is_free(self) -> bool:
+        """Whether its next token but one can be computed before its next one is known to the host."""
+        return self.sampling.seen is None and self.sampling.grammar is None and not self.wants_prompt_logprobs
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -89,17 +126,20 @@ class Sequence:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can be computed: its grammar, if it has one, is compiled."""
+        """Whether it can be admitted: its tokens are known, and its grammar, if it has one, is compiled."""
+        if self.ahead >= 0:
+            return False
         return self.sampling.grammar is None or self.sampling.grammar.wait(0)
 
     @property
     def bans_stops(self) -> bool:
         """Whether the next token must not end the sequence."""
-        return self.n_emitted < self.params.min_tokens
+        return self.n_known - self.n_prompt < self.params.min_tokens
 
     def append(self, token: int) -> None:
         """One more emitted token."""
         self.tokens.append(token)
+        self.ahead = -1
         if self.sampling.seen is not None:
             self.sampling.seen.add(token)
         if self.sampling.grammar is not None:
