@@ -160,7 +160,7 @@ def _serve(
 def _supervise(cluster: Cluster, state: RunState, signals: Signals, watch: Watch) -> None:
     """Keep the snapshot and tell of processes that leave and return, until a signal comes. ExpertMeshError if Ray ends.
 
-    Ray restarts what dies; the data plane repairs itself. Nothing is decided here.
+    Ray restarts what dies; the data plane repairs itself; how many workers there are to be, the controller says.
     """
     heard = time.monotonic()
     while True:
@@ -174,6 +174,7 @@ def _supervise(cluster: Cluster, state: RunState, signals: Signals, watch: Watch
             continue
         if view is not None:
             heard = time.monotonic()
+            cluster.follow(view)
             snapshot.write(state, view)
             watch.see(view)
 

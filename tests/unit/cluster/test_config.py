@@ -59,6 +59,8 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "generation_defaults": "false",
         "trusted_network": "true",
         "tool_call_parser": "hermes",
+        "rebalance": "off",
+        "rebalance_min_gain": "0.2",
     }
     default = {f.name: "true" if HINTS[f.name] is bool else "7" for f in fields(Config)}
     values = default | special
