@@ -1,19 +1,22 @@
 # make serve   builds everything a fresh machine lacks and serves a model    (MODEL=default, ARGS="--port 8080")
-# make test    all tests                                                      (TESTS=tests/unit for a part)
+# make test    all tests, half an hour on two cores                           (TESTS=tests/unit for a part: minutes)
+# make install-check   an empty environment, a chat from it                   (PYTHON=python3.13 KIND=sdist)
 # make check   style, types, import directions, generated code
 PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= default
 TESTS  ?= tests
+KIND   ?= wheel
 BIN    := $(VENV)/bin
 
-.PHONY: serve test check proto tree clean
+.PHONY: serve test check install-check proto tree clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.runtime
 	@$(BIN)/expertmesh serve $(MODEL) $(ARGS)
 
 test: $(VENV)/.dev
+	@test "$(TESTS)" != tests || echo "All tests: half an hour on two cores. A part: make test TESTS=tests/unit, or ARGS='-k word'."
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 check: $(VENV)/.dev
@@ -24,6 +27,9 @@ check: $(VENV)/.dev
 	$(BIN)/python scripts/proto.py --check
 	$(BIN)/python scripts/tree.py --check
 
+install-check: $(VENV)/.dev
+	$(BIN)/python scripts/install_check.py $(PYTHON) $(KIND)
+
 proto: $(VENV)/.dev
 	$(BIN)/python scripts/proto.py
 
@@ -33,14 +39,24 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || \
 	  { rm -f $@; echo "Python's venv module is missing. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
+# What pip says of its indexes and caches is of no use to a newcomer; when it fails, its last words are.
+PIP     = $(BIN)/python -m pip install --disable-pip-version-check --no-warn-script-location
+INSTALL = $(PIP) $(1) > $(VENV)/install.log 2>&1 || { tail -n 20 $(VENV)/install.log; exit 1; }
+# PyPI's torch is the one for CUDA, five gigabytes of it. Where there is no GPU, PyTorch's own index has a small one.
+CPU_TORCH = ls /dev/nvidia[0-9]* > /dev/null 2>&1 || $(BIN)/python -c 'import torch' 2> /dev/null || \
+  $(PIP) --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu 'torch>=2.11,<2.14' \
+  > $(VENV)/install.log 2>&1 || true
+
 $(VENV)/.runtime: $(VENV)/bin/python pyproject.toml
 	@echo "Installing ExpertMesh and what it needs into $(VENV) (once, a minute or two) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -e .
+	@$(CPU_TORCH)
+	@$(call INSTALL,-e .)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	@echo "Installing ExpertMesh and its development tools into $(VENV) (once, a few minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -e '.[dev]'
+	@$(CPU_TORCH)
+	@$(call INSTALL,-e '.[dev]')
 	@touch $@ $(VENV)/.runtime
 
 tree: $(VENV)/.dev

@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,18 @@ SPEC = ModelSpec(
 )  # fmt: skip
 CONTEXT, BLOCK = 512, 16
 LIMIT_S = 1.0
+
+
+class NoOtherRows:
+    """All rows are those of captured steps here."""
+
+    name, text = "none", ""
+
+    def offer(self, worker: str) -> NoOtherRows:
+        return self
+
+    def accepted(self, text: str) -> NoOtherRows:
+        return self
 
 
 def matrix(seed: int, n: int, k: int) -> Tensor:
@@ -93,8 +106,8 @@ def serve(pipe: Connection, spec: ModelSpec, experts: list[tuple[int, int]]) -> 
     """The life of a worker process."""
     torch.cuda.set_device(0)
     server = DeviceServer(shard_of(spec, experts), LIMIT_S)
-    accepted = server.accept(pipe.recv(), "router")
-    pipe.send(accepted.text)
+    accepted = server.accept(json.loads(pipe.recv())["steps"], "router")
+    pipe.send(json.dumps({"steps": accepted.text, "other": ""}))
     accepted.start()
     pipe.recv()
 
@@ -108,8 +121,7 @@ def milliseconds(graphs: DecodeGraphs, batch: Batch, way: DeviceWay | None) -> t
     torch.cuda.synchronize()
     took = (time.perf_counter() - began) * 1000
     if way is not None:
-        way.end_step(is_void=bool(way.experts.status))
-        assert not bool(way.experts.status), "the step is void"
+        assert way.end_step() is not None, "the step is void"
     return took, logits
 
 
@@ -129,7 +141,8 @@ def measure(n_layers: int, n_rows: int, n_workers: int) -> dict[str, object]:
         with torch.inference_mode():
             decoder = decoder_of(spec, n_rows)
             shape = Shape(n_layers, spec.n_experts, spec.top_k, spec.hidden_size, spec.dtype, n_rows)
-            way = DeviceWay(shape, torch.device("cuda", 0), LIMIT_S)
+            no_rows: Any = NoOtherRows()
+            way = DeviceWay(shape, torch.device("cuda", 0), LIMIT_S, no_rows)
             names = tuple(f"worker-{worker}" for worker in range(n_workers))
             for name, pipe in zip(names, pipes, strict=True):
                 offered = way.offer(name)

@@ -22,8 +22,10 @@ from cluster.errors import ExpertMeshError
 from cluster.fleet.operator_cli import drain, placement, rebalance, scale
 from cluster.generate import generate
 from cluster.models.cli import app as model_app
+from cluster.state_dir import VARIABLE, settle
 
 Port = Annotated[int | None, typer.Option(help="of the gateway, when several clusters run")]
+StateDir = Annotated[Path | None, typer.Option(help="as given to `serve`", envvar=VARIABLE)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -31,6 +33,8 @@ class _OneLineErrors(TyperGroup):
     """An error made on purpose, or of the system (a full disk), ends the command with one line and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
+        # What we start must not import from whatever directory we were started in.
+        os.environ["PYTHONSAFEPATH"] = "1"
         try:
             return super().invoke(ctx)
         except ExpertMeshError as error:
@@ -59,7 +63,11 @@ def takes_configuration(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(model: str | None, config: Path | None, **values: Any) -> None:
         given = {name: values.pop(name) for name in FIELDS if name != "model"}
-        command(load({"model": model, **given}, os.environ, config), **values)
+        loaded = load({"model": model, **given}, os.environ, config)
+        for note in loaded.notes:
+            typer.echo(f"note: {note}", err=True)
+        settle(os.environ, loaded.config.state_dir)
+        command(loaded, **values)
 
     optional = [_parameter(name) for name in FIELDS if name != "model"]
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
@@ -103,8 +111,9 @@ def serve(loaded: Loaded) -> None:
 
 
 @app.command()
-def status(port: Port = None, as_json: Json = False) -> None:
+def status(port: Port = None, state_dir: StateDir = None, as_json: Json = False) -> None:
     """Show the processes of the running cluster."""
+    settle(os.environ, state_dir)
     from cluster.fleet.snapshot import read
     from cluster.fleet.status import show
 
@@ -118,9 +127,11 @@ def status(port: Port = None, as_json: Json = False) -> None:
 @app.command()
 def stop(
     port: Port = None,
+    state_dir: StateDir = None,
     timeout_s: Annotated[float, typer.Option(help="how long to wait for open requests and the end")] = 60.0,
 ) -> None:
     """End the running cluster: open requests finish, then every process goes."""
+    settle(os.environ, state_dir)
     from cluster.fleet.status import stop
 
     typer.echo(stop(port, timeout_s))

@@ -95,6 +95,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "compute dtype of routers and expert workers; auto: the checkpoint's on a GPU, float32 on a CPU"
     )
+    check_weights: bool = option(True, "refuse weights that are NaN or infinite when they are loaded")
     router_threads: int = option(0, "CPU threads of a router; 0: an even share of the cores", at_least=0)
     worker_threads: int = option(0, "CPU threads of an expert worker; 0: a share of the cores", at_least=0)
     kv_cache_mb: int = option(0, "KV cache of each router, MiB; 0: what its GPU has left, 512 on a CPU", at_least=0)
@@ -123,4 +124,7 @@ class Config:
     allow_no_keys: bool = option(False, "listen beyond loopback without API keys")
     drain_timeout_s: float = option(30.0, "how long open requests may finish when the cluster stops", at_least=0)
     ray_address: str | None = option(None, "running Ray cluster to join; default: RAY_ADDRESS, else start Ray here")
+    state_dir: Path | None = option(  # noqa: RUF009
+        None, "directory for caches, models, Ray's token and the notes of running clusters; default: where XDG has them"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "log level of every process")

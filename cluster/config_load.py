@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields
@@ -19,6 +20,8 @@ from workers.transport.collective import interface
 from workers.transport.grpc import credentials
 
 PREFIX = "EXPERTMESH_"
+# With `enableServiceLinks`, which is on by default, every Service of the namespace appears in the environment.
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 HINTS = get_type_hints(Config)
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Config)}
@@ -30,6 +33,7 @@ class Loaded:
 
     config: Config
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()  # what was left out of account, and why
 
 
 def flag(name: str) -> str:
@@ -49,15 +53,20 @@ def load(given: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
         found.update({name: (value, str(file)) for name, value in _read_yaml(file).items()})
     if environ.get("RAY_ADDRESS"):  # Ray's own variable, under Ray's own name
         found["ray_address"] = (environ["RAY_ADDRESS"], "RAY_ADDRESS")
+    notes: list[str] = []
     for name in FIELDS:
-        if PREFIX + name.upper() in environ:
-            found[name] = (environ[PREFIX + name.upper()], PREFIX + name.upper())
+        if (value := environ.get(variable := PREFIX + name.upper())) is None:
+            continue
+        if _SERVICE_LINK.fullmatch(value):
+            notes.append(f"{variable}={value} is ignored: Kubernetes sets it for a Service of that name")
+        else:
+            found[name] = (value, variable)
     found.update({name: (value, flag(name)) for name, value in given.items() if value is not None})
     values = {name: _checked(name, value, origin) for name, (value, origin) in found.items()}
     origins = {name: found[name][1] if name in found else "default" for name in FIELDS}
     config = Config(**values)
     _check_together(config, origins)
-    return Loaded(config, origins)
+    return Loaded(config, origins, tuple(notes))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -115,7 +124,8 @@ def _typed(hint: Any, value: Any) -> Any:
             return None
     if hint is Path:
         # Unlike Path.expanduser, this takes an unknown user for a name.
-        return Path(os.path.expanduser(value)) if isinstance(value, str | Path) else None
+        # Absolute, since other processes work in other directories.
+        return Path(os.path.abspath(os.path.expanduser(value))) if isinstance(value, str | Path) else None
     return str(value) if isinstance(value, str | int | float | Path) else None
 
 

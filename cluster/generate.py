@@ -17,6 +17,7 @@ from cluster.errors import ExpertMeshError
 from cluster.models import resolve
 from cluster.models.cli import one_line_errors
 from cluster.router.params import SamplingParams, StepOutput
+from cluster.state_dir import settle
 
 if TYPE_CHECKING:  # they import torch, which every other command can do without
     from cluster.gateway.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ def generate(
 
     with one_line_errors():
         settings = load({"model": model}, os.environ, config).config
+        settle(os.environ, settings.state_dir)
         directory = resolve(settings.model)
         threads = settings.router_threads or available_cores()
         os.environ.update(process_environment(threads))  # before torch is imported

@@ -49,18 +49,21 @@ class ExpertShard:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         stored: torch.dtype | None = None,
+        expert_format: WeightFormat | None = None,
     ) -> None:
-        """`dtype`: what to compute in. `stored`: what the checkpoint's experts are in, which they stay if they can."""
+        """`dtype`: what to compute in. `stored`: what the checkpoint's experts are in, which they stay if they can.
+        `expert_format`: what they are made, whatever they are in."""
         self.device = torch.device(device)
         self.dtype = dtype or spec.dtype
         self._ops = ops_for(self.device, self.dtype)
         self.weight_dtype = stored if stored in self._ops.stored_dtypes else self.dtype
+        weight_format = expert_format or WeightFormat(self.weight_dtype)
         self.n_layers = spec.n_layers
         self.n_experts = spec.n_experts
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size
         self._layers = [
-            self._ops.layer_experts(spec.n_experts, spec.hidden_size, spec.ffn_size, WeightFormat(self.weight_dtype))
+            self._ops.layer_experts(spec.n_experts, spec.hidden_size, spec.ffn_size, weight_format)
             for _ in range(spec.n_layers)
         ]
         self._answers = self._ops.answers(self._layers)

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 # Command -> what `expertmesh bench --help` says. Module and function have the command's name.
 _COMMANDS = {
     "serve": "An open-loop load generator against a running gateway.",
+    "gpu": "One GPU: ceilings, decoding and prompts beside the floor and transformers, without Ray.",
     "chaos": "Kill processes of a running cluster under load and compare every stream.",
 }
 

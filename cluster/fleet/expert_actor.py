@@ -79,7 +79,7 @@ class ExpertWorker:
     def _load(self, placement: Placement) -> tuple[ExpertShard, Checkpoint]:
         config = self._config
         self._device = device = pick(config.expert_device, self._gpu_ids)
-        self._source = source = Checkpoint(self._checkpoint, device)
+        self._source = source = Checkpoint(self._checkpoint, device, finite=config.check_weights)
         dtype = compute_dtype(config.dtype, source.spec.dtype, device, config.router_device)
         shard = load_shard(source, placement.shard(self._worker), dtype)
         share = config.gpus_per_expert_worker * config.gpu_memory_utilization

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from cluster.config import Config
@@ -20,6 +21,7 @@ from cluster.control.view import Member, View
 from cluster.fleet.actor import node_address
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
+from cluster.fleet.request_id import OneRequestId
 from cluster.gateway.context import ModelCard
 from workers.transport.grpc.credentials import Credentials
 
@@ -31,10 +33,11 @@ class Gateway:
         self, config: Config, model: ModelCard, url: str, controller: Any, credentials: Credentials
     ) -> None:
         from cluster.gateway.app import create_app
+        from cluster.gateway.metrics import Metrics
         from cluster.gateway.session import Session
         from cluster.gateway.tokenizer import Tokenizer
 
-        self._metrics_url = f"{url}/metrics"
+        self._metrics_url = f"{url}/metrics/own"
         _listen_on_node_address()
         _tell_when_listening(self._on_listening)
         self._id = f"gateway-{serve.get_replica_context().rank.rank}"
@@ -42,7 +45,9 @@ class Gateway:
         self._node = ray.get_runtime_context().get_node_id()
         self._session = Session(credentials, rejoin_timeout_s=config.rejoin_timeout_s)
         tokenizer = await asyncio.to_thread(Tokenizer, Path(model.path))
-        self._drain = Drain(create_app(config, model, tokenizer, self._session), lambda: self._membership.tell())
+        self._metrics = Metrics(self._id)
+        app = create_app(config, model, tokenizer, self._session, self._metrics)
+        self._drain = Drain(app, lambda: self._membership.tell())
         self._membership = ControllerClient(controller, self._member, self._on_view)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -50,10 +55,15 @@ class Gateway:
 
     def _on_listening(self, host: str, port: int) -> None:
         """This gateway's own server, past the proxy: what it counts is not what the others count."""
-        self._metrics_url = f"http://{host}:{port}/metrics"
+        self._metrics_url = f"http://{host}:{port}/metrics/own"
 
     def _on_view(self, view: View) -> None:
         self._session.update(view.addresses("router"))
+        self._metrics.peers = {
+            member.id: member.metrics_url
+            for member in view.members
+            if member.role == "gateway" and member.id != self._id and member.state != "lost" and member.metrics_url
+        }
         self._drain.draining |= view.draining  # a controller that was restarted no longer knows
 
     def _member(self) -> Member:
@@ -114,6 +124,7 @@ def _tell_when_listening(told: Callable[[str, int], None]) -> None:
     original = replica.start_asgi_http_server
 
     async def start(app: ASGIApp, options: Any, *args: Any, **kwargs: Any) -> Any:
+        options.middlewares.append(Middleware(OneRequestId))  # around Serve's own
         server = await original(app, options, *args, **kwargs)
         told(options.host, options.port)
         return server

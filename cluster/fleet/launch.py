@@ -20,7 +20,7 @@ from cluster.control.controller import Controller
 from cluster.control.rebalancer import RebalanceOptions
 from cluster.control.view import View
 from cluster.errors import ExpertMeshError, RayGone, StartError
-from cluster.fleet import gateway, local_ray
+from cluster.fleet import gateway
 from cluster.fleet.actor import node_address
 from cluster.fleet.expert_actor import ExpertWorker
 from cluster.fleet.preflight import Plan
@@ -31,6 +31,7 @@ from workers.kernels.threads import process_environment
 from workers.transport.grpc.credentials import Credentials
 
 _TICK_S = 0.1
+_FURTHER = "For further information visit"  # pydantic's last line
 _CALL_TIMEOUT_S = 10.0
 
 
@@ -83,8 +84,9 @@ class Cluster:
 
 def start_actors(config: Config, plan: Plan, url: str, credentials: Credentials, admin_token: str) -> Cluster:
     """Ask Ray for every process of the plan. Returns before they are ready."""
+    own_ray = config.ray_address is None
     holders = plan.workers or plan.routers  # with the local transport the router holds its experts itself
-    controller = _actor(Controller, NAME, 1, max_concurrency=1000).remote(
+    controller = _actor(Controller, NAME, 1, own_ray, max_concurrency=1000).remote(
         plan.n_layers,
         plan.n_experts,
         holders,
@@ -100,13 +102,13 @@ def start_actors(config: Config, plan: Plan, url: str, credentials: Credentials,
     actors: dict[str, Any] = {}
 
     def start_worker(worker: str) -> Any:
-        actor = _actor(ExpertWorker, worker, plan.worker_threads, gpus=config.gpus_per_expert_worker)
+        actor = _actor(ExpertWorker, worker, plan.worker_threads, own_ray, gpus=config.gpus_per_expert_worker)
         return actor.remote(worker, config, plan.checkpoint, plan.worker_threads, by_name, credentials)
 
     for worker in plan.workers:
         actors[worker] = start_worker(worker)
     for router in plan.routers:
-        actors[router] = _actor(Router, router, plan.router_threads, gpus=config.gpus_per_router).remote(
+        actors[router] = _actor(Router, router, plan.router_threads, own_ray, gpus=config.gpus_per_router).remote(
             router, config, plan.checkpoint, plan.router_threads, by_name, credentials
         )
     model = ModelCard(
@@ -169,18 +171,17 @@ def reason(error: Exception) -> str:
     if isinstance(error, RayTaskError) and error.cause is not None:
         cause = error.cause
         return str(cause) if isinstance(cause, ExpertMeshError) else f"{type(cause).__name__}: {cause}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and _FURTHER not in line]
     if isinstance(error, RayActorError) and len(lines) > 1:
         exits = [line for line in lines if "exit" in line.lower()]
         return (exits or lines)[-1]
     return lines[-1] if lines else type(error).__name__
 
 
-def _actor(cls: type, name: str, threads: int, gpus: float = 0.0, **options: Any) -> Any:
-    # A Ray of our own already has these variables for the expert workers. One that needs others costs each start of
-    # the actor another half second, in which Ray's agent makes an environment for it.
-    wanted = (process_environment(threads) | (device.ENVIRONMENT if gpus else {})).items()
-    variables = {name: value for name, value in wanted if local_ray.inherited.get(name) != value}
+def _actor(cls: type, name: str, threads: int, own_ray: bool, gpus: float = 0.0, **options: Any) -> Any:
+    # A Ray of our own was started with these variables, so its processes have them: an environment of the actor's own
+    # would cost each start half a second, and where a path has a space in it Ray's agent never gets it ready.
+    variables = {} if own_ray else process_environment(threads) | (device.ENVIRONMENT if gpus else {})
     return ray.remote(cls).options(
         name=name,
         namespace=NAMESPACE,

@@ -6,9 +6,8 @@ Nothing here imports Ray before `environment` is in force: Ray reads most of its
 from __future__ import annotations
 
 import os
-import secrets
-import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,18 @@ import psutil
 
 from cluster.config import Config
 from cluster.errors import StartError
-from cluster.fleet import haproxy_exec
+from cluster.fleet import haproxy_exec, ray_logs
+from cluster.fleet.open_files import most_clients
+from cluster.fleet.ports import reserve_port
+from cluster.fleet.ray_address import check_there
+from cluster.fleet.ray_token import has_token
+from workers.kernels.cores import available_cores
 
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; only control messages pass through it
 _KILL_AFTER_S = 5.0
 
+FILES = ("haproxy", "admin")  # in the run directory: what HAProxy is started by and spoken to through
+LOGS = Path("session_latest", "logs")  # below the run directory
 APPLICATION = "expertmesh"  # its name in Serve
 
 _AUTH_HINT = "; does it ask for a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) that this environment lacks?"
@@ -31,15 +37,16 @@ _COMMON = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end must not start another Ray
 }
 
-# What every actor of a Ray of our own finds in its environment: the variables given to `start`.
-inherited: dict[str, str] = {}
 
+def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str]:
+    """Ray's and Serve's settings, to be in force before Ray is imported. Writes the HAProxy script into `run_dir`.
 
-def environment(config: Config, run_dir: Path) -> dict[str, str]:
-    """Ray's and Serve's settings, to be in force before Ray is imported. Writes the HAProxy script into `run_dir`."""
+    `open_files`: how many files a process may have open.
+    """
     if config.ray_address is not None:  # the rest is up to whoever runs that Ray
         # `ray start` asks for a token if there is one, and whoever joins says nothing unless told to.
-        return {**_COMMON, "RAY_AUTH_MODE": "token"} if _has_token() and "RAY_AUTH_MODE" not in os.environ else _COMMON
+        wants_token = has_token(os.environ) and "RAY_AUTH_MODE" not in os.environ
+        return {**_COMMON, "RAY_AUTH_MODE": "token"} if wants_token else _COMMON
     haproxy = run_dir / "haproxy"
     haproxy_exec.install(haproxy, config.host, config.port)
     drain_s = int(config.drain_timeout_s) + 1
@@ -55,37 +62,15 @@ def environment(config: Config, run_dir: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run_dir),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run_dir / "servers"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 4))),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, available_cores() // 4))),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(most_clients(open_files)),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(drain_s),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # Serve starts HAProxy again after the third check in a row that finds none; its own period is 10 s.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(reserve_port()),
         "RAY_SERVE_LOG_TO_STDERR": "0",
     }
-
-
-def ensure_token(environ: Mapping[str, str]) -> None:
-    """Put a token where Ray looks for one, unless it has one or authentication is off. Readable by the user alone."""
-    if environ.get("RAY_AUTH_MODE") != "token" or _has_token():
-        return
-    path = _token_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32))
-    except FileExistsError:
-        pass  # another process was faster
-    except OSError as error:
-        raise StartError(f"cannot write Ray's token to {path}: {error.strerror}; set RAY_AUTH_TOKEN_PATH") from error
-
-
-def _has_token() -> bool:
-    return bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")) or _token_path().exists()
-
-
-def _token_path() -> Path:
-    return Path.home() / ".ray" / "auth_token"
 
 
 def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus: int = 0) -> str:
@@ -95,33 +80,54 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus
     """
     import ray
 
+    address = None if config.ray_address is None else check_there(config.ray_address)
     common: dict[str, Any] = {"namespace": "expertmesh", "log_to_driver": False, "logging_level": "ERROR"}
     try:
-        if config.ray_address is not None:
-            ray.init(config.ray_address, **common)
-            _claim_serve(config.ray_address)
-        else:
-            os.environ.update(variables)
-            inherited.update(variables)
-            ray.init(
-                "local",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                num_gpus=n_gpus,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(run_dir),
-                **common,
-            )
-    except (OSError, RuntimeError, ValueError, ConnectionError) as error:
-        where = f"join Ray at {config.ray_address}" if config.ray_address else "start Ray"
-        hint = _AUTH_HINT if config.ray_address else ""
-        raise StartError(f"cannot {where}: {' '.join(str(error).split())}{hint}") from error
+        with _working_in(run_dir):
+            if address is not None:
+                ray.init(address, **common)
+            else:
+                os.environ.update(variables)
+                ray.init(
+                    "local",
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    num_gpus=n_gpus,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(run_dir),
+                    **common,
+                )
+        if address is not None:
+            _claim_serve(address)
+    except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
+        says = " ".join(str(error).split())
+        if address is not None:
+            raise StartError(f"cannot join Ray at {address}: {says}{_AUTH_HINT}") from error
+        raise StartError(f"cannot start Ray: {ray_logs.cause(run_dir / LOGS) or says}") from error
     except StartError:
         ray.shutdown()  # so that `stop` finds nothing of ours in it
         raise
     # Ray prints a paragraph for every process that dies, whatever `log_to_driver` says; Watch prints a line.
     import_module("ray._private.worker").__dict__["_worker_logs_enabled"] = False
     return str(ray.get_runtime_context().gcs_address)
+
+
+@contextmanager
+def _working_in(directory: Path) -> Iterator[None]:
+    """Within, this process works in `directory`.
+
+    Ray puts the directory in which it is started before all others on the import path of every process. A folder
+    there that is called as one of our packages is would be taken for it.
+    """
+    try:
+        before = os.getcwd()
+    except FileNotFoundError:
+        before = "/"
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _claim_serve(address: str) -> None:
@@ -164,13 +170,16 @@ def stop(config: Config) -> None:
     family = psutil.Process().children(recursive=True)
     ray.shutdown()
     _, alive = psutil.wait_procs(family, timeout=_KILL_AFTER_S)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=_KILL_AFTER_S)
+    _kill(alive)
 
 
-def free_port() -> int:
-    """A TCP port of the loopback address that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def kill_children() -> None:
+    """End every process that this one brought to life, at once."""
+    _kill(psutil.Process().children(recursive=True))
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=_KILL_AFTER_S)

@@ -94,7 +94,7 @@ class Router:
 
         set_threads(self._threads)
         self._device = pick(self._config.router_device, self._gpu_ids)
-        self._source = source = Checkpoint(self._checkpoint, self._device)
+        self._source = source = Checkpoint(self._checkpoint, self._device, finite=self._config.check_weights)
         if self._config.transport == "local":
             return build_engine(self._config, source)
         assert self._view is not None

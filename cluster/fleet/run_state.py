@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
+import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
 from cluster.errors import ExpertMeshError, StartError
+from cluster.state_dir import VARIABLE, cache_home
 
 # Ray and HAProxy put Unix sockets below the run directory, whose paths may have 107 bytes.
 _LONGEST_TMP = 20
@@ -51,27 +55,55 @@ class RunState:
             draft.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
             draft.replace(path)
         except OSError as error:
-            raise StartError(
-                f"cannot write {path}: {error.strerror}; set XDG_RUNTIME_DIR to a directory of yours"
-            ) from error
+            raise StartError(f"cannot write {path}: {error.strerror}; give --state-dir") from error
 
     def remove(self) -> None:
         with contextlib.suppress(OSError):
             _path(self.port).unlink(missing_ok=True)
 
 
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """A directory of a running cluster that only this user can enter, for sockets and logs."""
+
+    path: Path
+    _lock: int  # what cleans temporary directories (systemd-tmpfiles) leaves alone what somebody holds a lock on
+
+    @classmethod
+    def make(cls) -> RunDirectory:
+        """A new one. Raises StartError when there can be none."""
+        reason = f"no path of at most {_LONGEST_TMP} characters"
+        for base in _bases():
+            try:
+                path = tempfile.mkdtemp(prefix="em-", dir=base)
+                lock = os.open(path, os.O_RDONLY)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return cls(Path(path), lock)
+            except OSError as error:
+                reason = f"{base}: {error.strerror}"
+        raise StartError(f"no directory for sockets ({reason}); set TMPDIR to a short path that you can write")
+
+    def missing(self, *names: str) -> Path | None:
+        """The first of itself and of `names` within it that somebody removed; None while all are there."""
+        return next((path for path in (self.path, *(self.path / name for name in names)) if not path.exists()), None)
+
+    def remove(self) -> None:
+        """Remove it and all in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _bases() -> Iterator[str]:
+    """Where a run directory may lie, best first."""
+    with contextlib.suppress(FileNotFoundError):
+        yield from (base for base in (tempfile.gettempdir(),) if len(base) <= _LONGEST_TMP)
+    state = os.environ.get(VARIABLE, "")
+    yield from (base for base in ("/tmp", state, "/dev/shm") if base and len(base) <= _LONGEST_TMP)
+
+
 def credentials_path(run_dir: Path) -> Path:
     """The file with which tools of this user join the cluster's calls."""
     return run_dir / "credentials.json"
-
-
-def make_run_dir() -> Path:
-    """A new directory that only this user can enter. Raises StartError when there can be none."""
-    try:
-        base = tempfile.gettempdir()
-        return Path(tempfile.mkdtemp(prefix="em-", dir=base if len(base) <= _LONGEST_TMP else "/tmp"))
-    except OSError as error:
-        raise StartError(f"cannot make a temporary directory: {error}; TMPDIR says where") from error
 
 
 def make_admin_token(run_dir: Path) -> str:
@@ -114,7 +146,7 @@ def _directory() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.access(runtime, os.W_OK):
         return Path(runtime, "expertmesh")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "expertmesh", "run")
+    return Path(cache_home() or tempfile.gettempdir(), "expertmesh", "run")
 
 
 def _path(port: int) -> Path:

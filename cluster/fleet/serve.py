@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,18 +17,23 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from cluster.config import Config
 from cluster.config_load import tls_files
 from cluster.errors import ExpertMeshError, RayGone
-from cluster.fleet import local_ray, preflight, snapshot
+from cluster.fleet import local_ray, preflight, ray_logs, snapshot
 from cluster.fleet.mps import Mps
-from cluster.fleet.run_state import RunState, credentials_path, make_admin_token, make_run_dir
+from cluster.fleet.open_files import raise_limit
+from cluster.fleet.ray_token import ensure_token
+from cluster.fleet.run_state import RunDirectory, RunState, credentials_path, make_admin_token
 from cluster.fleet.signals import Signals, Stopped
 from cluster.fleet.watch import Watch
 from cluster.models import resolve
+from cluster.state_dir import cache_home
 from workers.transport.grpc.credentials import Credentials
 
 if TYPE_CHECKING:  # Ray is imported once its environment is in force
     from cluster.control.view import View
     from cluster.fleet.launch import Cluster
 
+_PATIENCE_S = 3.0  # after which a Ctrl-C does not wait for what Ray is doing
+_MISSING_AFTER_S = 3.0  # HAProxy makes its socket anew when it is configured anew
 _GONE_AFTER_S = 30.0  # without a word of the controller, Ray itself must be gone
 _TICK_S = 0.1
 
@@ -37,8 +41,9 @@ _TICK_S = 0.1
 def serve(config: Config, console: Console) -> None:
     """Run a cluster in the foreground until a signal ends it. Raises ExpertMeshError saying why it cannot start."""
     signals = Signals()
-    run_dir: Path | None = None
+    run: RunDirectory | None = None
     try:
+        open_files = raise_limit()
         if config.ray_address is None:
             preflight.check_port(config.host, config.port)
         checkpoint = resolve(config.model)
@@ -50,30 +55,29 @@ def serve(config: Config, console: Console) -> None:
         if config.ray_address is None:
             preflight.check_memory(plan)
         config = plan.config
-        run_dir = make_run_dir()
-        _run(config, plan, run_dir, signals, console)
+        run = RunDirectory.make()
+        os.environ.update(local_ray.environment(config, run.path, open_files))
+        _run(config, plan, run, signals, console)
     except Stopped:
         console.print("stopped", style="dim")
-    except ExpertMeshError:
-        if run_dir is not None and (logs := run_dir / "session_latest" / "logs").is_dir():
-            console.print(f"logs are in {logs}", style="dim", highlight=False)
-            run_dir = None
+    except ExpertMeshError as error:
+        if run is not None and (kept := ray_logs.keep(run.path / local_ray.LOGS, _logs_directory())) is not None:
+            raise type(error)(f"{error} (logs: {kept})") from error
         raise
     finally:
         signals.restore()
-        if run_dir is not None:
-            shutil.rmtree(run_dir, ignore_errors=True)
+        if run is not None:
+            run.remove()
 
 
-def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, console: Console) -> None:
+def _run(config: Config, plan: preflight.Plan, run: RunDirectory, signals: Signals, console: Console) -> None:
     """Everything between the start of Ray and its end; raises Stopped, or what went wrong."""
     from workers import device
     from workers.kernels.threads import process_environment
 
     began = time.monotonic()
-    os.environ.update(local_ray.environment(config, run_dir))
     if config.ray_address is None:
-        local_ray.ensure_token(os.environ)
+        ensure_token(os.environ)
     myself = psutil.Process()
     state = RunState(
         pid=myself.pid,
@@ -81,20 +85,31 @@ def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, 
         url=base_url(config),
         port=config.port,
         ray_address="",
-        run_dir=str(run_dir),
+        run_dir=str(run.path),
         model=plan.model_name,
         transport=plan.transport.transport,
         transport_reason=plan.transport.reason,
     )
     state.write()
-    mps = Mps(run_dir)
+    mps = Mps(run.path)
+
+    def give_up() -> None:
+        console.print("stopped", style="dim")
+        local_ray.kill_children()
+        mps.stop()
+        state.remove()
+        run.remove()
+        os._exit(0)
+
     with signals.deferred():
         try:
-            with console.status("starting Ray"):
-                variables = process_environment(plan.worker_threads) | (device.ENVIRONMENT if plan.gpus else {})
+            with console.status("starting Ray"), signals.heard_at_once(give_up, _PATIENCE_S):
+                # Of the most that any of them uses: each sets its own number when it starts.
+                threads = max(plan.worker_threads, plan.router_threads)
+                variables = process_environment(threads) | (device.ENVIRONMENT if plan.gpus else {})
                 if any(use.gpus < 1 for use in plan.uses) and config.ray_address is None:
                     variables |= _share_gpus(mps, console)
-                address = local_ray.start(config, run_dir, variables, n_gpus=len(plan.gpus))
+                address = local_ray.start(config, run.path, variables, n_gpus=len(plan.gpus))
             signals.install()  # Ray takes them when it starts
             signals.check()
             if (
@@ -104,7 +119,7 @@ def _run(config: Config, plan: preflight.Plan, run_dir: Path, signals: Signals, 
             console.print(f"Ray at {address}", style="dim", highlight=False)
             state = replace(state, ray_address=address)
             state.write()
-            _serve(config, plan, state, signals, console, began)
+            _serve(config, plan, state, run, signals, console, began)
         finally:
             with console.status("stopping"):
                 local_ray.stop(config)
@@ -122,7 +137,13 @@ def _share_gpus(mps: Mps, console: Console) -> Mapping[str, str]:
 
 
 def _serve(
-    config: Config, plan: preflight.Plan, state: RunState, signals: Signals, console: Console, began: float
+    config: Config,
+    plan: preflight.Plan,
+    state: RunState,
+    run: RunDirectory,
+    signals: Signals,
+    console: Console,
+    began: float,
 ) -> None:
     from cluster.fleet.launch import start_actors, wait_ready
 
@@ -151,20 +172,28 @@ def _serve(
         wait_ready(cluster, show, signals.check)
     _greet(config, plan, state, console, time.monotonic() - began)
     try:
-        _supervise(cluster, state, signals, Watch(console))
+        needed = local_ray.FILES if config.ray_address is None else ()
+        _supervise(cluster, state, lambda: run.missing(*needed), signals, Watch(console))
     except Stopped:
         _drain(cluster, state, config.drain_timeout_s, signals, console)
         raise
 
 
-def _supervise(cluster: Cluster, state: RunState, signals: Signals, watch: Watch) -> None:
-    """Keep the snapshot and tell of processes that leave and return, until a signal comes. ExpertMeshError if Ray ends.
+def _supervise(
+    cluster: Cluster, state: RunState, missing: Callable[[], Path | None], signals: Signals, watch: Watch
+) -> None:
+    """Keep the snapshot and tell of processes that leave and return, until a signal comes.
 
-    Ray restarts what dies; the data plane repairs itself; how many workers there are to be, the controller says.
+    Ray restarts what dies; the data plane repairs itself. How many workers there are to be, the controller says.
+    Raises ExpertMeshError if Ray ends, or if somebody removed files that the cluster cannot be reached without.
     """
-    heard = time.monotonic()
+    heard = whole = time.monotonic()
     while True:
         signals.check()
+        if (gone := missing()) is None:
+            whole = time.monotonic()
+        elif time.monotonic() - whole > _MISSING_AFTER_S:
+            raise ExpertMeshError(f"{gone} was removed, and with it the way in; keep {state.run_dir} while this runs")
         try:
             view = cluster.news(_TICK_S)
         except RayGone as error:
@@ -198,6 +227,11 @@ def _drain(cluster: Cluster, state: RunState, timeout_s: float, signals: Signals
         console.print(f"requests were still open after {timeout_s:g} s", style="yellow", highlight=False)
     except (RayGone, Stopped):
         pass
+
+
+def _logs_directory() -> Path:
+    """Where the logs of starts that failed are kept."""
+    return (cache_home() or Path("/nonexistent")) / "expertmesh" / "logs"
 
 
 def base_url(config: Config) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -49,6 +51,32 @@ class Signals:
             yield
         finally:
             self._deferred = self._arrived = False
+
+    @contextmanager
+    def heard_at_once(self, end: Callable[[], None], patience_s: float) -> Iterator[None]:
+        """Within, `end` is called in a thread when a signal has waited for `patience_s`.
+
+        Python tells of signals between two of its own instructions: a library that waits for minutes hides them.
+        """
+        asleep, awake = socket.socketpair()
+        awake.setblocking(False)
+        done = threading.Event()
+
+        def watch() -> None:
+            if asleep.recv(1) != b"" and not done.wait(patience_s):
+                end()
+
+        before = signal.set_wakeup_fd(awake.fileno(), warn_on_full_buffer=False)
+        watcher = threading.Thread(target=watch, name="signals", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            signal.set_wakeup_fd(before)
+            awake.close()
+            watcher.join()
+            asleep.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._arrived = True

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from cluster.control.view import Member, View
 from cluster.errors import ExpertMeshError
@@ -54,7 +56,21 @@ def read(port: int | None = None) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(Path(state.run_dir, _NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not Path(state.run_dir).is_dir():
+            raise ExpertMeshError(
+                f"{state.run_dir} was removed while the cluster on port {state.port} ran (process {state.pid}), "
+                "and with it the way in: `expertmesh stop`, and start it again"
+            ) from None
         raise ExpertMeshError(f"the cluster on port {state.port} is just starting (process {state.pid})") from None
     if time.time() - content["written"] > _STALE_S:
         raise ExpertMeshError(f"`expertmesh serve` (process {state.pid}) has said nothing for {_STALE_S:g} s")
-    return content
+    return content | {"listening": _listens(state)}
+
+
+def _listens(state: RunState) -> bool:
+    """Whether the port takes connections, whatever the processes behind it say of themselves."""
+    try:
+        socket.create_connection((urlsplit(state.url).hostname or "", state.port), timeout=2.0).close()
+    except OSError:
+        return False
+    return True

@@ -29,6 +29,8 @@ def show(content: dict[str, Any], console: Console) -> None:
     """Print a snapshot for people."""
     how = f"over {content['transport']} [dim]({content['transport_reason']})[/]"
     console.print(f"{content['model']} at [bold]{content['url']}[/] {how}", highlight=False)
+    if not content["listening"]:
+        console.print(f"[yellow]port {content['url'].rsplit(':', 1)[-1]} refuses connections[/]", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     on_gpu = any("gpu" in process["detail"] for process in content["processes"])
     for column in ("id", "state", "pid", "memory", *(["GPU"] if on_gpu else []), "address", ""):

@@ -23,8 +23,10 @@ from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.grammar import GrammarCompiler
 
 
-def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: Session) -> FastAPI:
-    """The OpenAI-compatible API of one model.
+def create_app(
+    config: Config, model: ModelCard, tokenizer: Tokenizer, session: Session, metrics: Metrics | None = None
+) -> FastAPI:
+    """The OpenAI-compatible API of one model. `metrics` says which gateway it is, where there are several.
 
     Raises ConfigError where the keys cannot be read, or where none is asked for and `config.host` can be reached from
     other machines.
@@ -32,7 +34,7 @@ def create_app(config: Config, model: ModelCard, tokenizer: Tokenizer, session: 
     check_exposure(config)
     keys = ApiKeys.from_file(config.api_keys_file) if config.api_keys_file is not None else None
     grammars = GrammarCompiler(model.path, model.vocab_size, tokenizer.eos_ids)
-    gateway = Gateway(config, model, tokenizer, TokenNames(tokenizer.pieces), session, Metrics(), grammars)
+    gateway = Gateway(config, model, tokenizer, TokenNames(tokenizer.pieces), session, metrics or Metrics(), grammars)
     app = FastAPI(
         title="ExpertMesh",
         description="A mixture-of-experts model behind OpenAI's API",

@@ -13,7 +13,7 @@ from cluster.gateway.keys import ApiKeys
 from cluster.gateway.metrics import Metrics
 
 # Probes, scrapers and the description of the API ask for no key; they show nothing of a request or an answer.
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/metrics/own", "/openapi.json", "/docs"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 CLIENT_GONE = 499
 

@@ -35,7 +35,12 @@ def service_routes(gateway: Gateway, version: str) -> APIRouter:
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}})
     async def metrics() -> Response:
-        """The gateway's Prometheus series."""
+        """The Prometheus series of all gateways, each with its name in the label `gateway`."""
+        return Response(await gateway.metrics.of_all(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/metrics/own", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}})
+    async def own_metrics() -> Response:
+        """The Prometheus series of the gateway that answers; through a port of several that is any of them."""
         return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router

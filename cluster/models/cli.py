@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import typer
 
 from cluster.errors import ExpertMeshError
 from cluster.models import resolve
+from cluster.state_dir import settle
 
 # The modules that import torch are imported by the commands that need them: every `expertmesh` command imports this.
 
@@ -25,6 +27,7 @@ Dest = Annotated[Path, typer.Argument(help="directory to write; must not exist o
 def one_line_errors() -> Iterator[None]:
     """An error made on purpose ends the command with one line on standard error and exit code 1."""
     try:
+        settle(os.environ)
         yield
     except ExpertMeshError as error:
         print(f"error: {error}", file=sys.stderr)

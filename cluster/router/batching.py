@@ -27,10 +27,14 @@ def logits_wanted(chunk: Chunk) -> int:
 
 
 def make_batch(chunks: Items[Chunk], wanted_S: Items[int], block_size: int) -> Batch:
-    """The batch that computes the chunks and gives the logits of the last `wanted_S[s]` rows of each."""
+    """The batch that computes the chunks and gives the logits of the last `wanted_S[s]` rows of each.
+
+    A token that a step under way will give has the id -1.
+    """
     tokens: list[int] = []
     for sequence, n in chunks:
-        tokens += sequence.tokens[sequence.computed : sequence.computed + n]
+        known_ids = sequence.tokens[sequence.computed : sequence.computed + n]
+        tokens += [*known_ids, *[-1] * (n - len(known_ids))]
     n_S = np.array([n for _, n in chunks])
     first_S = np.array([sequence.computed for sequence, _ in chunks])
     context_S = first_S + n_S

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
 from cluster.config import Config
+from cluster.router.compute import Compute, HostCompute
 from cluster.router.engine import Engine
 from cluster.router.grammar import GrammarCompiler
 from cluster.router.memory import check_memory, with_kv_cache
-from cluster.router.sizing import pool_blocks, step_bytes
+from cluster.router.sizing import context_limit, pool_blocks, step_bytes
 from workers.checkpoint import Checkpoint
 from workers.device import compute_dtype, pick
 from workers.kernels.memory import give_back
@@ -19,6 +21,8 @@ from workers.model.decoder import Decoder
 from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache, bytes_per_block
 from workers.shard import load_shard
+
+log = logging.getLogger(__name__)
 
 _WORKING_BYTES = 256 * 2**20  # activations and logits of a step, code
 
@@ -30,7 +34,9 @@ def build_engine(config: Config, source: str | Path | Checkpoint, experts: Exper
     Raises CheckpointError when a tensor is missing or wrong, StartError when memory does not suffice; both before
     anything is loaded.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source, pick(config.router_device))
+    if not isinstance(source, Checkpoint):
+        source = Checkpoint(source, pick(config.router_device), finite=config.check_weights)
+    checkpoint = source
     checkpoint.verify()
     device = checkpoint.device
     spec = checkpoint.spec
@@ -48,7 +54,29 @@ def build_engine(config: Config, source: str | Path | Checkpoint, experts: Exper
     cache = KVCache(spec, n_blocks, config.block_size, dtype, device)
     model = Decoder(spec, dense, experts, cache)
     give_back()
-    return Engine(model, config, GrammarCompiler(checkpoint.path, spec.vocab_size, spec.eos_ids))
+    grammars = GrammarCompiler(checkpoint.path, spec.vocab_size, spec.eos_ids)
+    return Engine(model, config, grammars, compute_on(model, config))
+
+
+def compute_on(model: Decoder, config: Config) -> Compute:
+    """How the steps of a model are computed: a step ahead where the model and its experts are on a GPU."""
+    if device_has_graphs(model):
+        from cluster.router.device_compute import DeviceCompute
+
+        limit = context_limit(config, model.spec, model.cache.n_blocks)
+        return DeviceCompute(model, config.max_sequences, limit, progress)
+    return HostCompute(model)
+
+
+def device_has_graphs(model: Decoder) -> bool:
+    """Whether decoding steps can be captured whole."""
+    return model.cache.device.type == "cuda" and model.ops.exact_rows and model.experts.only_launches
+
+
+def progress(done: int, total: int) -> None:
+    """Says how many of the captures are done."""
+    if done in (0, total):
+        log.info("decoding steps captured: %d of %d", done, total)
 
 
 def expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:

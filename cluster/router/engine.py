@@ -9,30 +9,25 @@ import logging
 import threading
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import accumulate
 
 from cluster.config import Config
 from cluster.errors import ExpertMeshError, RequestError
 from cluster.router import limits
 from cluster.router.batching import logits_wanted, make_batch
+from cluster.router.compute import Compute, Computed, Draw, Drawn, HostCompute, Logits
 from cluster.router.grammar import Grammar, GrammarCompiler
 from cluster.router.kv_blocks import KVBlocks
 from cluster.router.logprobs import token_logprobs
 from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
-from cluster.router.sampler import Sampler
 from cluster.router.scheduler import Chunk, Scheduler
 from cluster.router.sequence import Sequence, State
 from cluster.router.sizing import context_limit
-from workers.model.batch import Batch
 from workers.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
 _GRAMMAR_WAIT_S = 0.005  # commands wait as long
-
-Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +45,31 @@ class EngineStats:
     cached_tokens: int  # of prompts, that were in the KV cache already
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A step under way."""
+
+    chunks: list[Chunk]
+    wanted_S: list[int]
+    completes_S: list[bool]
+    computed: Computed | None = None
+
+    @property
+    def draws(self) -> list[Draw]:
+        """One for each sequence that gets a token."""
+        ends_S = accumulate(self.wanted_S)
+        return [
+            Draw(end - 1, chunk.sequence)
+            for chunk, end, completes in zip(self.chunks, ends_S, self.completes_S, strict=True)
+            if completes and chunk.sequence.params.max_tokens > 0
+        ]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the step after it can be started before it is complete."""
+        return all(chunk.sequence.is_free for chunk in self.chunks)
+
+
 class Engine:
     """Serves many sequences with one model.
 
@@ -58,8 +78,15 @@ class Engine:
     business.
     """
 
-    def __init__(self, model: Decoder, config: Config, grammars: GrammarCompiler | None = None) -> None:
-        """`grammars`: for the model's tokenizer; None: requests with a grammar are refused."""
+    def __init__(
+        self,
+        model: Decoder,
+        config: Config,
+        grammars: GrammarCompiler | None = None,
+        compute: Compute | None = None,
+    ) -> None:
+        """`grammars`: for the model's tokenizer; None: requests with a grammar are refused. `compute`: how steps are
+        computed; None: at once, with tokens drawn on the host."""
         self.model = model
         self._grammars = grammars
         self._blocks = KVBlocks(model.cache.n_blocks, model.cache.block_size)
@@ -71,7 +98,8 @@ class Engine:
             max_queue=config.max_queue,
             shares_prefixes=config.prefix_cache,
         )
-        self._sampler = Sampler(model.spec.vocab_size)
+        self._compute = compute or HostCompute(model)
+        self._flight: _Flight | None = None
         self._open: dict[str, Sequence] = {}
         self._outbox: list[StepOutput] = []
         # Held while the scheduler's state is looked at or changed, and not while the model computes. Blocks that are
@@ -117,30 +145,25 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
-        return bool(self._open or self._outbox)
+        return bool(self._open or self._outbox or self._flight)
 
     def step(self) -> list[StepOutput]:
-        """One forward pass over what the scheduler chose; what it gave, request by request.
+        """Start the next step over what the scheduler chose, and give what the one before it gave, request by request.
 
-        Nothing is committed before every layer of the whole batch is complete. Whatever fails, the engine lives on: the
-        requests of the batch end with an error, or all that are open when there was no batch yet.
+        Where a step cannot be started before the tokens of the one before are known, or computes at once, the order is
+        the other way round. Nothing is committed before every layer of the whole batch is complete. Whatever fails, the
+        engine lives on: the requests of the batch end with an error, or all that are open when there was no batch yet.
         """
         outputs, self._outbox = self._outbox, []
-        chunks: list[Chunk] = []
-        try:
-            with self._lock:
-                chunks = self._scheduler.schedule()
-                if not chunks:
-                    self._await_grammar()
-                    return outputs
-                wanted_S = [logits_wanted(chunk) for chunk in chunks]
-                batch = make_batch(chunks, wanted_S, self._blocks.block_size)
-            logits_RV = self._forward(batch)
-            with self._lock:
-                self._commit(chunks, wanted_S, logits_RV, outputs)
-        except Exception as error:
-            with self._lock:
-                outputs += self._fail([chunk.sequence for chunk in chunks] or list(self._open.values()), error)
+        if self._flight is not None and not self._flight.is_free:
+            self._land(outputs)
+        started = self._start(outputs)
+        self._land(outputs)
+        if started is not None:
+            self._depart(started)
+        self._flight = started
+        if not self._compute.runs_ahead:
+            self._land(outputs)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -157,39 +180,75 @@ class Engine:
             cached_tokens=self._cached,
         )
 
-    def _forward(self, batch: Batch) -> Logits:
-        """The wanted logits on the host, float32 [R, V]."""
-        experts = self.model.experts
-        self._steps += 1
-        experts.begin_step(self._steps)
-        logits_RV: Logits = self.model.forward(batch.split(experts.micro_batches(batch.n_rows))).cpu().numpy()
-        self._rows += batch.n_rows
-        return logits_RV
+    def _start(self, outputs: list[StepOutput]) -> _Flight | None:
+        """The next step, under way; None: there is nothing to compute, or it failed."""
+        chunks: list[Chunk] = []
+        try:
+            with self._lock:
+                chunks = self._scheduler.schedule()
+                if not chunks:
+                    if self._flight is None:
+                        self._await_grammar()
+                    return None
+                wanted_S = [logits_wanted(chunk) for chunk in chunks]
+                batch = make_batch(chunks, wanted_S, self._blocks.block_size)
+                flight = _Flight(chunks, wanted_S, [chunk.completes for chunk in chunks])
+                seats = [chunk.sequence.ahead for chunk in chunks]
+            self._steps += 1
+            self._rows += batch.n_rows
+            flight.computed = self._compute.start(self._steps, batch, seats, flight.draws)
+            return flight
+        except Exception as error:
+            with self._lock:
+                outputs += self._fail([chunk.sequence for chunk in chunks] or list(self._open.values()), error)
+            return None
 
-    def _commit(self, chunks: Items[Chunk], wanted_S: Items[int], logits_RV: Logits, outputs: list[StepOutput]) -> None:
-        """What is computed counts from here on; the sequences with nothing pending get their next token in `outputs`.
+    def _depart(self, flight: _Flight) -> None:
+        """What a step computes counts from here on, and its tokens are on their way where they are not known at once.
+
+        After the step before it has landed, so that every token it computes with is known.
+        """
+        with self._lock:
+            for sequence, n in flight.chunks:
+                if sequence.state is State.RUNNING:
+                    self._scheduler.commit(sequence, n)
+            if self._compute.runs_ahead:
+                for index, draw in enumerate(flight.draws):
+                    draw.sequence.ahead = index
+
+    def _land(self, outputs: list[StepOutput]) -> None:
+        """Wait for the step under way, if there is one, and commit what it gave."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        try:
+            assert flight.computed is not None
+            drawn = flight.computed.drawn()
+            with self._lock:
+                self._commit(flight, flight.computed, drawn, outputs)
+        except Exception as error:
+            with self._lock:
+                outputs += self._fail([chunk.sequence for chunk in flight.chunks], error)
+
+    def _commit(self, flight: _Flight, computed: Computed, drawn: Items[Drawn], outputs: list[StepOutput]) -> None:
+        """The sequences with nothing pending get their next token in `outputs`.
 
         Those that were cancelled while the model computed get nothing any more.
         """
-        sequences: list[Sequence] = []
-        rows: list[int] = []
         end = 0
-        for chunk, wanted in zip(chunks, wanted_S, strict=True):
-            sequence, completes = chunk.sequence, chunk.completes
+        tokens = iter(drawn)
+        for chunk, wanted, completes in zip(flight.chunks, flight.wanted_S, flight.completes_S, strict=True):
+            sequence = chunk.sequence
             end += wanted
+            given = next(tokens) if completes and sequence.params.max_tokens > 0 else None
             if sequence.state is State.ENDED:
                 continue
-            if sequence.prompt_logprobs is not None:
-                score_prompt(sequence, sequence.prompt_logprobs, logits_RV[end - wanted : end])
-            self._scheduler.commit(sequence, chunk.n)
-            if completes and sequence.params.max_tokens == 0:  # only the scores of its prompt were wanted
+            if sequence.wants_prompt_logprobs and sequence.prompt_logprobs is not None:
+                score_prompt(sequence, sequence.prompt_logprobs, computed.logits(end - wanted, end))
+            if given is not None:
+                outputs.append(self._emit(sequence, given))
+            elif completes:  # only the scores of its prompt were wanted
                 outputs.append(self._end(sequence, "length"))
-            elif completes:
-                sequences.append(sequence)
-                rows.append(end - 1)
-        if sequences:
-            logits_SV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
-            outputs += map(self._emit, sequences, self._sampler.sample(logits_SV, sequences), logits_SV)
 
     def _await_grammar(self) -> None:
         """Nothing can be computed because every grammar is still being compiled: let that have the time."""
@@ -198,21 +257,20 @@ class Engine:
                 sequence.sampling.grammar.wait(_GRAMMAR_WAIT_S)
                 return
 
-    def _emit(self, sequence: Sequence, token: int | RequestError, logits_V: Logits) -> StepOutput:
-        """Commit `token`, and end the sequence with it if it is the last."""
-        if isinstance(token, RequestError):
-            return self._end(sequence, "error", str(token))
+    def _emit(self, sequence: Sequence, given: Drawn) -> StepOutput:
+        """Commit a token, and end the sequence with it if it is the last."""
+        if isinstance(given.token, RequestError):
+            return self._end(sequence, "error", str(given.token))
         scores = sequence.take_prompt_logprobs()
-        sequence.append(token)
+        sequence.append(given.token)
         self._tokens += 1
         finish = sequence.finish()
         if finish is not None:
             self._close(sequence.request_id)
-        n_top = sequence.params.logprobs
-        logprobs = () if n_top is None else (token_logprobs(logits_V, token, n_top),)
+        logprobs = () if given.logprobs is None else (given.logprobs,)
         cached = sequence.cached if sequence.n_emitted == 1 else 0
         self._cached += cached
-        return StepOutput(sequence.request_id, (token,), logprobs, scores, finish, cached_tokens=cached)
+        return StepOutput(sequence.request_id, (given.token,), logprobs, scores, finish, cached_tokens=cached)
 
     def _end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> StepOutput:
         """End a sequence without a further token."""

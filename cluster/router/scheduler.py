@@ -109,7 +109,7 @@ class Scheduler:
         """The running sequences with one pending token, each with a block for it; preempts where there is none."""
         decoding: list[Sequence] = []
         for sequence in tuple(self.running):
-            if sequence.state is not State.RUNNING or sequence.pending != 1:
+            if sequence.state is not State.RUNNING or sequence.pending != 1 or sequence.awaits_its_end:
                 continue
             if sequence.computed == len(sequence.blocks) * self.blocks.block_size:
                 while not self.blocks.n_free and self.running[-1] is not sequence:

@@ -26,7 +26,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_keys", "blocks", "cached", "computed", "n_prompt", "params", "prompt_logprobs", "request_id",
+        "ahead", "block_keys", "blocks", "cached", "computed", "n_prompt", "params", "prompt_logprobs", "request_id",
         "sampling", "state", "stops", "tokens",
     )  # fmt: skip
 
@@ -47,7 +47,8 @@ class Sequence:
         goes_on = params.ignore_eos and grammar is None  # after a grammar's end nothing else may come
         self.stops = frozenset(params.stop_ids if goes_on else (*params.stop_ids, *eos_ids))
         self.sampling = SamplingState(params, prompt_ids, emitted_ids, grammar)
-        self.computed = 0  # tokens whose K and V are in the cache
+        self.computed = 0  # tokens whose K and V are in the cache, or will be once the steps under way are complete
+        self.ahead = -1  # which draw of the step under way is its next token; -1: every token is known here
         self.cached = 0  # of the prompt's tokens those that were there when it was admitted first
         self.blocks = array("i")
         self.block_keys: list[bytes] = []  # of its first blocks, each a function of all tokens up to its end
@@ -62,9 +63,24 @@ class Sequence:
         return len(self.tokens) - self.n_prompt
 
     @property
+    def n_known(self) -> int:
+        """Tokens that there are, that of a step under way included."""
+        return len(self.tokens) + (self.ahead >= 0)
+
+    @property
     def pending(self) -> int:
-        """Tokens that are known but not in the cache: 1 while it decodes, more while it prefills."""
-        return len(self.tokens) - self.computed
+        """Tokens that there are but not in the cache: 1 while it decodes, more while it prefills."""
+        return self.n_known - self.computed
+
+    @property
+    def awaits_its_end(self) -> bool:
+        """Whether the token of the step under way is its last, whatever it is."""
+        return self.ahead >= 0 and self.n_known - self.n_prompt >= self.params.max_tokens
+
+    @property
+    def is_free(self) -> bool:
+        """Whether its next token but one can be computed before its next one is known to the host."""
+        return self.sampling.seen is None and self.sampling.grammar is None and not self.wants_prompt_logprobs
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -89,17 +105,20 @@ class Sequence:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can be computed: its grammar, if it has one, is compiled."""
+        """Whether it can be admitted: its tokens are known, and its grammar, if it has one, is compiled."""
+        if self.ahead >= 0:
+            return False
         return self.sampling.grammar is None or self.sampling.grammar.wait(0)
 
     @property
     def bans_stops(self) -> bool:
         """Whether the next token must not end the sequence."""
-        return self.n_emitted < self.params.min_tokens
+        return self.n_known - self.n_prompt < self.params.min_tokens
 
     def append(self, token: int) -> None:
         """One more emitted token."""
         self.tokens.append(token)
+        self.ahead = -1
         if self.sampling.seen is not None:
             self.sampling.seen.add(token)
         if self.sampling.grammar is not None:

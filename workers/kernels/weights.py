@@ -48,3 +48,10 @@ class Matrix:
         values, scale, bias = parts
         assert values is not None
         return Matrix(values, scale, bias)
+
+
+def expert_format(name: str, dtype: torch.dtype) -> WeightFormat:
+    """What `--expert-dtype` means: "fp8" (weights in e4m3), "fp8-rows" (rows too); anything else: `dtype`."""
+    if name not in ("fp8", "fp8-rows"):
+        return WeightFormat(dtype)
+    return WeightFormat(torch.float8_e4m3fn, scaled=True, rows=name == "fp8-rows")

@@ -27,10 +27,10 @@ _TOKEN, _POSITION, _SLOT, _SEAT, _LIVE = range(5)
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """One size: where a step's inputs go, and where its logits are."""
+    """One size: where a step's inputs go, whatever else the graph reads, and where its logits are."""
 
     inputs_5T: Tensor  # int64
-    table_TB: Tensor  # int32
+    metadata: AttentionMetadata
     graph: Graph
     logits_TV: Tensor
 
@@ -87,7 +87,8 @@ class DecodeGraphs:
         host_5T[_LIVE, 0] = n
         captured.inputs_5T.copy_(host_5T, non_blocking=True)
         table_SB = batch.block_table_SB
-        captured.table_TB[:n, : table_SB.shape[1]] = to_device(table_SB, captured.table_TB.device)
+        table_TB = captured.metadata.block_table_SB
+        table_TB[:n, : table_SB.shape[1]] = to_device(table_SB, table_TB.device)
         captured.graph.replay()
         return captured.logits_TV[:n]
 
@@ -114,4 +115,4 @@ class DecodeGraphs:
         compute(ops)  # compiles what is not compiled yet
         torch.cuda.synchronize(device)
         graph, logits_TV = ops.capture(compute)
-        return _Captured(inputs_5T, table_TB, graph, logits_TV)
+        return _Captured(inputs_5T, metadata, graph, logits_TV)

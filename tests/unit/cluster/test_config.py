@@ -58,6 +58,7 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "allow_no_keys": "true",
         "generation_defaults": "false",
         "trusted_network": "true",
+        "state_dir": str(tmp_path),
         "tool_call_parser": "hermes",
         "rebalance": "off",
         "rebalance_min_gain": "0.2",
@@ -205,3 +206,19 @@ def test_yaml_mistakes(tmp_path: Path, text: str, says: str) -> None:
 def test_missing_config_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--config .*nowhere.yaml: No such file"):
         load({}, {}, tmp_path / "nowhere.yaml")
+
+
+def test_what_kubernetes_puts_into_the_environment_is_no_option() -> None:
+    """A Service called `expertmesh` sets EXPERTMESH_PORT in every pod of its namespace."""
+    loaded = load({}, {"EXPERTMESH_PORT": "tcp://10.96.0.12:8000", "EXPERTMESH_PORT_8000_TCP": "tcp://10.96.0.12:8000"})
+    assert loaded.config.port == 8000 and loaded.origins["port"] == "default"
+    (note,) = loaded.notes
+    assert note.startswith("EXPERTMESH_PORT=tcp://10.96.0.12:8000 is ignored")
+    with pytest.raises(ConfigError, match="port"):
+        load({}, {"EXPERTMESH_PORT": "tcp"})
+
+
+def test_paths_are_absolute_for_processes_that_work_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").write_text("k")
+    assert load({"api_keys_file": "keys"}, {}).config.api_keys_file == tmp_path / "keys"

@@ -20,6 +20,7 @@ from workers.kernels.cuda.tiles import ExpertPlan, Tile, Weights, card, expert_p
 E4M3 = torch.float8_e4m3fn
 _ONE_PROGRAM = 32768  # pairs times experts that one program sorts
 _CHUNK = 64
+_BULK_ROWS = 128  # from so many pairs a block on the copy engine fetches them too
 _H_SCALE = 128  # columns of h that share a scale, whatever the tile: else a row's bits would depend on it
 
 
@@ -74,14 +75,21 @@ def compute(
         assert plan.up.bn == _H_SCALE and _H_SCALE % plan.down.bk == 0, "tiles of rows in 8 bits"
     h_scale = torch.empty(n_pairs, -(-f // _H_SCALE), dtype=torch.float32, device=x_TD.device) if slots.rows8 else None
     m = routed.blocks_3M.shape[1]
+    together = plan.bm >= _BULK_ROWS and bulk_copies(slots.w13) and bulk_copies(slots.w2)
+    x: Any = x_TD
+    if together:
+        x_PD = torch.empty(n_pairs, d, dtype=x_TD.dtype, device=x_TD.device)
+        routing.gather_kernel[(n_pairs, -(-d // 4096))](x_TD, routed.place_P, x_PD, D=d, K=ids_TK.shape[1], BD=4096)
+        x = descriptor(x_PD, plan.bm, plan.up.bk)
     up, how = _operand(slots.w13, plan.up)
     kernels.gate_up_kernel[(m * -(-f // plan.up.bn),)](
-        x_TD, x_scale_T, up, slots.s13, h_PF, h_scale, routed.order_P, routed.blocks_3M, m, D=d, F=f,
-        K=ids_TK.shape[1], BM=plan.bm, W8=bits8, A8=slots.rows8, **how,
+        x, x_scale_T, up, slots.s13, h_PF, h_scale, routed.order_P, routed.blocks_3M, m, D=d, F=f,
+        K=ids_TK.shape[1], BM=plan.bm, X_TMA=together, W8=bits8, A8=slots.rows8, **how,
     )  # fmt: skip
     down, how = _operand(slots.w2, plan.down)
     kernels.down_kernel[(m * -(-d // plan.down.bn),)](
-        h_PF, h_scale, down, slots.s2, y_PD, routed.blocks_3M, m, D=d, F=f, HN=_H_SCALE, BM=plan.bm, W8=bits8,
+        descriptor(h_PF, plan.bm, plan.down.bk) if together else h_PF, h_scale, down, slots.s2, y_PD,
+        routed.blocks_3M, m, D=d, F=f, HN=_H_SCALE, BM=plan.bm, X_TMA=together, W8=bits8,
         A8=slots.rows8, **how,
     )  # fmt: skip
     return y_PD, routed.place_P
@@ -96,7 +104,7 @@ def route(ids_TK: Tensor, slot_E: Tensor, count_E: Tensor, bm: int, n_blocks: in
     if max(p2, m2) * e2 <= _ONE_PROGRAM:
         routing.route_kernel[(1,)](
             ids_TK, slot_E, order_P, place_P, blocks_3M, count_E, n_pairs, n_blocks, E=n_experts, E2=e2, P2=p2, M2=m2,
-            BM=bm, num_warps=4 if p2 * e2 <= 2048 else 8, **options(device),
+            BM=bm, num_warps=1 if p2 * e2 <= 512 else 4 if p2 * e2 <= 2048 else 8, **options(device),
         )  # fmt: skip
         return Routed(order_P, place_P, blocks_3M)
     n_chunks = -(-n_pairs // _CHUNK)

@@ -17,12 +17,12 @@ from workers.kernels.cuda.compiled.sampling import draw_kernel
 class Draws:
     """Who draws, and how; everything on the device."""
 
-    row_R: Tensor  # int32: the row of the logits
-    slot_R: Tensor  # int32: where the token is kept for the next step
-    temperature_R: Tensor  # float32; below 1e-5: the likeliest token
-    top_k_R: Tensor  # int32; 0: off
+    row_R: Tensor  # int64: the row of the logits
+    slot_R: Tensor  # int64: where the token is kept for the next step
+    temperature_R: Tensor  # float64; below 1e-5: the likeliest token
+    top_k_R: Tensor  # int64; 0: off
     top_p_R: Tensor  # float64
-    min_p_R: Tensor  # float32
+    min_p_R: Tensor  # float64
     seed_R: Tensor  # int64, the bits of an unsigned
     position_R: Tensor  # int64
 

@@ -36,7 +36,7 @@ class StepWorker:
     def __init__(self, shard: Shard, launch: Launch, n_routers: int, n_rows: int, top_k: int) -> None:
         """n_rows: T, the most rows of a router in a step."""
         device = shard.device
-        self.status = torch.zeros(1, dtype=torch.int32, device=device)
+        self.status = torch.zeros(1, dtype=torch.int64, device=device)
         self._shard, self._launch, self._top_k = shard, launch, top_k
         self._step_M = torch.full((n_routers,), _NO_PART, dtype=torch.int64, device=device)
         self._x = torch.zeros(n_routers * n_rows, shard.hidden_size, dtype=shard.dtype, device=device)

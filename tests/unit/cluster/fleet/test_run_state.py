@@ -1,5 +1,7 @@
 """Catches `status` and `stop` that find a dead cluster, a stranger's process, or the wrong one of two."""
 
+import fcntl
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from cluster.control.view import View
 from cluster.errors import ExpertMeshError, StartError
 from cluster.fleet import snapshot
-from cluster.fleet.run_state import RunState, find, make_run_dir
+from cluster.fleet.run_state import RunDirectory, RunState, find
 from cluster.placement.placement import striped
 
 
@@ -56,7 +58,7 @@ def test_a_damaged_note_is_no_cluster(mine: RunState, tmp_path: Path) -> None:
 
 def test_nowhere_to_leave_the_note_is_one_clear_error(mine: RunState, tmp_path: Path) -> None:
     (tmp_path / "expertmesh").write_text("a file where the directory should be")
-    with pytest.raises(StartError, match="XDG_RUNTIME_DIR"):
+    with pytest.raises(StartError, match="--state-dir"):
         mine.write()
     mine.remove()
 
@@ -66,14 +68,48 @@ def test_a_directory_that_is_gone_or_full_costs_the_snapshot_and_not_the_cluster
     state = replace(mine, run_dir=f"{mine.run_dir}/gone")
     state.write()
     snapshot.write(state, view)
-    with pytest.raises(ExpertMeshError, match="just starting"):
+    with pytest.raises(ExpertMeshError, match="/gone was removed"):
         snapshot.read()
 
 
 def test_the_run_directory_is_private_and_short_enough_for_sockets() -> None:
-    directory = make_run_dir()
+    run = RunDirectory.make()
     try:
-        assert directory.stat().st_mode & 0o077 == 0
-        assert len(str(directory)) < 30
+        assert run.path.stat().st_mode & 0o077 == 0
+        assert len(str(run.path)) < 30
     finally:
-        directory.rmdir()
+        run.remove()
+    assert not run.path.exists()
+
+
+def test_what_tidies_temporary_directories_finds_it_in_use() -> None:
+    """systemd-tmpfiles leaves a directory alone while somebody holds a lock on it."""
+    run = RunDirectory.make()
+    directory = os.open(run.path, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    finally:
+        os.close(directory)
+        run.remove()
+
+
+def test_what_was_removed_is_named() -> None:
+    run = RunDirectory.make()
+    (run.path / "haproxy").touch()
+    assert run.missing("haproxy") is None
+    assert run.missing("haproxy", "admin") == run.path / "admin"
+    (run.path / "haproxy").unlink()
+    run.path.rmdir()
+    assert run.missing() == run.path
+    run.remove()
+
+
+def test_a_long_temporary_directory_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets have at most 107 characters of path."""
+    long = tmp_path / ("a" * 30)
+    long.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    run = RunDirectory.make()
+    assert run.path.parent != long
+    run.remove()

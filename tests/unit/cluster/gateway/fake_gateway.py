@@ -20,6 +20,7 @@ from cluster.errors import RequestError
 from cluster.gateway.app import create_app
 from cluster.gateway.context import ModelCard
 from cluster.gateway.defaults import read_defaults
+from cluster.gateway.metrics import Metrics
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
 
@@ -111,7 +112,14 @@ class Served:
 
 
 @contextmanager
-def serve(path: Path, vocab_size: int | None = None, *, max_context: int = 256, **options: Any) -> Iterator[Served]:
+def serve(
+    path: Path,
+    vocab_size: int | None = None,
+    *,
+    max_context: int = 256,
+    metrics: Metrics | None = None,
+    **options: Any,
+) -> Iterator[Served]:
     """`vocab_size`: rows of the model's embedding; default: one for each token."""
     tokenizer = Tokenizer(path)
     vocab_size = vocab_size or tokenizer.vocab_size
@@ -120,7 +128,7 @@ def serve(path: Path, vocab_size: int | None = None, *, max_context: int = 256, 
         "tiny", str(path), max_context=max_context, vocab_size=vocab_size, created=1_700_000_000,
         defaults=read_defaults(path),
     )  # fmt: skip
-    app = create_app(Config(**options), model, tokenizer, session)
+    app = create_app(Config(**options), model, tokenizer, session, metrics)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.gateway.metrics import Metrics
 from tests.unit.cluster.gateway.fake_gateway import Served, serve
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
@@ -154,3 +155,30 @@ def test_keys_close_everything_that_shows_or_costs_something(byte_level_path: Pa
 def test_a_long_prompt_does_not_hold_up_other_requests(served: Served) -> None:
     response = httpx.post(f"{served.url}/tokenize", json={"prompt": "word " * 15_000})
     assert response.json()["count"] == len(served.tokenizer.encode("word " * 15_000))
+
+
+def test_a_scrape_of_one_of_several_gateways_is_of_all(byte_level_path: Path) -> None:
+    """Behind one port a scrape meets any of them: counters must not jump between those of one and of another."""
+    mine = Metrics("gateway-0")
+    with (
+        serve(byte_level_path, metrics=mine) as one,
+        serve(byte_level_path, metrics=Metrics("gateway-1")) as two,
+    ):
+        mine.peers = {"gateway-1": f"{two.url}/metrics/own", "gateway-2": "http://127.0.0.1:9/metrics/own"}
+        for _ in range(3):
+            httpx.get(f"{two.url}/health")
+        httpx.get(f"{one.url}/health")
+        text = httpx.get(f"{one.url}/metrics").text
+        own = httpx.get(f"{two.url}/metrics/own").text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    up = {sample.labels["gateway"]: sample.value for sample in families["expertmesh_gateway_up"].samples}
+    assert up == {"gateway-0": 1, "gateway-1": 1, "gateway-2": 0}
+    health = {
+        sample.labels["gateway"]: sample.value
+        for sample in families["expertmesh_gateway_requests"].samples
+        if sample.name.endswith("_total") and sample.labels["route"] == "/health"
+    }
+    assert health == {"gateway-0": 1, "gateway-1": 3}
+    names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(names) == len(set(names)), "a family in two places is no exposition"
+    assert 'gateway="gateway-1"' in own and 'gateway="gateway-0"' not in own

@@ -14,7 +14,7 @@ from workers.kernels.cuda.compiled.tile import product, tile_of
 
 @triton.jit(do_not_specialize=["M"])
 def gate_up_kernel(
-    x_ptr,  # [T, D]
+    x_ptr,  # [T, D]; with X_TMA the descriptor of blocks [BM, BK] of the pairs' rows in order, [P, D]
     x_scale_ptr,  # float32 [T], with an x of 8 bits
     w_ptr,  # [S, 2F, D], or its descriptor [S * 2F, D] of blocks [BN, BK]
     w_scale_ptr,  # float32 [S, 2F], with weights of 8 bits
@@ -32,6 +32,7 @@ def gate_up_kernel(
     GROUP: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
+    X_TMA: tl.constexpr,
     W8: tl.constexpr,
     A8: tl.constexpr,
     PDL: tl.constexpr,
@@ -44,12 +45,14 @@ def gate_up_kernel(
     slot = tl.load(block_ptr + block)
     if slot < 0:
         return
-    row = tl.load(block_ptr + M + block) + tl.arange(0, BM)
+    first_row = tl.load(block_ptr + M + block)
+    row = first_row + tl.arange(0, BM)
     is_row = row < tl.load(block_ptr + 2 * M + block)
     token = tl.load(order_ptr + row, mask=is_row, other=0) // K
     k = tl.arange(0, BK)
     whole_k: tl.constexpr = D % BK == 0
-    x_at = x_ptr + token[:, None] * D + k[None, :]
+    if not X_TMA:
+        x_at = x_ptr + token[:, None] * D + k[None, :]
     column = n * BN + tl.arange(0, BN)
     first = slot * (2 * F) + n * BN
     if not TMA:
@@ -58,7 +61,9 @@ def gate_up_kernel(
     shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
     gate, up = tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
     for start in range(0, D, BK):
-        if whole_k:
+        if X_TMA:  # rows of other blocks come along, and are not stored
+            x = x_ptr.load([first_row, start])
+        elif whole_k:
             x = tl.load(x_at + start, mask=is_row[:, None], other=0.0)
         else:
             x = tl.load(x_at + start, mask=is_row[:, None] & (start + k < D)[None, :], other=0.0)
@@ -102,7 +107,7 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def down_kernel(
-    h_ptr,  # [P, F]
+    h_ptr,  # [P, F], or with X_TMA its descriptor of blocks [BM, BK]
     h_scale_ptr,  # float32 [P, F / HN], with an h of 8 bits
     w_ptr,  # [S, D, F], or its descriptor [S * D, F] of blocks [BN, BK]
     w_scale_ptr,  # float32 [S, D], with weights of 8 bits
@@ -118,6 +123,7 @@ def down_kernel(
     GROUP: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
+    X_TMA: tl.constexpr,
     W8: tl.constexpr,
     A8: tl.constexpr,
     PDL: tl.constexpr,
@@ -129,11 +135,13 @@ def down_kernel(
     slot = tl.load(block_ptr + block)
     if slot < 0:
         return
-    row = tl.load(block_ptr + M + block) + tl.arange(0, BM)
+    first_row = tl.load(block_ptr + M + block)
+    row = first_row + tl.arange(0, BM)
     is_row = row < tl.load(block_ptr + 2 * M + block)
     k = tl.arange(0, BK)
     whole_k: tl.constexpr = F % BK == 0
-    h_at = h_ptr + row[:, None].to(tl.int64) * F + k[None, :]
+    if not X_TMA:
+        h_at = h_ptr + row[:, None].to(tl.int64) * F + k[None, :]
     column = n * BN + tl.arange(0, BN)
     first = slot * D + n * BN
     if not TMA:
@@ -141,7 +149,9 @@ def down_kernel(
     shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
     acc = tl.zeros(shape, tl.float32)
     for start in range(0, F, BK):
-        if whole_k:
+        if X_TMA:
+            h = h_ptr.load([first_row, start])
+        elif whole_k:
             h = tl.load(h_at + start, mask=is_row[:, None], other=0.0)
         else:
             h = tl.load(h_at + start, mask=is_row[:, None] & (start + k < F)[None, :], other=0.0)

@@ -73,10 +73,12 @@ def add_norm_kernel(
     if DELTA == 1:
         delta = tl.load(delta_ptr + t * D + d, mask=inside, other=0.0).to(tl.float32)
         r = tl.fma(delta, scale, r.to(tl.float32)).to(r.dtype)
+        tl.debug_barrier()  # threads may hold the same entries: all have read before one writes
         tl.store(residual_ptr + t * D + d, r, mask=inside)
     if DELTA == 2:
         delta = weighted_row(delta_ptr, place_ptr + t * K, weight_TK_ptr + t * K, d, D, K, K2)
         r = tl.fma(delta.to(r.dtype).to(tl.float32), scale, r.to(tl.float32)).to(r.dtype)
+        tl.debug_barrier()
         tl.store(residual_ptr + t * D + d, r, mask=inside)
     f = r.to(tl.float32)
     f = f * tl.rsqrt(tl.sum(f * f, 0) / D + eps)

@@ -122,3 +122,20 @@ def place_kernel(
     here = tl.sum(is_its, 1) > 0
     tl.store(place_ptr + pair, tl.where(here, place, -1), mask=pair < P)
     tl.store(order_ptr + place, pair, mask=here)
+
+
+@triton.jit
+def gather_kernel(
+    x_ptr,  # [T, D]
+    place_ptr,  # int32 [P]
+    rows_ptr,  # out [P, D]
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The row of every pair at its place, so that a row block's rows follow each other."""
+    pair, d = tl.program_id(0), tl.program_id(1) * BD + tl.arange(0, BD)
+    place = tl.load(place_ptr + pair)
+    if place >= 0:
+        row = tl.load(x_ptr + (pair // K).to(tl.int64) * D + d, mask=d < D)
+        tl.store(rows_ptr + place.to(tl.int64) * D + d, row, mask=d < D)

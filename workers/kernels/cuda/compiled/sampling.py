@@ -57,16 +57,16 @@ def uniform(seed, position):
 @triton.jit
 def draw_kernel(
     logits_ptr,  # float32 [.., V]
-    row_ptr,  # int32 [R]: the row of `logits` to look at
+    row_ptr,  # int64 [R]: the row of `logits` to look at
     work_ptr,  # float32 [R, V]: scratch
-    temperature_ptr,  # float32 [R]; below 1e-5: the likeliest token
-    top_k_ptr,  # int32 [R]; 0: off
+    temperature_ptr,  # float64 [R]; below 1e-5: the likeliest token
+    top_k_ptr,  # int64 [R]; 0: off
     top_p_ptr,  # float64 [R]
-    min_p_ptr,  # float32 [R]
+    min_p_ptr,  # float64 [R]
     seed_ptr,  # int64 [R], its bits unsigned
     position_ptr,  # int64 [R]
     token_ptr,  # out int32 [R]; -1: the logits are not finite
-    slot_ptr,  # int32 [R]: where the token is kept for the next step
+    slot_ptr,  # int64 [R]: where the token is kept for the next step
     last_ptr,  # out int32 [slots]
     V,
     BLOCK: tl.constexpr,
@@ -85,7 +85,7 @@ def draw_kernel(
     top = tl.max(best, 0)
     token = tl.min(tl.where(best == top, where, V), 0)
     finite = (tl.sum(odd, 0) == 0) & (tl.abs(top) < float("inf"))
-    temperature = tl.load(temperature_ptr + r)
+    temperature = tl.load(temperature_ptr + r).to(tl.float32)
     if finite & (temperature >= 1e-5):
         work_at = work_ptr + r.to(tl.int64) * V
         for start in range(0, V, BLOCK):
@@ -113,7 +113,7 @@ def draw_kernel(
                 enough = sum_from(work_at, middle, V, BLOCK) >= mass
                 least = tl.where(enough, middle, least)
                 high = tl.where(enough, high, middle - 1)
-        least = tl.maximum(least, as_key(tl.load(min_p_ptr + r)))
+        least = tl.maximum(least, as_key(tl.load(min_p_ptr + r).to(tl.float32)))
         target = uniform(tl.load(seed_ptr + r), tl.load(position_ptr + r)) * sum_from(work_at, least, V, BLOCK)
         before, found, last = tl.sum(tl.zeros([BLOCK], tl.float64), 0), V, 0
         for start in range(0, V, BLOCK):

@@ -108,8 +108,9 @@ def everything(name: str, capability: tuple[int, int]) -> None:
         quantized_rows(on(4, 2880))
     rows.choose(on(4, 256, dtype=torch.float32), GateSpec(8, "sigmoid"), on(256, dtype=torch.float32))
     n = ints(4)
-    floats, longs = on(4, dtype=torch.float32), ints(4, dtype=torch.int64)
-    how = sampling.Draws(n, n, floats, n, on(4, dtype=torch.float64), floats, longs, longs)
+    longs = ints(4, dtype=torch.int64)
+    doubles = on(4, dtype=torch.float64)
+    how = sampling.Draws(longs, longs, doubles, longs, doubles, doubles, longs, longs)
     sampling.draw(on(4, 151936, dtype=torch.float32), how, n)
 
 

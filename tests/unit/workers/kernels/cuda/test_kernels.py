@@ -109,7 +109,7 @@ def test_experts(seed: int) -> None:
     t, d, f = draw.choice((1, 3, 17, 40)), 8 * draw.randint(2, 12), 8 * draw.randint(2, 12)
     slots = random_slots(draw, seed, d, f)
     x, ids = normal(seed, t, d), random_ids(draw, slots, t)
-    plan = ExpertPlan(draw.choice((16, 32)), tile(draw, (16, 32), (16, 32)), tile(draw, (16, 32), (16, 32)))
+    plan = ExpertPlan(draw.choice((16, 32, 128)), tile(draw, (16, 32), (16, 32)), tile(draw, (16, 32), (16, 32)))
     y, place = compute(x, ids, slots, plan=plan)
     want = expected_rows(x, ids, slots)
     close(by_pair(y, place, ids), want)
@@ -274,10 +274,10 @@ def draws(n: int, seed: int, **how: Any) -> sampling.Draws:
     def of(value: Any, dtype: torch.dtype) -> Tensor:
         return torch.full((n,), value, dtype=dtype, device=DEVICE)
 
-    index = torch.arange(n, dtype=torch.int32, device=DEVICE)
+    index = torch.arange(n, device=DEVICE)
     return sampling.Draws(
-        index, index, of(how.get("temperature", 1.0), torch.float32), of(how.get("top_k", 0), torch.int32),
-        of(how.get("top_p", 1.0), torch.float64), of(how.get("min_p", 0.0), torch.float32), of(seed, torch.int64),
+        index, index, of(how.get("temperature", 1.0), torch.float64), of(how.get("top_k", 0), torch.int64),
+        of(how.get("top_p", 1.0), torch.float64), of(how.get("min_p", 0.0), torch.float64), of(seed, torch.int64),
         torch.arange(n, device=DEVICE) + 2**33,
     )  # fmt: skip
 

@@ -1,0 +1,100 @@
+"""From a batch to tokens: on the host's terms, each step at once. `device_compute` does it on a GPU, a step ahead.
+
+Shape legend: R rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import RequestError
+from cluster.router.logprobs import token_logprobs
+from cluster.router.params import TokenLogprobs
+from cluster.router.sampler import Sampler
+from cluster.router.sequence import Sequence
+from workers.model.batch import Batch
+from workers.model.decoder import Decoder
+
+Logits = NDArray[np.float32]
+
+
+class Draw(NamedTuple):
+    """A token that is to be drawn for a sequence, from a row of the wanted logits."""
+
+    row: int
+    sequence: Sequence
+
+
+class Drawn(NamedTuple):
+    """The token, or why there is none, and its log-probabilities where they are asked for."""
+
+    token: int | RequestError
+    logprobs: TokenLogprobs | None = None
+
+
+class Computed(Protocol):
+    """A step that was started."""
+
+    def drawn(self) -> list[Drawn]:
+        """What was drawn, in the order of the draws; waits for the step to be complete. Once."""
+
+    def logits(self, begin: int, end: int) -> Logits:
+        """Rows of the wanted logits, [n, V]. Of steps that score prompts only."""
+
+
+class Compute(Protocol):
+    """Starts steps. Not thread-safe: one step loop owns it."""
+
+    runs_ahead: bool  # whether a step may be started before what the one before it drew is known
+
+    def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
+        """Start step number `step`. A token id of -1 is the one that the step before drew; `seats[s]`: as which of its
+        draws, for each sequence of the batch; -1: none."""
+
+
+class HostCompute:
+    """Logits to the host, tokens drawn there."""
+
+    runs_ahead = False
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+        self._sampler = Sampler(model.spec.vocab_size)
+
+    def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
+        """Computes it all."""
+        experts = self._model.experts
+        experts.begin_step(step)
+        batches = batch.split(experts.micro_batches(batch.n_rows))
+        return _OnHost(self._model.forward(batches).cpu().numpy(), draws, self._sampler)
+
+
+class _OnHost:
+    """Logits that are complete."""
+
+    def __init__(self, logits_RV: Logits, draws: Items[Draw], sampler: Sampler) -> None:
+        self._logits_RV = logits_RV
+        self._draws = draws
+        self._sampler = sampler
+
+    def logits(self, begin: int, end: int) -> Logits:
+        return self._logits_RV[begin:end]
+
+    def drawn(self) -> list[Drawn]:
+        if not self._draws:
+            return []
+        rows = [draw.row for draw in self._draws]
+        logits_SV = self._logits_RV if len(rows) == len(self._logits_RV) else self._logits_RV[rows]
+        sequences = [draw.sequence for draw in self._draws]
+        return list(map(_scored, self._sampler.sample(logits_SV, sequences), sequences, logits_SV))
+
+
+def _scored(token: int | RequestError, sequence: Sequence, logits_V: Logits) -> Drawn:
+    n_top = sequence.params.logprobs
+    if n_top is None or isinstance(token, RequestError):
+        return Drawn(token)
+    return Drawn(token, token_logprobs(logits_V, token, n_top))

@@ -1,0 +1,73 @@
+"""Steps on a GPU, one ahead of the host: decoding by captured graphs, prompts kernel by kernel, tokens drawn there.
+
+The next step reads the token that was drawn for a sequence from the device; the host waits once a step, for the tokens
+of the step before. Everything runs on one stream, in order: a block that a cancelled sequence gave back is written by
+whoever got it after the last step that still knew its old owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.router.compute import Computed, Draw, Drawn, Logits
+from cluster.router.device_sampler import DeviceSampler, Pending
+from workers.device import to_device
+from workers.model.batch import Batch
+from workers.model.decode_graphs import DecodeGraphs
+from workers.model.decoder import Decoder
+
+
+class DeviceCompute:
+    """The steps of a model on a GPU whose experts only launch."""
+
+    runs_ahead = True
+
+    def __init__(
+        self,
+        model: Decoder,
+        max_sequences: int,
+        max_context: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Captures the decoding steps; `progress` is told how many of how many are done."""
+        self._model = model
+        self._n_seats = max_sequences
+        self._graphs = DecodeGraphs(model, max_sequences, max_context)
+        self._graphs.capture(max_sequences, progress)
+        self._sampler = DeviceSampler(model.spec.vocab_size, self._graphs.last_N)
+
+    def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
+        self._model.experts.begin_step(step)
+        known = [seat if seat >= 0 else self._n_seats for seat in seats]
+        if self._graphs.takes(batch):
+            logits_RV = self._graphs.run(batch, known)
+        else:
+            seat_T = np.repeat(np.array(known), np.diff(batch.q_start))
+            device = self._model.cache.device
+            token_T = self._graphs.known(
+                to_device(batch.token_ids_T, device), to_device(torch.from_numpy(seat_T), device)
+            )
+            logits_RV = self._model.forward([replace(batch, token_ids_T=token_T)])
+        scores = any(draw.sequence.wants_prompt_logprobs for draw in draws) or len(batch.logit_rows_R) > len(draws)
+        return _OnDevice(self._sampler.start(logits_RV, draws), logits_RV if scores else None)
+
+
+class _OnDevice:
+    """A step that runs."""
+
+    def __init__(self, pending: Pending, logits_RV: Tensor | None) -> None:
+        self._pending = pending
+        self._host_RV: Logits | None = None if logits_RV is None else logits_RV.cpu().numpy()
+
+    def drawn(self) -> list[Drawn]:
+        return self._pending.result()
+
+    def logits(self, begin: int, end: int) -> Logits:
+        assert self._host_RV is not None, "no prompt was to be scored"
+        return self._host_RV[begin:end]

@@ -1,0 +1,227 @@
+"""The sampler of `sampler`, on a GPU: the same stages in the same order, by the same rules, and the same tokens.
+
+What rows have of their own (bias, penalties, bans, masks) is written to a copy of the logits; all rows are then drawn
+from by one kernel. Nothing waits: the tokens come to the host when the step is complete.
+
+Shape legend: R draws, V vocabulary, N entries, M masked rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.errors import RequestError
+from cluster.router.compute import Draw, Drawn
+from cluster.router.grammar import Flags, GrammarMasks
+from cluster.router.params import TokenLogprobs
+from cluster.router.sequence import Sequence
+from workers.device import to_device
+from workers.kernels.cuda.sampling import Draws, draw
+
+_Floats = NDArray[np.float32]
+
+
+class DeviceSampler:
+    """Draws tokens where the logits are. One per step loop."""
+
+    def __init__(self, vocab_size: int, last_N: Tensor) -> None:
+        """last_N: int32 on the device; the token of draw i is left at i."""
+        self._vocab_size = vocab_size
+        self._last_N = last_N
+        self._masks = GrammarMasks(vocab_size)
+
+    def start(self, logits_RV: Tensor, draws: Items[Draw]) -> Pending:
+        """Launch the draws of a step; logits float32, contiguous."""
+        broken, allowed = self._allowed(draws)
+        adjusted_RV = _adjusted(logits_RV, draws, allowed)
+        ints = np.array([(d.row, i, _signed(d.sequence.params.seed), d.sequence.n_known, d.sequence.params.top_k)
+                         for i, d in enumerate(draws)], np.int64).reshape(-1, 5)  # fmt: skip
+        floats = np.array([(d.sequence.params.temperature, d.sequence.params.top_p, d.sequence.params.min_p)
+                           for d in draws], np.float64).reshape(-1, 3)  # fmt: skip
+        device = logits_RV.device
+        row_R, index_R, seed_R, position_R, top_k_R = to_device(torch.from_numpy(ints.T.copy()), device)
+        temperature_R, top_p_R, min_p_R = to_device(torch.from_numpy(floats.T.copy()), device)
+        how = Draws(row_R, index_R, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R)
+        token_R = draw(adjusted_RV, how, self._last_N)
+        return Pending(token_R, _scores(logits_RV, row_R, token_R, draws), broken)
+
+    def _allowed(self, draws: Items[Draw]) -> tuple[dict[int, RequestError], dict[int, Flags]]:
+        """Draws that cannot be made, and what the others may be where a list or a grammar says so."""
+        broken: dict[int, RequestError] = {}
+        following: list[int] = []
+        allowed: dict[int, Flags] = {}
+        for i, (_, sequence) in enumerate(draws):
+            state = sequence.sampling
+            if len(state.allowed_ids_A):
+                allowed[i] = np.zeros(self._vocab_size, np.bool_)
+                allowed[i][state.allowed_ids_A] = True
+            if state.grammar is not None:
+                try:
+                    state.grammar.check()
+                    following.append(i)
+                except RequestError as error:
+                    broken[i] = error
+        grammars = [g for i in following if (g := draws[i].sequence.sampling.grammar) is not None]
+        for i, flags in zip(following, self._masks.allowed(grammars) if grammars else (), strict=True):
+            allowed[i] = flags & allowed[i] if i in allowed else flags
+            if not allowed[i].any():
+                broken[i] = RequestError("the grammar allows no token that may come next", code="invalid_grammar")
+        return broken, allowed
+
+
+@dataclass(slots=True)
+class _Scores:
+    """Log-probabilities of the draws that want them."""
+
+    index: list[int]
+    n_top: list[int]
+    logprob_N: Tensor  # float64: of the token
+    top_id_NK: Tensor
+    top_logprob_NK: Tensor  # float64
+
+
+class Pending:
+    """Draws under way: on their way to the host already."""
+
+    def __init__(self, token_R: Tensor, scores: _Scores | None, broken: dict[int, RequestError]) -> None:
+        self._token_R = _to_host(token_R)
+        self._scores = scores
+        self._broken = broken
+        self._event = torch.cuda.current_stream().record_event() if token_R.is_cuda else None
+
+    def result(self) -> list[Drawn]:
+        """What was drawn; waits for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        logprobs = self._logprobs()
+        return [Drawn(self._token(i, token), logprobs.get(i)) for i, token in enumerate(self._token_R.tolist())]
+
+    def _token(self, index: int, token: int) -> int | RequestError:
+        if index in self._broken:
+            return self._broken[index]
+        if token < 0:
+            return RequestError("the model gave logits that are not finite", code="internal_error", status=500)
+        return token
+
+    def _logprobs(self) -> dict[int, TokenLogprobs]:
+        scores = self._scores
+        if scores is None:
+            return {}
+        tops = zip(scores.top_id_NK.tolist(), scores.top_logprob_NK.tolist(), strict=True)
+        return {
+            index: TokenLogprobs(logprob, tuple(zip(ids[:n], values[:n], strict=True)))
+            for index, n, logprob, (ids, values) in zip(
+                scores.index, scores.n_top, scores.logprob_N.tolist(), tops, strict=True
+            )
+        }
+
+
+def _adjusted(logits_RV: Tensor, draws: Items[Draw], allowed: dict[int, Flags]) -> Tensor:
+    """The logits with bias, penalties, masks and bans; themselves where no draw has any."""
+    biased, seen, bans = [], [], []
+    for i, (row, sequence) in enumerate(draws):
+        state = sequence.sampling
+        if len(state.bias_B):
+            biased.append((row, state.bias_ids_B, state.bias_B))
+        if state.seen is not None:
+            seen.append((row, sequence))
+        if sequence.bans_stops and sequence.stops:
+            stops = np.array(sorted(sequence.stops))
+            if i not in allowed:
+                bans.append((row, stops))
+                continue
+            kept = allowed[i].copy()
+            kept[stops] = False
+            if kept.any():  # a grammar at its end has nothing but these
+                allowed[i] = kept
+    if not (biased or seen or bans or allowed):
+        return logits_RV
+    vocab, device = logits_RV.shape[1], logits_RV.device
+    logits_RV = logits_RV.clone()
+    flat = logits_RV.view(-1)
+
+    def entries(rows: Items[tuple[int, NDArray[np.int64]]]) -> Tensor:
+        return to_device(torch.from_numpy(np.concatenate([row * vocab + ids for row, ids in rows])), device)
+
+    def values(parts: Items[_Floats]) -> Tensor:
+        return to_device(torch.from_numpy(np.concatenate(parts).astype(np.float32)), device)
+
+    if biased:
+        at = entries([(row, ids) for row, ids, _ in biased])
+        flat[at] = flat[at] + values([bias for _, _, bias in biased])
+    if seen:
+        at, counts = _penalties(seen, entries, values)
+        repetition, frequency, presence = (values(parts) for parts in _strengths(seen))
+        before = flat[at]
+        after = torch.where(before > 0, before / repetition, before * repetition)
+        after = after - frequency * counts
+        flat[at] = after - presence * (counts > 0)
+    if allowed:
+        rows = [draws[i].row for i in allowed]
+        keep_MV = to_device(torch.from_numpy(np.stack(list(allowed.values()))), device)
+        at = to_device(torch.tensor(rows), device)
+        logits_RV[at] = logits_RV[at].masked_fill(~keep_MV, float("-inf"))
+    if bans:
+        flat[entries(bans)] = float("-inf")
+    return logits_RV
+
+
+def _penalties(seen: Items[tuple[int, Sequence]], entries: object, values: object) -> tuple[Tensor, Tensor]:
+    """Where the tokens seen are, and how often each is in the output."""
+    assert callable(entries) and callable(values)
+    states = [(row, state) for row, sequence in seen if (state := sequence.sampling.seen) is not None]
+    at: Tensor = entries([(row, state.ids_N) for row, state in states])
+    counts: Tensor = values([state.counts_N for _, state in states])
+    return at, counts
+
+
+def _strengths(seen: Items[tuple[int, Sequence]]) -> tuple[list[_Floats], list[_Floats], list[_Floats]]:
+    """Repetition, frequency and presence penalty of every entry."""
+    lengths = [len(state.ids_N) for _, sequence in seen if (state := sequence.sampling.seen) is not None]
+    every = [(s.params.repetition_penalty, s.params.frequency_penalty, s.params.presence_penalty) for _, s in seen]
+    repetition, frequency, presence = (
+        [np.full(n, value, np.float32) for n, value in zip(lengths, column, strict=True)]
+        for column in zip(*every, strict=True)
+    )
+    return repetition, frequency, presence
+
+
+def _scores(logits_RV: Tensor, row_R: Tensor, token_R: Tensor, draws: Items[Draw]) -> _Scores | None:
+    """Log-probabilities of the raw distribution, summed in float64; of equal logits the lower id comes first."""
+    index = [i for i, (_, sequence) in enumerate(draws) if sequence.params.logprobs is not None]
+    if not index:
+        return None
+    n_top = [draws[i].sequence.params.logprobs or 0 for i in index]
+    at = to_device(torch.tensor(index), logits_RV.device)
+    logits_NV = logits_RV.index_select(0, row_R.index_select(0, at))
+    largest_N1 = logits_NV.amax(1, keepdim=True)
+    sum_N1 = (logits_NV - largest_N1).exp().sum(1, keepdim=True, dtype=torch.float64)
+    log_sum_N1 = largest_N1.double() + sum_N1.log()
+    token_N1 = token_R.index_select(0, at).long().clamp_min(0)[:, None]
+    logprob_N = (logits_NV.gather(1, token_N1).double() - log_sum_N1)[:, 0]
+    bits_NV = (logits_NV + 0.0).view(torch.int32)
+    ascending_NV = (bits_NV ^ ((bits_NV >> 31) & 0x7FFFFFFF)).long()  # as the floats do
+    vocab = logits_NV.shape[1]
+    keys_NV = ascending_NV * vocab + (vocab - 1 - torch.arange(vocab, device=logits_RV.device))
+    top_NK = keys_NV.topk(min(max(n_top), vocab), dim=1).indices
+    top_logprob_NK = logits_NV.gather(1, top_NK).double() - log_sum_N1
+    return _Scores(index, n_top, _to_host(logprob_N), _to_host(top_NK), _to_host(top_logprob_NK))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that is complete when the stream has come to it."""
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _signed(seed: int) -> int:
+    """The 64 bits of an unsigned number, as int64 has them."""
+    return seed - 2**64 if seed >= 2**63 else seed
