@@ -148,3 +148,56 @@ def test_advice_changes_nothing_and_a_failure_is_not_repeated_at_once() -> None:
 
     asyncio.run(a_while())
     assert fleet.changes >= 2 and auto.health.succeeded and auto.health.actions >= 1, "after a while it tries again"
+
+
+async def follow_wanted(fleet: Fleet, starts: bool = True) -> None:
+    """What `serve` does: a worker that is wanted and was not there is ready soon."""
+    while True:
+        await asyncio.sleep(0.01)
+        known = {member.id for member in fleet.membership.view.members}
+        for worker in set(fleet.membership.wanted) - known if starts else ():
+            fleet.membership.report(Member("expert", worker, 1, "n", "ready", "x:1", epoch=1, slots=8), 0.0)
+
+
+def scale(fleet: Fleet, n: int, starts: bool = True) -> None:
+    async def run() -> None:
+        task = asyncio.create_task(follow_wanted(fleet, starts))
+        try:
+            await fleet.operator.scale(n, timeout_s=0.3)
+        finally:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_more_workers_get_experts_and_fewer_lose_theirs_before_they_go() -> None:
+    fleet = Fleet()
+    fleet.membership.want(WORKERS)
+    scale(fleet, 4)
+    assert fleet.membership.wanted == (*WORKERS, "expert-3")
+    assert fleet.membership.epochs.placement.shard("expert-3")
+    scale(fleet, 2)
+    assert fleet.membership.wanted == ("expert-0", "expert-1")
+    assert {name for experts in fleet.homes for homes in experts for name in homes} == {"expert-0", "expert-1"}
+
+
+def test_a_worker_that_does_not_start_leaves_the_fleet_as_it_was() -> None:
+    fleet = Fleet()
+    with pytest.raises(PlacementError, match="no expert workers of its own"):
+        scale(fleet, 4)
+    fleet.membership.want(WORKERS)
+    before = fleet.homes
+    with pytest.raises(PlacementError, match="expert-3 did not start within"):
+        scale(fleet, 4, starts=False)
+    with pytest.raises(PlacementError, match="do not fit"):
+        scale(fleet, 1)
+    assert fleet.membership.wanted == WORKERS and fleet.homes == before
+
+
+def test_a_worker_that_was_ended_on_purpose_is_forgotten_and_one_that_died_is_not() -> None:
+    fleet = Fleet()
+    fleet.membership.want(WORKERS[:2])
+    fleet.membership.sweep(0.1, lambda member: member.id in ("expert-1", "expert-2"))
+    assert {m.id: m.state for m in fleet.membership.view.members if m.role == "expert"} == {
+        "expert-0": "ready", "expert-1": "lost"
+    }  # fmt: skip
