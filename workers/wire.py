@@ -282,7 +282,7 @@ def _pairs_fit(pairs: NDArray[np.uint32], n_tokens: int) -> bool:
     token_P, expert_P = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
     if not (token_P.max() < n_tokens and expert_P[-1] < MAX_EXPERTS):
         return False
-    key_P = expert_P.astype(np.int64) << 32 | token_P
+    key_P = expert_P.astype(np.uint64) << np.uint64(32) | token_P
     return bool((key_P[1:] > key_P[:-1]).all())
 
 

@@ -73,7 +73,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     work = step_bytes(config, spec, dtype) if config.router_device == "cuda" else _STEP_BYTES
     needs = Needs(experts=experts, n_experts=spec.n_experts, dense=dense, work=work, kv_block=block)
     config, uses = arrange(config, found, needs)
-    transport = choose(config, linked_gpus=False, has_experts=bool(spec.experts))
+    transport = choose(config, has_experts=bool(spec.experts))
     n_workers = config.expert_workers if config.expert_workers and transport.transport != "local" else 0
     n_blocks = pool_blocks(config, spec, dtype)
     wanted = {"processes": _PROCESS_BYTES * (config.routers + n_workers) + _RAY_BYTES}

@@ -29,6 +29,8 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; n: of the sampled token and of the n likeliest
     prompt_logprobs: int | None = None
     grammar: str = ""  # what the answer must follow (`router.grammar`); a complete answer ends, whatever `ignore_eos`
+    bad_words: tuple[tuple[int, ...], ...] = ()  # no token is sampled that would complete one of these
+    priority: int = 0  # of those who wait the lowest goes first
     cache_salt: str = ""  # KV blocks are shared by requests of the same salt alone
     allowed_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all may be
 

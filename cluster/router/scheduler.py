@@ -85,7 +85,11 @@ class Scheduler:
                 f"{self.blocks.n_blocks * self.blocks.block_size}",
                 code="context_length_exceeded", param="max_tokens",
             )  # fmt: skip
-        self.waiting.append(sequence)
+        # Behind those of the same priority; whoever was preempted is first in any case.
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].params.priority > sequence.params.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, with blocks for all of them. Empty only when there is nothing to do."""

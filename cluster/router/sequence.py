@@ -62,6 +62,11 @@ class Sequence:
     def n_emitted(self) -> int:
         return len(self.tokens) - self.n_prompt
 
+    def ends_with(self, ids: Items[int]) -> bool:
+        """Whether the answer so far ends with `ids`."""
+        n = len(ids)
+        return n == 0 or (n <= self.n_emitted and tuple(self.tokens[-n:]) == tuple(ids))
+
     @property
     def n_known(self) -> int:
         """Tokens that there are, that of a step under way included."""

@@ -119,6 +119,27 @@ def test_rows_that_do_not_fit_the_shard_are_refused_and_the_stream_goes_on(
     assert torch.equal(out_PD, workers.shard("a").forward(0, torch.ones(1, 32), ONE_P, ONE_P))
 
 
+def test_what_computing_raises_is_said_to_the_request_and_the_stream_goes_on(workers: GrpcWorkers) -> None:
+    shard = workers.shards["a"]
+    transport = workers.transport()
+    transport.connect("a", workers.addresses["a"])
+    for name in ("answer", "forward"):  # the two ways to compute
+
+        def broken(*_: object, name: str = name) -> None:
+            raise RuntimeError(f"no {name}")
+
+        setattr(shard, name, broken)
+        transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
+        with pytest.raises(WorkerLost, match=f"RuntimeError: no {name}"):
+            transport.receive("a", TAG, 20, torch.empty(1, 32))
+        shard.answer = lambda message: None  # type: ignore[method-assign]
+    del shard.answer, shard.forward
+    out_PD = torch.empty(1, 32)
+    transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
+    transport.receive("a", TAG, 20, out_PD)
+    assert torch.equal(out_PD, shard.forward(0, torch.ones(1, 32), ONE_P, ONE_P))
+
+
 def test_what_several_routers_wait_for_is_one_batch_by_layer(workers: GrpcWorkers) -> None:
     """Catches layers or routers that are mixed up, and an expert whose weights each router reads anew."""
     shard = workers.shards["a"]

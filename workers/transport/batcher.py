@@ -78,7 +78,7 @@ class Batcher:
         assert job.result is not None
         if isinstance(job.result, Tensor):
             return job.result, job.compute_ns
-        return None if isinstance(job.result, CancelledError) else _reason(job.header, job.result)
+        return None if isinstance(job.result, CancelledError) else reason(job.header, job.result)
 
     def answer(self, message: memoryview) -> memoryview | None:
         """The reply to a whole message that is a request of few rows, alone.
@@ -154,7 +154,7 @@ class Batcher:
             raise WireError(f"layer {layer}, expert {int(request.expert_P[-1])}: the model does not have it")
 
 
-def _reason(header: Header, error: Exception) -> str:
+def reason(header: Header, error: Exception) -> str:
     """For the router, which repairs this elsewhere."""
     if isinstance(error, ExpertMeshError):
         return str(error)

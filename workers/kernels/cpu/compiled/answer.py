@@ -38,12 +38,14 @@ def read_request(args: int) -> None:
     table, rows = as_int64(as_int64(a.tables)[2 * layer]), a.message + HEADER_BYTES
     token_at = rows + 4 * n_tokens * a.d
     token, expert, pairs = as_int32(token_at), as_int32(token_at + 4 * n_pairs), as_int64(a.pairs)
-    before, n_experts = 0, pairs[_N_EXPERTS]
+    before, token_before, n_experts = 0, -1, pairs[_N_EXPERTS]
     for p in range(n_pairs):
-        e = expert[p]
-        if not (before <= e < n_experts and 0 <= token[p] < n_tokens) or table[2 * e] == 0:
+        e, t = expert[p], token[p]
+        if not (before <= e < n_experts and 0 <= t < n_tokens) or table[2 * e] == 0:
             return
-        before = e
+        if e == before and t <= token_before:
+            return
+        before, token_before = e, t
 
     pairs[_TOKEN], pairs[_EXPERT], pairs[_N_PAIRS], pairs[_X] = token_at, token_at + 4 * n_pairs, n_pairs, rows
     pairs[_TABLE], pairs[_COUNTERS] = as_int64(a.tables)[2 * layer], as_int64(a.tables)[2 * layer + 1]
