@@ -25,10 +25,10 @@ class Config:
     served_model_name: str | None = option(None, "name in the API; default: the directory's or hub id's last part")
     host: str = option("127.0.0.1", "address the gateway listens on")
     port: int = option(8000, "port the gateway listens on", at_least=1, at_most=65535)
-    transport: Literal["auto", "local", "grpc", "collective"] = option(
+    transport: Literal["auto", "local", "device", "grpc", "collective"] = option(
         "auto",
-        "how rows travel between routers and experts; local: one router holds them all; "
-        "auto: local without expert workers, collective between GPUs, else grpc",
+        "how rows travel between routers and experts; local: one router holds them all; device: through the memory of "
+        "GPUs of one host, grpc elsewhere; auto: local without expert workers, device between GPUs, else grpc",
     )
     collective_interface: str | None = option(
         None, "network interface, or an address of it, for the collective transport; default: loopback"
@@ -98,6 +98,11 @@ class Config:
     )
     max_sequences: int = option(64, "most sequences in one step of one router", at_least=1)
     max_queue: int = option(256, "most requests waiting at one router; one more gets 429", at_least=1)
+    max_queue_wait_s: float = option(
+        30.0,
+        "a request that would wait longer at its router gets 429 at once, one that did when it is over",
+        at_least=1,
+    )
     reply_timeout_s: float = option(
         10.0, "a reply of an expert worker later than this is asked for again", at_least=0.01
     )

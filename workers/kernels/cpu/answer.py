@@ -40,22 +40,12 @@ class CpuAnswers:
         self._team = kernel.team(first.expert_bytes)
         pairs, products = expert_arguments(first, hidden_PF, places, most_pairs)
         self._pairs, self._experts = kernel.pairs.arguments(1, pairs), kernel.experts.arguments(self._team, products)
-        self._read = kernel.read_request.arguments(
-            1,
-            ReadRequest(
-                message=0,
-                n_bytes=0,
-                request_word=_REQUEST,
-                reply=0,
-                reply_word=_REPLY,
-                tables=tables.data_ptr(),
-                n_layers=len(layers),
-                most_pairs=most_pairs,
-                pairs=self._pairs.buffer_info()[0],
-                experts=self._experts.buffer_info()[0],
-                d=first.hidden_size,
-            ),
-        )
+        request = ReadRequest(
+            message=0, n_bytes=0, request_word=_REQUEST, reply=0, reply_word=_REPLY, tables=tables.data_ptr(),
+            n_layers=len(layers), most_pairs=most_pairs, pairs=self._pairs.buffer_info()[0],
+            experts=self._experts.buffer_info()[0], d=first.hidden_size,
+        )  # fmt: skip
+        self._read = kernel.read_request.arguments(1, request)
 
     def answer(self, message: memoryview) -> memoryview | None:
         if len(message) < HEADER_BYTES:

@@ -53,16 +53,9 @@ class TorchOps:
         return self.rms_norm(residual_TD, weight_D, eps)
 
     def add_norm_gate(
-        self,
-        residual_TD: Tensor,
-        delta: Delta,
-        weight_D: Tensor,
-        eps: float,
-        gate: Matrix,
-        spec: GateSpec,
-        bias_E: Tensor | None = None,
-        scale: float = 1.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, residual_TD: Tensor, delta: Delta, weight_D: Tensor, eps: float, gate: Matrix, spec: GateSpec,
+        bias_E: Tensor | None = None, scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x_TD = self.add_rms_norm(residual_TD, delta, weight_D, eps, scale)
         return x_TD, *self.gate(self.linear(x_TD, gate), spec, bias_E)
 
@@ -70,15 +63,9 @@ class TorchOps:
         residual_TD.add_(summed(delta), alpha=scale)
 
     def rotary_write(
-        self,
-        qkv_TX: Tensor,
-        metadata: AttentionMetadata,
-        cos_Tr: Tensor,
-        sin_Tr: Tensor,
-        k_cache_CZGd: Tensor,
-        v_cache_CZGd: Tensor,
-        norm: QKNorm | None = None,
-    ) -> Tensor:
+        self, qkv_TX: Tensor, metadata: AttentionMetadata, cos_Tr: Tensor, sin_Tr: Tensor, k_cache_CZGd: Tensor,
+        v_cache_CZGd: Tensor, norm: QKNorm | None = None,
+    ) -> Tensor:  # fmt: skip
         n_kv, head = k_cache_CZGd.shape[-2:]
         k_size = n_kv * head
         q_TX, k_TX, v_TX = torch.split(qkv_TX, [qkv_TX.shape[1] - 2 * k_size, k_size, k_size], dim=1)
@@ -93,14 +80,9 @@ class TorchOps:
         return q_THd
 
     def attention(
-        self,
-        q_THd: Tensor,
-        k_cache_CZGd: Tensor,
-        v_cache_CZGd: Tensor,
-        metadata: AttentionMetadata,
-        scale: float,
+        self, q_THd: Tensor, k_cache_CZGd: Tensor, v_cache_CZGd: Tensor, metadata: AttentionMetadata, scale: float,
         window: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         out_THd = torch.empty_like(q_THd)
         size = k_cache_CZGd.shape[1]
         last_S = metadata.position_T[torch.tensor(metadata.q_start[1:], device=q_THd.device) - 1].tolist()
@@ -168,14 +150,9 @@ class TorchOps:
         return self.weighted_sum(self.experts(layer, x_TD, token_P, expert_P), plan)
 
     def dispatch_plan(
-        self,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        owner_E: Ints,
-        n_workers: int,
-        counter_E: Ints,
+        self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints,
         pack_TD: Tensor | None = None,
-    ) -> Plan:
+    ) -> Plan:  # fmt: skip
         """Never lays out requests."""
         ids, weights = ids_TK.numpy(), weights_TK.numpy()
         made = Plan(ids.shape[0], ids.shape[1], len(owner_E), n_workers)
