@@ -107,6 +107,11 @@ class Config:
     )
     max_sequences: int = option(64, "most sequences in one step of one router", at_least=1)
     max_queue: int = option(256, "most requests waiting at one router; one more gets 429", at_least=1)
+    max_queue_wait_s: float = option(
+        30.0,
+        "a request that would wait longer at its router gets 429 at once, one that did when it is over",
+        at_least=1,
+    )
     reply_timeout_s: float = option(
         10.0, "a reply of an expert worker later than this is asked for again", at_least=0.01
     )

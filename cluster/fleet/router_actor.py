@@ -69,6 +69,7 @@ class Router:
     async def _start(self) -> str:
         await self._first_view.wait()
         engine = await asyncio.to_thread(self._build)
+        from cluster.router.admission import Admission
         from cluster.router.service import GenerationService
 
         self._source = None
@@ -79,6 +80,7 @@ class Router:
             router=self._id,
             state="starting",
             exchange=self._exchange,
+            admission=Admission.of(self._config),
         )
         await service.start()
         self._service = service
