@@ -16,7 +16,6 @@ import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from workers.shard import ExpertShard
 from workers.spec import ModelSpec
 from workers.transport.device.offer import Shape
 from workers.transport.device.server import DeviceServer
+from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import DeviceWay
 
 SPEC = ModelSpec(
@@ -41,18 +41,6 @@ SPEC = ModelSpec(
 )  # fmt: skip
 CONTEXT, BLOCK = 512, 16
 LIMIT_S = 1.0
-
-
-class NoOtherRows:
-    """All rows are those of captured steps here."""
-
-    name, text = "none", ""
-
-    def offer(self, worker: str) -> NoOtherRows:
-        return self
-
-    def accepted(self, text: str) -> NoOtherRows:
-        return self
 
 
 def matrix(seed: int, n: int, k: int) -> Tensor:
@@ -80,7 +68,7 @@ def decoder_of(spec: ModelSpec, n_rows: int) -> Decoder:
     layers = tuple(
         DenseLayer(
             one, matrix(10 * n, q, d), matrix(10 * n + 1, kv, d), matrix(10 * n + 2, kv, d), matrix(10 * n + 3, d, q),
-            one, 2 * matrix(10 * n + 4, spec.n_experts, d),
+            one, gate_ED=2 * matrix(10 * n + 4, spec.n_experts, d),
         )
         for n in range(spec.n_layers)
     )  # fmt: skip
@@ -141,8 +129,7 @@ def measure(n_layers: int, n_rows: int, n_workers: int) -> dict[str, object]:
         with torch.inference_mode():
             decoder = decoder_of(spec, n_rows)
             shape = Shape(n_layers, spec.n_experts, spec.top_k, spec.hidden_size, spec.dtype, n_rows)
-            no_rows: Any = NoOtherRows()
-            way = DeviceWay(shape, torch.device("cuda", 0), LIMIT_S, no_rows)
+            way = DeviceWay(shape, torch.device("cuda", 0), LIMIT_S, StreamRows())
             names = tuple(f"worker-{worker}" for worker in range(n_workers))
             for name, pipe in zip(names, pipes, strict=True):
                 offered = way.offer(name)

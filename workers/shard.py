@@ -59,6 +59,7 @@ class ExpertShard:
         self.weight_dtype = stored if stored in self._ops.stored_dtypes else self.dtype
         weight_format = expert_format or WeightFormat(self.weight_dtype)
         self.n_layers = spec.n_layers
+        self.layers = tuple(sorted({layer for layer, _ in spec.experts}))  # those that have experts
         self.n_experts = spec.n_experts
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size

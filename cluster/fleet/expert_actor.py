@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -20,9 +21,15 @@ from workers.checkpoint import Checkpoint
 from workers.device import Capacity, capacity, compute_dtype, describe, pick
 from workers.kernels.threads import set_threads
 from workers.shard import ExpertShard, load_shard
+from workers.transport.base import Acceptor
+from workers.transport.batcher import Batcher
 from workers.transport.collective.group import Group
 from workers.transport.collective.interface import bind_address
 from workers.transport.collective.server import CollectiveServer
+from workers.transport.device.acceptor import DeviceAcceptor
+from workers.transport.device.server import DeviceServer
+from workers.transport.device.stream_rows import StreamRows
+from workers.transport.device.way import STEP_LIMIT_S
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer
 from workers.transport.shm.worker import ShmAcceptor
@@ -89,7 +96,7 @@ class ExpertWorker:
 
     def _make_server(self, shard: ExpertShard, source: Checkpoint) -> ExpertServer | CollectiveServer:
         config = self._config
-        if config.transport in ("shm", "grpc"):
+        if config.transport in ("device", "shm", "grpc"):
             return ExpertServer(
                 shard,
                 self._worker,
@@ -97,12 +104,21 @@ class ExpertWorker:
                 model=source.fingerprint(shard.dtype),
                 epoch=lambda: 0 if self._keeper is None else self._keeper.epoch,
                 credentials=self._credentials,
-                ways=(ShmAcceptor,) if config.transport == "shm" else (),
+                ways=self._ways(shard),
             )
         host = bind_address(config.collective_interface, config.trusted_network, node_address())
         return CollectiveServer(
             shard, self._worker, host, deadline_s=config.collective_deadline_s, on_change=self._membership.tell
         )
+
+    def _ways(self, shard: ExpertShard) -> tuple[Callable[[Batcher], Acceptor], ...]:
+        """The faster ways that routers may offer."""
+        if self._config.transport == "shm":
+            return (ShmAcceptor,)
+        if self._config.transport != "device" or not shard.only_launches:
+            return ()
+        server = DeviceServer(shard, STEP_LIMIT_S)
+        return (lambda batcher: DeviceAcceptor(server, StreamRows()),)
 
     def _on_view(self, view: View) -> None:
         self._group, self._view = view.group, view

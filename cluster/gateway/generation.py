@@ -174,7 +174,7 @@ async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice,
                 histogram.observe(now - last)
                 last, histogram = now, metrics.next_token
                 if output.finish == "error" or output.finish == "cancelled":
-                    raise RequestError(output.error or "The sequence was ended", code="internal_error", status=500)
+                    raise output.error or RequestError("The sequence was ended", code="internal_error", status=500)
                 choice.cached_tokens += output.cached_tokens
                 delta = text.feed(output)
                 delta.token_ids = output.token_ids

@@ -69,7 +69,7 @@ def merge_output(message: pb.Output, output: StepOutput) -> None:
     if output.finish is not None:
         message.finish = output.finish
         if output.finish == "error":
-            message.refusal.CopyFrom(encode_refusal(internal_error(output.error)))
+            message.refusal.CopyFrom(encode_refusal(output.error or internal_error(None)))
 
 
 def output_bytes(output: StepOutput) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.errors import RequestError
+
 Finish = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -52,5 +54,5 @@ class StepOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, before the first token; first entry None
     finish: Finish | None = None
-    error: str | None = None
+    error: RequestError | None = None  # with `finish` "error"
     cached_tokens: int = 0  # of the prompt, whose K and V were there already; with the first token

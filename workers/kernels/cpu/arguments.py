@@ -159,6 +159,7 @@ class Pairs(NamedTuple):
     starts: int
     token_rows: int
     hidden_rows: int
+    active: int  # int64 [1 + E]: how many experts have both rows and weights, then which
     missing: int  # int64: the pairs whose experts have no weights are added to it
 
 
@@ -166,6 +167,7 @@ class Experts(NamedTuple):
     """y[pair, D] = w2 (silu(w1 x) * (w3 x)) of every pair whose expert has weights."""
 
     table: int
+    active: int
     starts: int
     token_rows: int
     hidden: int
@@ -174,7 +176,6 @@ class Experts(NamedTuple):
     y: int
     d: int
     f: int
-    n_experts: int
     kind: int
 
 

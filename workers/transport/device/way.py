@@ -18,6 +18,7 @@ from workers.transport.device.router import StepExperts
 from workers.transport.device.rows import StepRows
 from workers.transport.shm.memory import NotShared, OwnMemory, PeerMemory
 
+STEP_LIMIT_S = 1.0  # how long either end of a step waits for the other before the step is void
 _ABSENT = (1 << 63) - 1  # the flag of a worker that does not exist: nobody waits for it
 
 

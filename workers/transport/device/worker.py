@@ -22,6 +22,7 @@ class Shard(Protocol):
     """What the worker computes with; of `workers.shard.ExpertShard`."""
 
     n_layers: int
+    layers: tuple[int, ...]  # those with experts
     n_experts: int
     hidden_size: int
     dtype: torch.dtype
@@ -62,7 +63,7 @@ class StepWorker:
         numbers = sorted(routers)
         x_TD = self._x[: len(numbers) * n_rows]
         ids_TK = self._ids[: len(numbers) * n_rows]
-        for layer in range(self._shard.n_layers):
+        for layer in self._shard.layers:
             for at, number in enumerate(numbers):
                 rows, me = routers[number]
                 part = slice(at * n_rows, (at + 1) * n_rows)

@@ -12,32 +12,9 @@ from workers.shard import ExpertShard
 from workers.transport.base import Declined
 from workers.transport.device.acceptor import AcceptedBoth, DeviceAcceptor
 from workers.transport.device.server import DeviceServer
+from workers.transport.device.stream_rows import StreamRows
 
 LIMIT_S = 1.0
-
-
-class NoRows:
-    """A way for the rows of other steps, which these tests have none of."""
-
-    name, text = "none", ""
-
-    def offer(self, worker: str) -> NoRows:
-        return self
-
-    def accept(self, offer: str, router: str, end: object) -> NoRows:
-        return self
-
-    def accepted(self, text: str) -> NoRows:
-        return self
-
-    def start(self) -> None:
-        pass
-
-    def send(self, rows: object) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
 
 
 def serve(pipe: Connection, model: Model, experts: Sequence[tuple[int, int]], device: str) -> None:
@@ -46,7 +23,7 @@ def serve(pipe: Connection, model: Model, experts: Sequence[tuple[int, int]], de
     shard = ExpertShard(model.spec(), device)
     for layer, expert in experts:
         shard.load(layer, expert, model.weights(layer, expert))
-    acceptor = DeviceAcceptor(DeviceServer(shard, LIMIT_S), NoRows())
+    acceptor = DeviceAcceptor(DeviceServer(shard, LIMIT_S), StreamRows())
     taken: list[AcceptedBoth] = []
     while True:
         what, text = pipe.recv()

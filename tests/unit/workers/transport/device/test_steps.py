@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,13 +23,14 @@ from torch import Tensor
 
 from cluster.placement.placement import Placement, striped
 from tests.contract.model import Batch, Model, batch
-from tests.unit.workers.transport.device.device_worker import LIMIT_S, NoRows, serve
+from tests.unit.workers.transport.device.device_worker import LIMIT_S, serve
 from workers.transport.device.offer import Offer, Shape
+from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import DeviceWay
 
 MODEL = Model(n_layers=3)
 CPU = torch.device("cpu")
-NO_ROWS: Any = NoRows()
+NO_ROWS = StreamRows()
 N_ROWS = 16
 SHAPE = Shape(MODEL.n_layers, MODEL.n_experts, 2, MODEL.hidden_size, MODEL.dtype, N_ROWS)
 
