@@ -74,6 +74,15 @@ class Config:
         at_least=0,
         at_most=65535,
     )
+    rebalance: Literal["off", "advise", "auto"] = option(
+        "off",
+        "move and replicate experts by their load; advise: only say what it would do",
+    )
+    rebalance_interval_s: float = option(30.0, "between two looks of the rebalancer at the load", at_least=0.1)
+    rebalance_horizon_s: float = option(
+        600.0, "a move has to save more of the experts' time within this than loading takes", at_least=1
+    )
+    rebalance_min_gain: float = option(0.05, "part of the experts' time that a move has to save", at_least=0, at_most=1)
     expert_slots: int = option(
         0,
         "experts that each expert worker has room for, over all layers; 0: what its GPU holds, on a CPU half more than "

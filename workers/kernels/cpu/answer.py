@@ -12,7 +12,7 @@ import torch
 
 from workers.kernels.cpu import kernel
 from workers.kernels.cpu.arguments import Experts, ReadRequest
-from workers.kernels.cpu.experts import expert_arguments
+from workers.kernels.cpu.experts import expert_arguments, n_places
 from workers.kernels.cpu.kernel import HEAD
 from workers.kernels.experts import LayerExperts
 from workers.kernels.message import FEW_ROWS, HEADER_BYTES, N_PAIRS
@@ -34,7 +34,7 @@ class CpuAnswers:
         self._most_pairs = most_pairs = FEW_ROWS * min(first.n_experts, _MOST_CHOICES)
         self._memory = (
             torch.tensor([[layer.address_E2.data_ptr(), layer.rows_E.data_ptr()] for layer in layers]),
-            torch.empty(first.n_experts + 1 + 2 * most_pairs, dtype=torch.int64),
+            torch.empty(n_places(first.n_experts, most_pairs), dtype=torch.int64),
             torch.empty(most_pairs, first.ffn_size),
         )
         tables, places, hidden_PF = self._memory
