@@ -12,13 +12,14 @@ import torch
 
 from workers.kernels.cpu import kernel
 from workers.kernels.cpu.arguments import Experts, ReadRequest
-from workers.kernels.cpu.experts import expert_arguments
+from workers.kernels.cpu.experts import expert_arguments, n_places
 from workers.kernels.cpu.kernel import HEAD
 from workers.kernels.experts import LayerExperts
 from workers.kernels.message import FEW_ROWS, HEADER_BYTES, N_PAIRS
+from workers.wire import REPLY, REQUEST, first_word
 
 # Of the messages of `wire`; the kernel knows where the fields of a header are, too.
-_REQUEST, _REPLY = (int.from_bytes(begin, "little") for begin in (b"XMSH\1\1\0\0", b"XMSH\1\2\0\0"))  # of float32
+_REQUEST, _REPLY = (first_word(kind, torch.float32) for kind in (REQUEST, REPLY))
 _MOST_CHOICES = 8  # a token; who chooses more is answered in the usual way
 _MESSAGE, _BYTES, _AT_REPLY = (HEAD + ReadRequest._fields.index(name) for name in ("message", "n_bytes", "reply"))
 _Y = HEAD + Experts._fields.index("y")
@@ -33,7 +34,7 @@ class CpuAnswers:
         self._most_pairs = most_pairs = FEW_ROWS * min(first.n_experts, _MOST_CHOICES)
         self._memory = (
             torch.tensor([[layer.address_E2.data_ptr(), layer.rows_E.data_ptr()] for layer in layers]),
-            torch.empty(first.n_experts + 1 + 2 * most_pairs, dtype=torch.int64),
+            torch.empty(n_places(first.n_experts, most_pairs), dtype=torch.int64),
             torch.empty(most_pairs, first.ffn_size),
         )
         tables, places, hidden_PF = self._memory

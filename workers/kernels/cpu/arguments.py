@@ -148,6 +148,7 @@ class Pairs(NamedTuple):
     starts: int
     token_rows: int
     hidden_rows: int
+    active: int  # int64 [1 + E]: how many experts have both rows and weights, then which
     missing: int  # int64: the pairs whose experts have no weights are added to it
 
 
@@ -155,6 +156,7 @@ class Experts(NamedTuple):
     """y[pair, D] = w2 (silu(w1 x) * (w3 x)) of every pair whose expert has weights."""
 
     table: int
+    active: int
     starts: int
     token_rows: int
     hidden: int
@@ -163,7 +165,6 @@ class Experts(NamedTuple):
     y: int
     d: int
     f: int
-    n_experts: int
     kind: int
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from workers.gate_spec import GateSpec
 from workers.kernels.cpu import arguments, kernel
 from workers.kernels.cpu.answer import CpuAnswers
-from workers.kernels.cpu.experts import expert_arguments
+from workers.kernels.cpu.experts import expert_arguments, n_places
 from workers.kernels.cpu.graph import CpuGraph
 from workers.kernels.cpu.kernel import Kernel, Values
 from workers.kernels.dispatch import Ints, Plan, address
@@ -196,7 +196,7 @@ class CpuOps:
     ) -> Tensor:
         """`pairs`: addresses of token_P and expert_P, int32."""
         y_PD, hidden_PF = self._empty(n_pairs, layer.hidden_size), self._empty(n_pairs, layer.ffn_size)
-        places = self._empty(layer.n_experts + 1 + 2 * n_pairs, dtype=torch.int64)
+        places = self._empty(n_places(layer.n_experts, n_pairs), dtype=torch.int64)
         in_order, products = expert_arguments(layer, hidden_PF, places, n_pairs)
         in_order = in_order._replace(
             token=pairs[0], expert=pairs[1], n_pairs=n_pairs, x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0),
