@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import struct
 
+from workers import wire
+
 #: Of its header.
-HEADER_BYTES = 72
+HEADER_BYTES = wire.HEADER_BYTES
 #: Where the header says how many pairs there are.
 N_PAIRS = struct.Struct("<48xI")
 #: In the control page of a ring in shared memory (`transport.shm.ring`): its last messages, how many and how long.

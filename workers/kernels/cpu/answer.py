@@ -16,9 +16,10 @@ from workers.kernels.cpu.experts import expert_arguments, n_places
 from workers.kernels.cpu.kernel import HEAD
 from workers.kernels.experts import LayerExperts
 from workers.kernels.message import FEW_ROWS, HEADER_BYTES, N_PAIRS
+from workers.wire import REPLY, REQUEST, first_word
 
 # Of the messages of `wire`; the kernel knows where the fields of a header are, too.
-_REQUEST, _REPLY = (int.from_bytes(begin, "little") for begin in (b"XMSH\1\1\0\0", b"XMSH\1\2\0\0"))  # of float32
+_REQUEST, _REPLY = (first_word(kind, torch.float32) for kind in (REQUEST, REPLY))
 _MOST_CHOICES = 8  # a token; who chooses more is answered in the usual way
 _MESSAGE, _BYTES, _N_PAIRS, _REPLY_AT = (
     HEAD + ReadRequest._fields.index(name) for name in ("message", "n_bytes", "n_pairs", "reply")
