@@ -31,6 +31,7 @@ from workers.shard import ExpertShard
 from workers.spec import ModelSpec
 from workers.transport.device.offer import Shape
 from workers.transport.device.server import DeviceServer
+from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import DeviceWay
 
 SPEC = ModelSpec(
@@ -67,7 +68,7 @@ def decoder_of(spec: ModelSpec, n_rows: int) -> Decoder:
     layers = tuple(
         DenseLayer(
             one, matrix(10 * n, q, d), matrix(10 * n + 1, kv, d), matrix(10 * n + 2, kv, d), matrix(10 * n + 3, d, q),
-            one, 2 * matrix(10 * n + 4, spec.n_experts, d),
+            one, gate_ED=2 * matrix(10 * n + 4, spec.n_experts, d),
         )
         for n in range(spec.n_layers)
     )  # fmt: skip
@@ -93,8 +94,8 @@ def serve(pipe: Connection, spec: ModelSpec, experts: list[tuple[int, int]]) -> 
     """The life of a worker process."""
     torch.cuda.set_device(0)
     server = DeviceServer(shard_of(spec, experts), LIMIT_S)
-    accepted = server.accept(pipe.recv(), "router")
-    pipe.send(accepted.text)
+    accepted = server.accept(json.loads(pipe.recv())["steps"], "router")
+    pipe.send(json.dumps({"steps": accepted.text, "other": ""}))
     accepted.start()
     pipe.recv()
 
@@ -108,8 +109,7 @@ def milliseconds(graphs: DecodeGraphs, batch: Batch, way: DeviceWay | None) -> t
     torch.cuda.synchronize()
     took = (time.perf_counter() - began) * 1000
     if way is not None:
-        way.end_step(is_void=bool(way.experts.status))
-        assert not bool(way.experts.status), "the step is void"
+        assert way.end_step() is not None, "the step is void"
     return took, logits
 
 
@@ -129,7 +129,7 @@ def measure(n_layers: int, n_rows: int, n_workers: int) -> dict[str, object]:
         with torch.inference_mode():
             decoder = decoder_of(spec, n_rows)
             shape = Shape(n_layers, spec.n_experts, spec.top_k, spec.hidden_size, spec.dtype, n_rows)
-            way = DeviceWay(shape, torch.device("cuda", 0), LIMIT_S)
+            way = DeviceWay(shape, torch.device("cuda", 0), LIMIT_S, StreamRows())
             names = tuple(f"worker-{worker}" for worker in range(n_workers))
             for name, pipe in zip(names, pipes, strict=True):
                 offered = way.offer(name)

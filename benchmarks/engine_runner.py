@@ -11,7 +11,7 @@ from cluster.router.build import build_engine
 from cluster.router.params import SamplingParams
 from workers.model.experts import Experts
 
-CONFIG = Config(kv_cache_mb=64)
+CONFIG = Config(kv_cache_mb=64, prefix_cache=False)  # every run is asked the same prompts
 
 
 class EngineRunner:

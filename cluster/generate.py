@@ -139,5 +139,5 @@ def outputs(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams) -
     while engine.has_work():
         for output in engine.step():
             if output.finish == "error":
-                raise ExpertMeshError(output.error)
+                raise output.error or ExpertMeshError("the sequence was ended")
             yield output

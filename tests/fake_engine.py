@@ -78,7 +78,15 @@ class FakeEngine:
             self.fail_next_step = False
             with self.lock:
                 failed, self.sequences = list(self.sequences), {}
-            return [StepOutput(request_id, (), finish="error", error="the engine broke") for request_id in failed]
+            return [
+                StepOutput(
+                    request_id,
+                    (),
+                    finish="error",
+                    error=RequestError("the engine broke", code="internal_error", status=500),
+                )
+                for request_id in failed
+            ]
         self.steps += 1
         with self.lock:
             return [self._advance(request_id) for request_id in list(self.sequences)]

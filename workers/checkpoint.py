@@ -67,11 +67,11 @@ class Checkpoint:
     before anything is served. Not thread-safe.
     """
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
-        """`device`: where tensors are read to."""
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu", *, finite: bool = False) -> None:
+        """`device`: where tensors are read to. `finite`: refuse weights that are NaN or infinite when they are read."""
         self.path = Path(path)
         spec = read_spec(self.path)
-        self._store = TensorStore(self.path, torch.device(device))
+        self._store = TensorStore(self.path, torch.device(device), finite)
         # The files know their dtype better than `config.json`, in which it is optional.
         names = TensorNames(spec, layout_in(spec, lambda name: name in self._store))
         self.spec = dataclasses.replace(spec, dtype=self._store.check(*names.embed()))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from workers.device_reader import DeviceReader
 from workers.errors import CheckpointError
+from workers.families.config import unique
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LFS_POINTER = b"version https://git-lfs"
@@ -55,11 +56,16 @@ class TensorFile:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
         header.pop("__metadata__", None)
         tensors = {name: _entry(path, name, entry, data_start) for name, entry in header.items()}
-        for name, info in sorted(tensors.items(), key=lambda item: item[1].end):
+        before, taken = "the header", data_start
+        for name, info in sorted(tensors.items(), key=lambda item: (item[1].end, item[1].begin)):
             if info.end > size:
                 raise CheckpointError(
                     f"{path}: truncated: tensor {name} ends at byte {info.end}, the file has {size}; fetch it again"
                 )
+            if info.begin < taken:
+                raise CheckpointError(f"{path}: tensor {name} begins at byte {info.begin}, within {before}")
+            if info.begin < info.end:
+                before, taken = f"tensor {name}", info.end
         return cls(path, tensors)
 
     def check(self, name: str, shape: tuple[int, ...]) -> torch.dtype:
@@ -119,9 +125,9 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
     if len(start) < 8 or length > size - 8:
         raise CheckpointError(f"{path}: truncated, or not a safetensors file: the header does not fit {size} bytes")
     try:
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file: the header is not JSON: {error}") from None
+        raise CheckpointError(f"{path}: not a safetensors file: the header is not sound JSON: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: not a safetensors file: the header is not a JSON object")
     return header, 8 + length

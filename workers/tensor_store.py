@@ -26,13 +26,15 @@ class TensorStore:
     Raises CheckpointError, naming file and tensor. Not thread-safe.
     """
 
-    def __init__(self, directory: Path, device: torch.device = _CPU) -> None:
+    def __init__(self, directory: Path, device: torch.device = _CPU, finite: bool = False) -> None:
+        """`finite`: refuse tensors with NaN or infinite values when they are read."""
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
         self.directory = directory
         self.device = device
         self._reader = DeviceReader(device) if device.type == "cuda" else None
         self.bytes_read = 0  # of tensor data; headers and the index are not counted
+        self._finite = finite
         self._files: dict[str, TensorFile] = {}
         self._index = self._read_index()
 
@@ -56,6 +58,10 @@ class TensorStore:
         file.check(name, shape)
         tensor = file.read(name, first, part or shape, self._reader)
         self.bytes_read += tensor.nbytes
+        if self._finite and not _is_finite(tensor):
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has NaN or infinite values; --no-check-weights serves it all the same"
+            )
         return tensor if dtype is None else tensor.to(dtype)
 
     def _read_index(self) -> dict[str, str] | None:
@@ -92,3 +98,8 @@ class TensorStore:
         if file not in self._files:
             self._files[file] = TensorFile.open(self.directory / file)
         return self._files[file]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. A sum takes no memory; only absurd values make it infinite themselves."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

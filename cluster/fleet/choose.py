@@ -12,14 +12,13 @@ from cluster.config import Config
 class Choice:
     """A transport, and the reason as people read it."""
 
-    transport: Literal["local", "grpc", "collective"]
+    transport: Literal["local", "device", "shm", "grpc", "collective"]
     reason: str
 
 
-def choose(config: Config, *, linked_gpus: bool, has_experts: bool = True) -> Choice:
-    """What `config.transport` says, or for "auto" what suits the machine.
+def choose(config: Config, *, has_experts: bool = True) -> Choice:
+    """What `config.transport` says, or for "auto" what suits the devices, which are settled.
 
-    linked_gpus: whether every router and expert worker computes on a GPU of its own and reaches the others' directly.
     has_experts: whether the model has any.
     """
     if not has_experts:
@@ -28,8 +27,6 @@ def choose(config: Config, *, linked_gpus: bool, has_experts: bool = True) -> Ch
         return Choice(config.transport, "as configured")
     if config.expert_workers == 0:
         return Choice("local", "one process holds everything")
-    if not linked_gpus:
-        return Choice("grpc", "routers and expert workers compute on CPUs")
-    if config.ray_address is not None:
-        return Choice("grpc", "how the nodes of a joined Ray reach each other is not known")
-    return Choice("collective", "every process has its own GPU, and they reach each other directly")
+    if config.router_device == config.expert_device == "cuda":
+        return Choice("device", "routers and expert workers are on GPUs; gRPC where they do not share memory")
+    return Choice("shm", "not both of routers and expert workers are on GPUs; gRPC between hosts")

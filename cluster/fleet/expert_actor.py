@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -20,11 +21,18 @@ from workers.checkpoint import Checkpoint
 from workers.device import Capacity, capacity, compute_dtype, describe, pick
 from workers.kernels.threads import set_threads
 from workers.shard import ExpertShard, load_shard
+from workers.transport.base import Acceptor
+from workers.transport.batcher import Batcher
 from workers.transport.collective.group import Group
 from workers.transport.collective.interface import bind_address
 from workers.transport.collective.server import CollectiveServer
+from workers.transport.device.acceptor import DeviceAcceptor
+from workers.transport.device.server import DeviceServer
+from workers.transport.device.stream_rows import StreamRows
+from workers.transport.device.way import STEP_LIMIT_S
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer
+from workers.transport.shm.worker import ShmAcceptor
 
 
 class ExpertWorker:
@@ -79,7 +87,7 @@ class ExpertWorker:
     def _load(self, placement: Placement) -> tuple[ExpertShard, Checkpoint]:
         config = self._config
         self._device = device = pick(config.expert_device, self._gpu_ids)
-        self._source = source = Checkpoint(self._checkpoint, device)
+        self._source = source = Checkpoint(self._checkpoint, device, finite=config.check_weights)
         dtype = compute_dtype(config.dtype, source.spec.dtype, device, config.router_device)
         shard = load_shard(source, placement.shard(self._worker), dtype)
         share = config.gpus_per_expert_worker * config.gpu_memory_utilization
@@ -88,7 +96,7 @@ class ExpertWorker:
 
     def _make_server(self, shard: ExpertShard, source: Checkpoint) -> ExpertServer | CollectiveServer:
         config = self._config
-        if config.transport == "grpc":
+        if config.transport in ("device", "shm", "grpc"):
             return ExpertServer(
                 shard,
                 self._worker,
@@ -96,11 +104,21 @@ class ExpertWorker:
                 model=source.fingerprint(shard.dtype),
                 epoch=lambda: 0 if self._keeper is None else self._keeper.epoch,
                 credentials=self._credentials,
+                ways=self._ways(shard),
             )
         host = bind_address(config.collective_interface, config.trusted_network, node_address())
         return CollectiveServer(
             shard, self._worker, host, deadline_s=config.collective_deadline_s, on_change=self._membership.tell
         )
+
+    def _ways(self, shard: ExpertShard) -> tuple[Callable[[Batcher], Acceptor], ...]:
+        """The faster ways that routers may offer."""
+        if self._config.transport == "shm":
+            return (ShmAcceptor,)
+        if self._config.transport != "device" or not shard.only_launches:
+            return ()
+        server = DeviceServer(shard, STEP_LIMIT_S)
+        return (lambda batcher: DeviceAcceptor(server, StreamRows()),)
 
     def _on_view(self, view: View) -> None:
         self._group, self._view = view.group, view

@@ -8,7 +8,7 @@ from cluster.errors import StartError
 
 _WANTED = 65_536  # as Ray asks for
 _LEAST = 2_048  # Ray's own processes, and a hundred clients at once
-_OTHERS = 512  # of HAProxy's, beside two for each client
+_OTHERS = 256  # of HAProxy's, beside those for clients
 _MOST_CLIENTS = 4_096
 
 
@@ -30,5 +30,8 @@ def raise_limit() -> int:
 
 
 def most_clients(limit: int) -> int:
-    """Client connections that HAProxy can hold at once where `limit` files may be open: each takes two."""
-    return min(_MOST_CLIENTS, (limit - _OTHERS) // 2)
+    """Client connections that HAProxy can hold at once where `limit` files may be open.
+
+    Each takes two, and for every fourth it keeps a pipe of two ends.
+    """
+    return min(_MOST_CLIENTS, (limit - _OTHERS) * 2 // 5)

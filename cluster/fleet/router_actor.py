@@ -16,6 +16,8 @@ from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
 from workers.transport.grpc.credentials import Credentials
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already being told that this router is there
     import torch
 
@@ -23,8 +25,9 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     from cluster.router.exchange import Exchange
     from cluster.router.service import GenerationService
     from workers.checkpoint import Checkpoint
-    from workers.transport.base import Transport
+    from workers.transport.base import FastWay, Transport
     from workers.transport.collective.client import CollectiveTransport
+    from workers.transport.device.way import DeviceWay
 
 
 _ACKNOWLEDGE_S = 0.01  # between two looks at what is in flight, after a new placement
@@ -66,6 +69,7 @@ class Router:
     async def _start(self) -> str:
         await self._first_view.wait()
         engine = await asyncio.to_thread(self._build)
+        from cluster.router.admission import Admission
         from cluster.router.service import GenerationService
 
         self._source = None
@@ -76,6 +80,7 @@ class Router:
             router=self._id,
             state="starting",
             exchange=self._exchange,
+            admission=Admission.of(self._config),
         )
         await service.start()
         self._service = service
@@ -94,32 +99,62 @@ class Router:
 
         set_threads(self._threads)
         self._device = pick(self._config.router_device, self._gpu_ids)
-        self._source = source = Checkpoint(self._checkpoint, self._device)
+        self._source = source = Checkpoint(self._checkpoint, self._device, finite=self._config.check_weights)
         if self._config.transport == "local":
             return build_engine(self._config, source)
         assert self._view is not None
+        dtype = compute_dtype(self._config.dtype, source.spec.dtype, self._device, self._config.expert_device)
+        way = self._make_step_way(source, dtype)
         self._exchange = exchange = Exchange(
             self._view.placement,
             self._view.addresses("expert"),
-            self._make_transport(source),
+            self._make_transport(source, way),
             reply_timeout_s=self._config.reply_timeout_s,
             rejoin_timeout_s=self._config.rejoin_timeout_s,
             device=self._device,
-            dtype=compute_dtype(self._config.dtype, source.spec.dtype, self._device, self._config.expert_device),
+            dtype=dtype,
+            step_way=way,
         )
         return build_engine(self._config, source, exchange)
 
-    def _make_transport(self, source: Checkpoint) -> Transport:
+    def _make_step_way(self, source: Checkpoint, dtype: torch.dtype) -> DeviceWay | None:
+        """Captured steps through device memory, where routers and workers are on GPUs and rows may take that way."""
+        from workers.errors import DeviceError
+        from workers.kernels.select import ops_for
+        from workers.transport.device.offer import Shape
+        from workers.transport.device.stream_rows import StreamRows
+        from workers.transport.device.way import STEP_LIMIT_S, DeviceWay
+        from workers.transport.shm.memory import NotShared
+
+        config, spec = self._config, source.spec
+        on_gpus = source.device.type == "cuda" and config.expert_device == "cuda"
+        if config.transport != "device" or not on_gpus or not ops_for(source.device, dtype).exact_rows:
+            return None
+        from workers.model.decode_graphs import size_of  # needs Triton, which is there where a GPU is
+
+        shape = Shape(spec.n_layers, spec.n_experts, spec.top_k, spec.hidden_size, dtype, size_of(config.max_sequences))
+        try:
+            return DeviceWay(shape, source.device, STEP_LIMIT_S, StreamRows())
+        except (DeviceError, NotShared) as error:
+            log.warning("rows do not travel through device memory: %s", error)
+            return None
+
+    def _make_transport(self, source: Checkpoint, way: DeviceWay | None) -> Transport:
         from workers.device import compute_dtype
         from workers.transport.collective.client import CollectiveTransport
         from workers.transport.collective.group import host_store
         from workers.transport.collective.interface import bind_address
         from workers.transport.grpc.client import GrpcTransport
+        from workers.transport.shm.router import ShmWay
 
         config = self._config
-        if config.transport == "grpc":
+        if config.transport in ("device", "shm", "grpc"):
             dtype = compute_dtype(config.dtype, source.spec.dtype, source.device, config.expert_device)
-            return GrpcTransport(self._id, source.fingerprint(dtype), self._credentials, epoch=self._epoch)
+            ways: tuple[FastWay, ...] = () if way is None else (way,)
+            if config.transport == "shm":
+                ways = (ShmWay(),)
+            model = source.fingerprint(dtype)
+            return GrpcTransport(self._id, model, self._credentials, epoch=self._epoch, ways=ways)
         host = bind_address(config.collective_interface, config.trusted_network, self._host)
         self._store, self._store_address = host_store(host)
         self._collective = CollectiveTransport(
@@ -201,6 +236,9 @@ class Router:
         from workers.device import describe
 
         numbers = {} if self._service is None else self._service.numbers()
+        if self._exchange is not None and self._exchange.steps is not None:
+            counters = self._exchange.counters
+            numbers |= {"captured_steps": counters.captured_steps, "void_steps": counters.void_steps}
         return describe(self._device) | loading(self._source) | numbers
 
     def _epoch(self) -> int:

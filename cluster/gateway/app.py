@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import Depends, FastAPI
@@ -34,7 +35,8 @@ def create_app(
     check_exposure(config)
     keys = ApiKeys.from_file(config.api_keys_file) if config.api_keys_file is not None else None
     grammars = GrammarCompiler(model.path, model.vocab_size, tokenizer.eos_ids)
-    gateway = Gateway(config, model, tokenizer, TokenNames(tokenizer.pieces), session, metrics or Metrics(), grammars)
+    names, fingerprint = TokenNames(tokenizer.pieces), _fingerprint(model)
+    gateway = Gateway(config, model, tokenizer, names, session, metrics or Metrics(), grammars, fingerprint)
     app = FastAPI(
         title="ExpertMesh",
         description="A mixture-of-experts model behind OpenAI's API",
@@ -52,6 +54,10 @@ def create_app(
     app.include_router(token_routes(gateway), dependencies=secured)
     app.include_router(service_routes(gateway, app.version))
     return app
+
+
+def _fingerprint(model: ModelCard) -> str:
+    return "fp_" + sha256(f"{model.id} {model.created} {_version()}".encode()).hexdigest()[:12]
 
 
 def _version() -> str:

@@ -12,13 +12,14 @@ from starlette.responses import Response
 from cluster.errors import RequestError
 from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
-from cluster.gateway.conversation import Conversation, converse
-from cluster.gateway.generation import Answer, Choice, Usage, respond
+from cluster.gateway.conversation import Conversation, converse, echoed
+from cluster.gateway.generation import Answer, Choice, RunningUsage, Usage, respond
 from cluster.gateway.parsers.parts import CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import Written, call_id
 from cluster.gateway.schemas import ChatRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken
 from cluster.gateway.sse import DONE, TextEvents, error_event, event
+from cluster.gateway.token_fields import TokenFields
 
 _HOLE = "\0"
 
@@ -26,9 +27,9 @@ _HOLE = "\0"
 async def chat(gateway: Gateway, request: ChatRequest) -> Response:
     n_top = _top_logprobs(request)
     conversation = await converse(gateway, request, logprobs=n_top)
-    stream, usage = sampling.stream_options(request)
-    form = ChatForm(gateway, conversation, logprobs=n_top, usage_in_chunks=usage, reasons=request.include_reasoning)
-    return respond(gateway, conversation.choices, request.n or 1, form, stream=stream, usage=usage)
+    streaming = sampling.streaming(request)
+    form = ChatForm(gateway, request, conversation, n_top, streaming)
+    return respond(gateway, conversation.choices, request.n or 1, form, stream=streaming.wanted, usage=streaming.usage)
 
 
 def _top_logprobs(request: ChatRequest) -> int | None:
@@ -47,35 +48,44 @@ class ChatForm:
     def __init__(
         self,
         gateway: Gateway,
+        request: ChatRequest,
         conversation: Conversation,
-        *,
         logprobs: int | None,
-        usage_in_chunks: bool,
-        reasons: bool | None,
+        streaming: sampling.Streaming,
     ):
-        self._names = gateway.names
+        self._names = gateway.names.by_id if request.return_tokens_as_token_ids else gateway.names
+        self._fields = TokenFields(gateway.names, ids=request.return_token_ids, scores=request.prompt_logprobs)
+        self._echo = echoed(request)
         self._legacy = conversation.tools.legacy
         self._ends_with_calls = (
             "stop" if conversation.tools.named else "function_call" if self._legacy else "tool_calls"
         )
-        self._reasons = reasons is not False
+        self._reasons = request.include_reasoning is not False
         self._logprobs = logprobs
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": gateway.model.id}
-        self._tail = {"usage": None} if usage_in_chunks else {}
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": gateway.model.id,
+            "system_fingerprint": gateway.fingerprint,
+        }
+        self._usage = RunningUsage(conversation.choices, request.n or 1, streaming)
         self._fast: dict[int, TextEvents] = {}
 
     def error(self, error: RequestError) -> bytes:
         return error_event(error)
 
     def opening(self, choice: Choice, first: Delta) -> bytes:
-        return event(self._chunk(choice.index, {"role": "assistant", "content": ""}))
+        more = self._fields.opening(choice)
+        data = event(self._chunk(choice.index, {"role": "assistant", "content": ""}, more=more))
+        return data + (event(self._chunk(choice.index, {"content": self._echo})) if self._echo else b"")
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
         data = b""
         if choice.parser is not None:
             data = self._parts(choice, delta)
-        elif delta.scored:
-            data = event(self._chunk(choice.index, {"content": delta.text}, self._scores(delta.scored)))
+        elif delta.scored or self._fields.any or self._usage.runs:
+            scores = self._scores(delta.scored) if delta.scored else None
+            data = event(self._chunk(choice.index, {"content": delta.text}, scores, more=self._fields.chunk(delta)))
         elif delta.text:
             if (fast := self._fast.get(choice.index)) is None:
                 fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, {"content": _HOLE}), _HOLE)
@@ -95,6 +105,7 @@ class ChatForm:
                 "logprobs": None if self._logprobs is None else self._scores(answer.scored),
                 "finish_reason": self._finish(answer.choice, answer.finish),
             }
+            | self._fields.whole(answer)
             for answer in answers
         ]
         return self._head | {"object": "chat.completion", "choices": choices, "usage": usage}
@@ -104,11 +115,11 @@ class ChatForm:
         return self._ends_with_calls if called and finish == "stop" else finish
 
     def _message(self, answer: Answer) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": self._echo + answer.text, "refusal": None}
         if answer.choice.parser is None:
             return message
         written = Written.of(answer.parts)
-        message["content"] = written.content or (None if written.calls else "")
+        message["content"] = self._echo + written.content or (None if written.calls else "")
         if written.reasoning and self._reasons:
             message["reasoning_content"] = written.reasoning
         if written.calls and self._legacy:
@@ -145,10 +156,15 @@ class ChatForm:
         return {"function_call": function} if self._legacy else {"tool_calls": [call]}
 
     def _chunk(
-        self, index: int, delta: Mapping[str, Any], logprobs: object = None, finish: str | None = None
+        self,
+        index: int,
+        delta: Mapping[str, Any],
+        logprobs: object = None,
+        finish: str | None = None,
+        more: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return self._head | {"object": "chat.completion.chunk", "choices": [choice]} | self._tail
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish} | (more or {})
+        return self._head | {"object": "chat.completion.chunk", "choices": [choice]} | self._usage.now()
 
     def _scores(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
         content = [

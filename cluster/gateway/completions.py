@@ -13,13 +13,14 @@ from starlette.responses import Response
 from cluster.errors import RequestError
 from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
-from cluster.gateway.generation import Answer, Choice, Echo, Usage, respond
+from cluster.gateway.generation import Answer, Choice, Echo, RunningUsage, Usage, respond
 from cluster.gateway.logprobs import finite
 from cluster.gateway.prompts import echo_of, prompts
 from cluster.gateway.schemas import CompletionRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken, SequenceText
 from cluster.gateway.sse import DONE, TextEvents, error_event, event
 from cluster.gateway.structured import grammar_of
+from cluster.gateway.token_fields import TokenFields
 from cluster.router import limits
 from cluster.router.params import TokenLogprobs
 
@@ -33,15 +34,17 @@ async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
     grammar = await grammar_of(gateway, request)
     n = request.n or 1
     choices: list[Choice] = []
-    for text, prompt_ids in await prompts(gateway, request.prompt):
+    for text, whole_ids in await prompts(gateway, request.prompt):
+        prompt_ids = sampling.truncated(whole_ids, request)
+        text = text if len(prompt_ids) == len(whole_ids) else None
         echo = await echo_of(gateway, text, prompt_ids) if request.echo else None
         choices += _choices(gateway, request, len(choices), echo, prompt_ids, n, grammar)
     if len(choices) > limits.MAX_CHOICES:
         message = f"'n' times the prompts is {len(choices)}; at most {limits.MAX_CHOICES} are allowed"
         raise RequestError(message, code="invalid_value", param="n")
-    stream, usage = sampling.stream_options(request)
-    form = CompletionForm(gateway, logprobs=request.logprobs, usage_in_chunks=usage)
-    return respond(gateway, choices, n, form, stream=stream, usage=usage)
+    streaming = sampling.streaming(request)
+    form = CompletionForm(gateway, request, choices, streaming)
+    return respond(gateway, choices, n, form, stream=streaming.wanted, usage=streaming.usage)
 
 
 def _choices(
@@ -92,16 +95,21 @@ class CompletionForm:
 
     done = DONE
 
-    def __init__(self, gateway: Gateway, *, logprobs: int | None, usage_in_chunks: bool):
-        self._names = gateway.names
-        self._logprobs = logprobs
+    def __init__(
+        self, gateway: Gateway, request: CompletionRequest, choices: list[Choice], streaming: sampling.Streaming
+    ):
+        self._names = gateway.names.by_id if request.return_tokens_as_token_ids else gateway.names
+        self._fields = TokenFields(gateway.names, ids=request.return_token_ids, scores=request.prompt_logprobs)
+        self._logprobs = request.logprobs
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": gateway.model.id,
+            "system_fingerprint": gateway.fingerprint,
         }
-        self._tail = {"usage": None} if usage_in_chunks else {}
+        self._usage = RunningUsage(choices, request.n or 1, streaming)
+        self._opened: set[int] = set()
         self._fast: dict[int, TextEvents] = {}
 
     def error(self, error: RequestError) -> bytes:
@@ -114,9 +122,15 @@ class CompletionForm:
         return event(self._chunk(choice.index, choice.echo.text, scores))
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
-        if delta.scored or delta.finish is not None:
+        if delta.scored or delta.finish is not None or self._fields.any or self._usage.runs:
             scores = self._scores(delta.scored, _echoed(choice))
-            return event(self._chunk(choice.index, delta.text, scores, delta.finish))
+            more = self._fields.chunk(delta)
+            if choice.index not in self._opened:
+                self._opened.add(choice.index)
+                more |= self._fields.opening(choice)
+            return event(self._chunk(choice.index, delta.text, scores, delta.finish, more))
+        if not delta.text:
+            return b""
         if (fast := self._fast.get(choice.index)) is None:
             fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, _HOLE), _HOLE)
         return fast.event(delta.text)
@@ -138,11 +152,18 @@ class CompletionForm:
             "text": answer.text if echo is None else echo.text + answer.text,
             "logprobs": scores,
             "finish_reason": answer.finish,
-        }
+        } | self._fields.whole(answer)
 
-    def _chunk(self, index: int, text: str, logprobs: object = None, finish: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-        return self._head | {"choices": [choice]} | self._tail
+    def _chunk(
+        self,
+        index: int,
+        text: str,
+        logprobs: object = None,
+        finish: str | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish} | (more or {})
+        return self._head | {"choices": [choice]} | self._usage.now()
 
     def _scores(
         self, scored: Sequence[ScoredToken | tuple[int, TokenLogprobs | None, int]], start: int

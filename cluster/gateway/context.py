@@ -61,6 +61,7 @@ class Gateway:
     session: Session
     metrics: Metrics
     grammars: GrammarCompiler
+    fingerprint: str  # of model and server version: other answers may come where it differs
 
     def check_unknown(self, body: Body) -> None:
         """Raise RequestError for a field that changes the answer elsewhere and cannot here; with `strict_fields` for

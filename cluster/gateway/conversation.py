@@ -101,6 +101,7 @@ async def converse(gateway: Gateway, request: ChatRequest, *, logprobs: int | No
     prompt = render(gateway, request, tools)
     check_length(gateway, prompt, "messages")
     prompt_ids = await encode(gateway, prompt, add_special_tokens=bool(request.add_special_tokens))
+    prompt_ids = sampling.truncated(prompt_ids, request)
     limit = request.max_completion_tokens
     name = "max_tokens" if limit is None else "max_completion_tokens"
     limit = request.max_tokens if limit is None else limit
@@ -128,6 +129,14 @@ async def converse(gateway: Gateway, request: ChatRequest, *, logprobs: int | No
         for i in range(request.n or 1)
     ]
     return Conversation(choices, tools)
+
+
+def echoed(request: ChatRequest) -> str:
+    """What goes before the answer: the last message's text, if that is wanted."""
+    if not request.echo:
+        return ""
+    content = plain_messages(request.messages[-1:])[0]["content"]
+    return str(content)
 
 
 def _marks_are_special(gateway: Gateway, tools: Toolbox) -> bool:

@@ -15,6 +15,7 @@ from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
 from cluster.gateway.parsers.message_parser import MessageParser
 from cluster.gateway.parsers.parts import Part
+from cluster.gateway.sampling import Streaming
 from cluster.gateway.sequence_text import Delta, FinishReason, ScoredToken, SequenceText
 from cluster.gateway.sse import EventStream, JsonAnswer
 from cluster.router.params import SamplingParams, TokenLogprobs
@@ -51,6 +52,7 @@ class Answer:
     choice: Choice
     text: str = ""
     parts: list[Part] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
@@ -70,7 +72,7 @@ class Form(Protocol):
         ...
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
-        """The events of more text, and of the end."""
+        """The events of more text, and of the end; empty where there is nothing to say yet."""
         ...
 
     def closing(self, usage: Usage, wanted: bool) -> bytes:
@@ -99,8 +101,7 @@ async def _events(
             if choice.index not in opened:
                 opened.add(choice.index)
                 data = form.opening(choice, delta)
-            if delta.text or delta.scored or delta.finish or delta.parts:
-                data += form.delta(choice, delta)
+            data += form.delta(choice, delta)
             if data:
                 yield data
     if last := form.closing(usage_of(choices, n), with_usage):
@@ -114,6 +115,7 @@ async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) ->
             answer = answers[choice.index]
             answer.text += delta.text
             answer.parts += delta.parts
+            answer.token_ids += delta.token_ids
             answer.scored += delta.scored
             answer.finish = delta.finish
             answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
@@ -130,6 +132,20 @@ def usage_of(choices: Sequence[Choice], n: int) -> Usage:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in choices[::n])},
     }
+
+
+class RunningUsage:
+    """The `usage` that the chunks of a stream carry: none, null before the last, or what was used so far."""
+
+    def __init__(self, choices: Sequence[Choice], n: int, streaming: Streaming) -> None:
+        self._choices = choices
+        self._n = n
+        self._fixed: Usage = {"usage": None} if streaming.usage else {}
+        self.runs = streaming.usage_so_far
+
+    def now(self) -> dict[str, Any]:
+        """The field of a chunk that is written now."""
+        return {"usage": usage_of(self._choices, self._n)} if self.runs else self._fixed
 
 
 def _deltas(gateway: Gateway, choices: list[Choice]) -> AsyncGenerator[tuple[Choice, Delta], None]:
@@ -158,9 +174,10 @@ async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice,
                 histogram.observe(now - last)
                 last, histogram = now, metrics.next_token
                 if output.finish == "error" or output.finish == "cancelled":
-                    raise RequestError(output.error or "The sequence was ended", code="internal_error", status=500)
+                    raise output.error or RequestError("The sequence was ended", code="internal_error", status=500)
                 choice.cached_tokens += output.cached_tokens
                 delta = text.feed(output)
+                delta.token_ids = output.token_ids
                 if choice.parser is not None:
                     _parse(choice.parser, delta)
                 yield choice, delta

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any
 
 from cluster.gateway.detokenizer import Pieces
@@ -39,6 +40,13 @@ class TokenNames:
         if (own := self._own.get(token_id)) is not None:
             return own
         return _text(self._raw[token_id]) if token_id < len(self._raw) else f"token_id:{token_id}"
+
+    @property
+    def by_id(self) -> TokenNames:
+        """The same tokens with `token_id:` and their number for every name."""
+        names = copy(self)
+        names._own = {token_id: f"token_id:{token_id}" for token_id in range(len(self._raw))}
+        return names
 
     def named(self, token_id: int, logprob: float) -> dict[str, Any]:
         """A token as chat completions list it: name, log-probability, and the bytes it stands for."""

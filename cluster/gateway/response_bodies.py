@@ -85,6 +85,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    system_fingerprint: str
 
 
 class CompletionLogprobs(BaseModel):
@@ -110,6 +111,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    system_fingerprint: str
 
 
 class ModelObject(BaseModel):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cluster.errors import RequestError
@@ -48,7 +49,9 @@ def sampling_params(
         ignore_eos=bool(request.ignore_eos),
         min_tokens=request.min_tokens or 0,
         logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=request.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
+        bad_words=_bad_words(gateway, request.bad_words or ()),
+        priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         allowed_ids=tuple(request.allowed_token_ids or ()),
     )
@@ -85,10 +88,35 @@ def _first(asked: Number | None, said: Number | None, default: Number) -> Number
     return default if value is None else value
 
 
-def stream_options(request: SamplingFields) -> tuple[bool, bool]:
-    """Whether to stream, and whether to end the stream with the usage."""
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """Whether and how to stream: `usage` at the end, `usage_so_far` with every chunk."""
+
+    wanted: bool
+    usage: bool
+    usage_so_far: bool
+
+
+def streaming(request: SamplingFields) -> Streaming:
+    """Raises RequestError for options of a stream without one, and for what a stream has no place for."""
     options = request.stream_options
     if options is not None and not request.stream:
         message = "'stream_options' is only allowed when 'stream' is true"
         raise RequestError(message, code="invalid_value", param="stream_options")
-    return bool(request.stream), options is not None and bool(options.include_usage)
+    if request.stream and request.prompt_logprobs is not None:
+        message = "'prompt_logprobs' is not allowed when 'stream' is true"
+        raise RequestError(message, code="invalid_value", param="prompt_logprobs")
+    if options is None:
+        return Streaming(bool(request.stream), usage=False, usage_so_far=False)
+    return Streaming(True, bool(options.include_usage), bool(options.continuous_usage_stats and options.include_usage))
+
+
+def truncated(prompt_ids: list[int], request: SamplingFields) -> list[int]:
+    """The last tokens of a prompt, where only so many are to be kept."""
+    return prompt_ids if request.truncate_prompt_tokens is None else prompt_ids[-request.truncate_prompt_tokens :]
+
+
+def _bad_words(gateway: Gateway, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+    """Each word as it is written at the beginning of a text and after a space."""
+    encode = gateway.tokenizer.encode
+    return tuple({tuple(ids) for word in words for text in (word, f" {word}") if (ids := encode(text, False))})

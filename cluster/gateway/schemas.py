@@ -136,6 +136,20 @@ class SamplingFields(Body):
     skip_special_tokens: Annotated[bool | None, Field(description="false: their names are part of the text")] = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    bad_words: Annotated[
+        Annotated[list[Stop], Field(max_length=limits.MAX_BAD_WORDS, fail_fast=True)] | None,
+        Field(description="Texts that are not written"),
+    ] = None
+    prompt_logprobs: Annotated[NTop | None, Field(description="Scores of the prompt's tokens; not in streams")] = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: Annotated[bool | None, Field(description="In log-probabilities, for names")] = None
+    truncate_prompt_tokens: Annotated[
+        Annotated[Integer, Field(ge=1, le=2**31 - 1)] | None, Field(description="Keep the last so many of the prompt")
+    ] = None
+    priority: Annotated[
+        Annotated[Integer, Field(ge=-(2**31), le=2**31 - 1)] | None, Field(description="A lower one is served earlier")
+    ] = None
+    request_id: Annotated[Annotated[str, Field(max_length=256)] | None, Field(description="Accepted, not used")] = None
     cache_salt: Annotated[
         Annotated[str, Field(max_length=256)] | None,
         Field(description="Prompts share cached work with those of the same salt alone"),
@@ -247,6 +261,7 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: Annotated[bool | None, Field(description="Begin the assistant's turn; default true")] = None
     continue_final_message: Annotated[bool | None, Field(description="Go on with the last message's text")] = None
     add_special_tokens: bool | None = None
+    echo: Annotated[bool | None, Field(description="Put the last message before the answer")] = None
     chat_template_kwargs: Annotated[JsonObject | None, Field(description="More names for the chat template")] = None
     documents: Annotated[
         Annotated[list[JsonObject], Field(max_length=1024, fail_fast=True)] | None,
@@ -300,10 +315,9 @@ _OPENAI = """
     audio best_of moderation prediction suffix web_search_options
 """
 _OTHERS = """
-    bad_words chat_template early_stopping ebnf guided_decoding_backend json_schema kv_transfer_params length_penalty
-    logits_processors lora_path mm_processor_kwargs prompt_embeds prompt_logprobs regex return_token_ids
-    return_tokens_as_token_ids stop_regex structural_tag thinking_token_budget truncate_prompt_tokens use_beam_search
-    vllm_xargs
+    chat_template early_stopping ebnf guided_decoding_backend json_schema kv_transfer_params length_penalty
+    logits_processors lora_path mm_processor_kwargs prompt_embeds regex stop_regex structural_tag
+    thinking_token_budget use_beam_search vllm_xargs
 """
 NEUTRAL = frozenset(_NEUTRAL.split())
 UNSUPPORTED = frozenset(_OPENAI.split() + _OTHERS.split())

@@ -31,6 +31,7 @@ class Delta:
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    token_ids: tuple[int, ...] = ()
     parts: list[Part] = field(default_factory=list)  # of `text`, where function calls or reasoning are looked for
 
 

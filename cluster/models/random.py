@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import replace
@@ -39,11 +40,13 @@ def write_random(
 
     The same seed gives the same model in either layout (`fused`) and any sharding. With a vocabulary of at least
     `MIN_VOCABULARY` tokens it has a tokenizer and a chat template, so that the gateway can serve it.
-    Raises CheckpointError when the sizes contradict themselves or it cannot be written.
+    Raises CheckpointError when the sizes contradict themselves, are not for this family, or it cannot be written.
     """
     config = config_of(spec)
-    if spec_of(config, dest) != spec:
-        raise ValueError(f"a {spec.family} cannot have all of {spec}")
+    said = spec_of(config, dest)
+    every_field = (field.name for field in dataclasses.fields(spec))
+    if lost := [name for name in every_field if getattr(said, name) != getattr(spec, name)]:
+        raise CheckpointError(f"{dest}: the config.json of a {spec.family} cannot say this {', '.join(lost)}")
     usual, names = _roles(spec), tensor_names(spec, fused=fused)
     roles: dict[str, str] = {}
     for layer in range(spec.n_layers):

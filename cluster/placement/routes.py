@@ -53,6 +53,15 @@ class Routes:
                     choices.append(_Choice(expert, workers, shares, [0] * len(active)))
             self._choices.append(choices)
 
+    def fixed_owners(self) -> Ints:
+        """A worker for every expert [L, E], for steps in which nobody knows the rows beforehand: of several replicas
+        one, others for other experts."""
+        owner_LE: Ints = self._owner_LE.copy()
+        for layer, choices in enumerate(self._choices):
+            for choice in choices:
+                owner_LE[layer, choice.expert] = choice.workers[(layer + choice.expert) % len(choice.workers)]
+        return owner_LE
+
     def has_choice(self, layer: int) -> bool:
         """Whether an expert of `layer` has more than one replica to go to."""
         return bool(self._choices[layer])

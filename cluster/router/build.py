@@ -10,6 +10,7 @@ import torch
 from cluster.config import Config
 from cluster.router.compute import Compute, HostCompute
 from cluster.router.engine import Engine
+from cluster.router.exchange import Exchange
 from cluster.router.grammar import GrammarCompiler
 from cluster.router.memory import check_memory, with_kv_cache
 from cluster.router.sizing import context_limit, pool_blocks, step_bytes
@@ -34,7 +35,9 @@ def build_engine(config: Config, source: str | Path | Checkpoint, experts: Exper
     Raises CheckpointError when a tensor is missing or wrong, StartError when memory does not suffice; both before
     anything is loaded.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source, pick(config.router_device))
+    if not isinstance(source, Checkpoint):
+        source = Checkpoint(source, pick(config.router_device), finite=config.check_weights)
+    checkpoint = source
     checkpoint.verify()
     device = checkpoint.device
     spec = checkpoint.spec
@@ -63,6 +66,11 @@ def compute_on(model: Decoder, config: Config) -> Compute:
 
         limit = context_limit(config, model.spec, model.cache.n_blocks)
         return DeviceCompute(model, config.max_sequences, limit, progress)
+    if isinstance(model.experts, Exchange) and model.experts.steps is not None:
+        from cluster.router.exchange_compute import ExchangeCompute
+
+        limit = context_limit(config, model.spec, model.cache.n_blocks)
+        return ExchangeCompute(model, model.experts, config.max_sequences, limit, progress)
     return HostCompute(model)
 
 

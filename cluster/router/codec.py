@@ -21,7 +21,7 @@ ROUTER_KEY = "expertmesh-router"
 _SCALARS = tuple(
     field.name
     for field in fields(SamplingParams)
-    if field.name not in {"logit_bias", "stop_ids", "logprobs", "prompt_logprobs", "allowed_ids"}
+    if field.name not in {"logit_bias", "stop_ids", "logprobs", "prompt_logprobs", "allowed_ids", "bad_words"}
 )
 
 
@@ -33,6 +33,7 @@ def encode_submit(
         logit_bias=params.logit_bias,
         stop_ids=params.stop_ids,
         allowed_ids=params.allowed_ids,
+        bad_words=[pb.TokenIds(ids=word) for word in params.bad_words],
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
     )
@@ -50,6 +51,7 @@ def decode_sampling(sampling: pb.Sampling) -> SamplingParams:
         logit_bias=dict(sampling.logit_bias),
         stop_ids=tuple(sampling.stop_ids),
         allowed_ids=tuple(sampling.allowed_ids),
+        bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
@@ -67,7 +69,7 @@ def merge_output(message: pb.Output, output: StepOutput) -> None:
     if output.finish is not None:
         message.finish = output.finish
         if output.finish == "error":
-            message.refusal.CopyFrom(encode_refusal(internal_error(output.error)))
+            message.refusal.CopyFrom(encode_refusal(output.error or internal_error(None)))
 
 
 def output_bytes(output: StepOutput) -> int:

@@ -55,10 +55,10 @@ class DeviceCompute:
             )
             logits_RV = self._model.forward([replace(batch, token_ids_T=token_T)])
         scores = any(draw.sequence.wants_prompt_logprobs for draw in draws) or len(batch.logit_rows_R) > len(draws)
-        return _OnDevice(self._sampler.start(logits_RV, draws), logits_RV if scores else None)
+        return OnDevice(self._sampler.start(logits_RV, draws), logits_RV if scores else None)
 
 
-class _OnDevice:
+class OnDevice:
     """A step that runs."""
 
     def __init__(self, pending: Pending, logits_RV: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from cluster.config import Config
 from cluster.errors import ExpertMeshError, RequestError
 from cluster.router import limits
 from cluster.router.batching import logits_wanted, make_batch
+from cluster.router.codec import internal_error
 from cluster.router.compute import Compute, Computed, Draw, Drawn, HostCompute, Logits
 from cluster.router.grammar import Grammar, GrammarCompiler
 from cluster.router.kv_blocks import KVBlocks
@@ -97,6 +98,7 @@ class Engine:
             max_sequences=config.max_sequences,
             max_queue=config.max_queue,
             shares_prefixes=config.prefix_cache,
+            max_wait_s=config.max_queue_wait_s,
         )
         self._compute = compute or HostCompute(model)
         self._flight: _Flight | None = None
@@ -185,6 +187,7 @@ class Engine:
         chunks: list[Chunk] = []
         try:
             with self._lock:
+                outputs += [self._end(each, "error", self._overdue()) for each in self._scheduler.overdue()]
                 chunks = self._scheduler.schedule()
                 if not chunks:
                     if self._flight is None:
@@ -228,6 +231,8 @@ class Engine:
                 self._commit(flight, flight.computed, drawn, outputs)
         except Exception as error:
             with self._lock:
+                for chunk in flight.chunks:  # what they were to hold may not be there
+                    self._blocks.forget(chunk.sequence.blocks)
                 outputs += self._fail([chunk.sequence for chunk in flight.chunks], error)
 
     def _commit(self, flight: _Flight, computed: Computed, drawn: Items[Drawn], outputs: list[StepOutput]) -> None:
@@ -250,6 +255,10 @@ class Engine:
             elif completes:  # only the scores of its prompt were wanted
                 outputs.append(self._end(sequence, "length"))
 
+    def _overdue(self) -> RequestError:
+        message = f"this request waited {self._scheduler.max_wait_s:g} s for its turn; try again later"
+        return RequestError(message, code="queue_full", status=429, retry_after_s=1 + len(self._scheduler.waiting))
+
     def _await_grammar(self) -> None:
         """Nothing can be computed because every grammar is still being compiled: let that have the time."""
         for sequence in self._scheduler.waiting:
@@ -260,7 +269,7 @@ class Engine:
     def _emit(self, sequence: Sequence, given: Drawn) -> StepOutput:
         """Commit a token, and end the sequence with it if it is the last."""
         if isinstance(given.token, RequestError):
-            return self._end(sequence, "error", str(given.token))
+            return self._end(sequence, "error", given.token)
         scores = sequence.take_prompt_logprobs()
         sequence.append(given.token)
         self._tokens += 1
@@ -272,7 +281,7 @@ class Engine:
         self._cached += cached
         return StepOutput(sequence.request_id, (given.token,), logprobs, scores, finish, cached_tokens=cached)
 
-    def _end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> StepOutput:
+    def _end(self, sequence: Sequence, finish: Finish, error: RequestError | None = None) -> StepOutput:
         """End a sequence without a further token."""
         self._close(sequence.request_id)
         return StepOutput(sequence.request_id, (), (), sequence.take_prompt_logprobs(), finish, error)
@@ -282,7 +291,7 @@ class Engine:
         them is to blame is not known."""
         expected = isinstance(error, ExpertMeshError)
         log.error("a step of %d sequences failed: %s", len(sequences), error, exc_info=None if expected else error)
-        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        reason = internal_error(str(error) if expected else f"{type(error).__name__}: {error}")
         return [self._end(each, "error", reason) for each in sequences if each.state is not State.ENDED]
 
     def _close(self, request_id: str) -> None:

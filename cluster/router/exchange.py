@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from workers.errors import WorkerLost
 from workers.kernels.dispatch import Plan
 from workers.kernels.ops import Ops
 from workers.kernels.select import ops_for
+from workers.model.experts import Experts
 from workers.transport.base import Rows, Tag, Transport
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
@@ -64,6 +65,8 @@ class Counters:
 
     rows_LE: NDArray[np.int64]  # rows dispatched to each expert
     worker_rows: dict[str, int] = field(default_factory=dict)  # rows sent to each worker, one for each of their experts
+    captured_steps: int = 0
+    void_steps: int = 0  # captured steps that a worker did not answer in time, and that were computed again
     repairs: int = 0  # parts sent again after a loss
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -72,6 +75,16 @@ class Counters:
     compute_seconds: defaultdict[str, float] = field(
         default_factory=lambda: defaultdict(float)
     )  # by worker, as it says
+
+
+class StepWay(Protocol):
+    """A way on which whole steps can be captured: what `workers.transport.device.way.DeviceWay` is."""
+
+    @property
+    def experts(self) -> Experts: ...
+    def ready(self, workers: tuple[str, ...], owner_LE: NDArray[np.int32]) -> bool: ...
+    def begin_step(self, n_rows: int) -> bool: ...
+    def end_step(self) -> NDArray[np.int64] | None: ...
 
 
 class Exchange:
@@ -93,8 +106,11 @@ class Exchange:
         rejoin_timeout_s: float,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        step_way: StepWay | None = None,
     ) -> None:
-        """`device`, `dtype`: of the rows."""
+        """`device`, `dtype`: of the rows. `step_way`: how captured steps reach the workers."""
+        self._step_way = step_way
+        self._step_owners: tuple[int, tuple[str, ...], NDArray[np.int64]] = (0, (), np.zeros((0, 0), np.int64))
         self._pool = WorkerPool(transport, reply_timeout_s)
         self._rejoin_timeout_s = rejoin_timeout_s
         self._router = secrets.randbits(64)
@@ -152,6 +168,46 @@ class Exchange:
             self._closed = True
             self._changed.notify_all()
 
+    @property
+    def steps(self) -> Experts | None:
+        """What decoding steps are captured with; None: they are not."""
+        return None if self._step_way is None else self._step_way.experts
+
+    def begin_steps(self, n_rows: int) -> bool:
+        """Before a captured step of `n_rows` rows: whether the workers take part; else it goes layer by layer."""
+        if self._step_way is None:
+            return False
+        epoch = self._enter()
+        owner_LE = self._routes.fixed_owners()
+        used = np.unique(owner_LE)  # a worker that owns nothing is not waited for
+        workers = tuple(self._routes.workers[index] for index in used.tolist())
+        placed_LE = np.searchsorted(used, owner_LE)
+        if self._step_way.ready(workers, placed_LE.astype(np.int32)) and self._step_way.begin_step(n_rows):
+            self._step_owners = (epoch, workers, placed_LE)
+            return True
+        self._leave(epoch)
+        return False
+
+    def end_steps(self) -> bool:
+        """After a captured step, which it waits for: False when it is void, since a worker did not answer in time."""
+        assert self._step_way is not None
+        rows_LE = self._step_way.end_step()
+        epoch, workers, placed_LE = self._step_owners
+        self._leave(epoch)
+        if rows_LE is None:
+            self.counters.void_steps += 1
+            return False
+        self.counters.captured_steps += 1
+        self.counters.rows_LE += rows_LE
+        rows_W = np.bincount(placed_LE.ravel(), rows_LE.ravel(), len(workers))
+        for worker, rows in zip(workers, rows_W.tolist(), strict=True):
+            self.counters.worker_rows[worker] = self.counters.worker_rows.get(worker, 0) + int(rows)
+        return True
+
+    def _leave(self, epoch: int) -> None:
+        with self._lock:
+            self._outstanding[epoch] -= 1
+
     def by(self, ops: Ops) -> None:
         """None: the experts are elsewhere."""
 
@@ -174,7 +230,7 @@ class Exchange:
         owner_E, counter_E = routes.owners(layer, rows_E), self.counters.rows_LE[layer]
         new_tag = partial(self._tag, layer, 0)
         split_W, plan = split(
-            self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag
+            self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag, self._room
         )
         rows_PD = x_TD.new_empty(plan.n_pairs, x_TD.shape[1])
         parts = []
@@ -192,12 +248,16 @@ class Exchange:
         """
         y_TD = handle.rows_PD
         if handle.plan is not None:
-            lost = self._receive(handle.parts, y_TD)
-            if lost:
-                self._repair(lost, y_TD)
-            y_TD = self._ops.weighted_sum(y_TD, handle.plan)
-        with self._lock:
-            self._outstanding[handle.epoch] -= 1
+            parts, rows_PD = handle.parts, handle.rows_PD
+            if lost := self._receive(parts, rows_PD):
+                for part in parts:  # what the transport has of them does not outlive the replies to come
+                    if part.reply.loss is None:
+                        rows_PD[part.at] = part.reply.out_PD
+                self._repair(lost, rows_PD)
+                y_TD = self._ops.weighted_sum((rows_PD,), handle.plan)
+            else:
+                y_TD = self._ops.weighted_sum([part.reply.out_PD for part in parts], handle.plan)
+        self._leave(handle.epoch)
         return y_TD
 
     def _enter(self) -> int:
@@ -226,6 +286,9 @@ class Exchange:
         tag = Tag(self._router, self._view.placement.epoch, self._step, layer, self._part, attempt)
         self._part += 1
         return tag
+
+    def _room(self, worker: int, n_bytes: int) -> memoryview | None:
+        return self._pool.transport.room(self._routes.workers[worker], n_bytes)
 
     def _send(self, worker: int, rows: Rows, at: slice | Tensor, out_PD: Tensor) -> Part:
         name, counters = self._routes.workers[worker], self.counters

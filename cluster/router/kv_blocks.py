@@ -72,6 +72,12 @@ class KVBlocks:
             self._block_of[key] = block
             self._key_of[block] = key
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Find `blocks`, which have an owner, by no key any more."""
+        for block in blocks:
+            if (key := self._key_of.pop(block, None)) is not None:
+                del self._block_of[key]
+
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
         del self._block_of[self._key_of.pop(block)]

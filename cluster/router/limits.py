@@ -12,6 +12,7 @@ MAX_LOGPROBS = 20  # likeliest tokens per position
 MAX_STOPS = 16  # stop strings
 MAX_STOP_CHARACTERS = 512  # of one stop string
 MAX_STOP_IDS = 64
+MAX_BAD_WORDS = 128
 MAX_BIAS_ENTRIES = 1024
 MAX_BIAS = 100.0
 MAX_TEMPERATURE = 2.0
@@ -48,6 +49,10 @@ def check(prompt_ids: Sequence[int], params: SamplingParams, *, vocab_size: int,
     _check_range("prompt_logprobs", params.prompt_logprobs or 0, 0, MAX_LOGPROBS)
     _check_ids("stop_token_ids", params.stop_ids, MAX_STOP_IDS, vocab_size)
     _check_ids("logit_bias", tuple(params.logit_bias), MAX_BIAS_ENTRIES, vocab_size)
+    if len(params.bad_words) > 2 * MAX_BAD_WORDS:
+        raise _invalid("bad_words", f"has more than {MAX_BAD_WORDS} entries")
+    for word in params.bad_words:
+        _check_ids("bad_words", word, max_context, vocab_size)
     _check_ids("allowed_token_ids", params.allowed_ids, vocab_size, vocab_size)
     if len(params.grammar) > MAX_GRAMMAR_CHARACTERS:
         raise _invalid("grammar", f"has {len(params.grammar)} characters; at most {MAX_GRAMMAR_CHARACTERS} are allowed")

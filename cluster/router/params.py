@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.errors import RequestError
+
 Finish = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -29,6 +31,8 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; n: of the sampled token and of the n likeliest
     prompt_logprobs: int | None = None
     grammar: str = ""  # what the answer must follow (`router.grammar`); a complete answer ends, whatever `ignore_eos`
+    bad_words: tuple[tuple[int, ...], ...] = ()  # no token is sampled that would complete one of these
+    priority: int = 0  # of those who wait the lowest goes first
     cache_salt: str = ""  # KV blocks are shared by requests of the same salt alone
     allowed_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all may be
 
@@ -50,5 +54,5 @@ class StepOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, before the first token; first entry None
     finish: Finish | None = None
-    error: str | None = None
+    error: RequestError | None = None  # with `finish` "error"
     cached_tokens: int = 0  # of the prompt, whose K and V were there already; with the first token

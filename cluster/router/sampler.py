@@ -2,7 +2,7 @@
 
 One pass in numpy over the rows of a step. A row (some 200 KB) is worked on while it is in the core's cache, pays only
 for the stages that its sequence asks for, and never looks at another row: so a request gives the same tokens alone and
-in a crowd. The order of the stages: logit bias, penalties, what a list and a grammar allow, ban of
+in a crowd. The order of the stages: logit bias, penalties, bad words, what a list and a grammar allow, ban of
 stop tokens, temperature, top-k, top-p, min-p, draw.
 
 Shape legend: S sequences, V vocabulary, B blocks of a row.
@@ -99,7 +99,8 @@ def adjust(logits_V: Row, sequence: Sequence, allowed_V: Flags | None = None) ->
     """Logit bias, penalties, what is allowed and the ban of stop tokens; the given row where there is none of them."""
     state, params = sequence.sampling, sequence.params
     bans = sequence.stops if sequence.bans_stops else ()
-    if not (len(state.bias_B) or state.seen or bans or len(state.allowed_ids_A)) and allowed_V is None:
+    bad = [word[-1] for word in params.bad_words if sequence.ends_with(word[:-1])]
+    if not (len(state.bias_B) or bad or state.seen or bans or len(state.allowed_ids_A)) and allowed_V is None:
         return logits_V
     logits_V = logits_V.copy()
     if len(state.bias_B):
@@ -116,6 +117,8 @@ def adjust(logits_V: Row, sequence: Sequence, allowed_V: Flags | None = None) ->
         kept = logits_V[state.allowed_ids_A]
         logits_V.fill(-np.inf)
         logits_V[state.allowed_ids_A] = kept
+    if bad:
+        logits_V[bad] = -np.inf
     if allowed_V is not None:
         logits_V[~allowed_V] = -np.inf
     if bans:

@@ -50,7 +50,7 @@ class SamplingState:
         self.bias_ids_B = np.fromiter(params.logit_bias.keys(), np.int64)
         self.bias_B = np.fromiter(params.logit_bias.values(), np.float32)
         # Plain: the likeliest token, whatever came before.
-        free = grammar is None and not params.allowed_ids
+        free = grammar is None and not params.allowed_ids and not params.bad_words
         self.plain = free and self.greedy and not penalised and not params.logit_bias and params.min_tokens == 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,8 +61,11 @@ class Scheduler:
         max_sequences: int,
         max_queue: int,
         shares_prefixes: bool = True,
+        max_wait_s: float = math.inf,
     ) -> None:
-        """`shares_prefixes`: what the cache holds of a newcomer's tokens is not computed again."""
+        """`shares_prefixes`: what the cache holds of a newcomer's tokens is not computed again. `max_wait_s`: who waits
+        longer for the first time to be admitted is overdue."""
+        self.max_wait_s = max_wait_s
         self.blocks = blocks
         self._shares_prefixes = shares_prefixes
         self.max_batch_tokens = max_batch_tokens
@@ -85,7 +90,16 @@ class Scheduler:
                 f"{self.blocks.n_blocks * self.blocks.block_size}",
                 code="context_length_exceeded", param="max_tokens",
             )  # fmt: skip
-        self.waiting.append(sequence)
+        # Behind those of the same priority; whoever was preempted is first in any case.
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].params.priority > sequence.params.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
+
+    def overdue(self) -> list[Sequence]:
+        """Those who have waited too long, of whom nothing was computed yet, here or elsewhere."""
+        latest = time.monotonic() - self.max_wait_s
+        return [each for each in self.waiting if each.arrived < latest and not each.admitted and not each.n_emitted]
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, with blocks for all of them. Empty only when there is nothing to do."""
@@ -142,7 +156,7 @@ class Scheduler:
         sequence.computed = len(found) * self.blocks.block_size
         if not sequence.n_emitted:
             sequence.cached = sequence.computed
-        sequence.state = State.RUNNING
+        sequence.state, sequence.admitted = State.RUNNING, True
         self.running.append(sequence)
         return sequence
 

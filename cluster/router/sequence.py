@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence as Items
 from enum import Enum
@@ -26,8 +27,21 @@ class Sequence:
     """
 
     __slots__ = (
-        "ahead", "block_keys", "blocks", "cached", "computed", "n_prompt", "params", "prompt_logprobs", "request_id",
-        "sampling", "state", "stops", "tokens",
+        "admitted",
+        "ahead",
+        "arrived",
+        "block_keys",
+        "blocks",
+        "cached",
+        "computed",
+        "n_prompt",
+        "params",
+        "prompt_logprobs",
+        "request_id",
+        "sampling",
+        "state",
+        "stops",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +67,8 @@ class Sequence:
         self.blocks = array("i")
         self.block_keys: list[bytes] = []  # of its first blocks, each a function of all tokens up to its end
         self.state = State.WAITING
+        self.arrived = time.monotonic()
+        self.admitted = False  # once, even if it was preempted since
         # By position; grows as the prompt is computed. None: not wanted, or sent already, be it by another router.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None and not emitted_ids:
@@ -61,6 +77,11 @@ class Sequence:
     @property
     def n_emitted(self) -> int:
         return len(self.tokens) - self.n_prompt
+
+    def ends_with(self, ids: Items[int]) -> bool:
+        """Whether the answer so far ends with `ids`."""
+        n = len(ids)
+        return n == 0 or (n <= self.n_emitted and tuple(self.tokens[-n:]) == tuple(ids))
 
     @property
     def n_known(self) -> int:

@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 
 from cluster.errors import RequestError, StartError
+from cluster.router.admission import Admission
 from cluster.router.codec import MESSAGE_BYTES, ROUTER_KEY, SERVICE, decode_sampling
 from cluster.router.engine_thread import EngineLike, EngineThread, Refused
 from cluster.router.gateway_stream import GatewayStream
@@ -52,7 +53,10 @@ class GenerationService:
         router: str = "router-0",
         state: str = "ready",
         exchange: Exchange | None = None,
+        admission: Admission | None = None,
     ) -> None:
+        """`admission`: whom to refuse at once; None: the engine alone refuses, between two steps."""
+        self._admission = admission
         self.router = router
         self.state = state
         self.address = f"{host}:{port}"  # with the port that it got, once it has started
@@ -178,6 +182,10 @@ class GenerationService:
             stream.refuse(submit.request_id, error)
             return
         # The engine's id says whose request it is, and which of those that had this id.
+        admission = None if submit.emitted_ids else self._admission  # one that goes on was admitted elsewhere
+        if admission is not None and (refusal := admission.refuse(self.n_open)) is not None:
+            stream.refuse(submit.request_id, refusal)
+            return
         engine_id = f"{stream.number}/{next(self._numbers)}/{submit.request_id}"
         stream.open[submit.request_id] = engine_id
         self._idle.clear()
@@ -198,6 +206,8 @@ class GenerationService:
 
     def _forget(self, stream: GatewayStream, request_id: str) -> None:
         del stream.open[request_id]
+        if self._admission is not None:
+            self._admission.ended()
         if not self.n_open:
             self._idle.set()
 

@@ -139,7 +139,9 @@ def test_two_gateways_are_one_scrape(tmp_path: Path, tiny_checkpoint: Path) -> N
     with running_cluster(tmp_path, tiny_checkpoint, *options) as cluster:
         for _ in range(8):
             chat(cluster, "hello", max_tokens=2)
-        scrapes = [httpx.get(f"{cluster.url}/metrics").text for _ in range(8)]
+        # On a busy machine HAProxy may be replaced now and then; clients try again, as OpenAI's do.
+        client = httpx.Client(base_url=cluster.url, transport=httpx.HTTPTransport(retries=5), timeout=30)
+        scrapes = [client.get("/metrics").text for _ in range(8)]
         for text in scrapes:
             for name in ("gateway-0", "gateway-1"):
                 assert f'expertmesh_gateway_up{{gateway="{name}"}} 1.0' in text
@@ -147,9 +149,10 @@ def test_two_gateways_are_one_scrape(tmp_path: Path, tiny_checkpoint: Path) -> N
         tokens = [line for line in scrapes[-1].splitlines() if line.startswith("expertmesh_gateway_tokens_total")]
         assert sum(float(line.split()[-1]) for line in tokens) == 16
 
-        asked = httpx.get(f"{cluster.url}/version", headers={"x-request-id": "mine-1"})
+        asked = client.get("/version", headers={"x-request-id": "mine-1"})
         assert asked.headers.get_list("x-request-id") == ["mine-1"]
-        assert len(httpx.get(f"{cluster.url}/version").headers.get_list("x-request-id")) == 1
+        assert len(client.get("/version").headers.get_list("x-request-id")) == 1
+        client.close()
 
         status = ("status", "--state-dir", str(tmp_path / "state"))
         assert cluster.command(*status).returncode == 0
@@ -186,10 +189,11 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path, tiny_checkpoint: Pa
         closed.bind(("127.0.0.1", 0))
         gone = f"127.0.0.1:{closed.getsockname()[1]}"
         began = time.monotonic()
-        line = refused(environ | {"RAY_ADDRESS": gone}, model)
+        line = refused(environ | {"RAY_ADDRESS": gone}, model, "--trusted-network")
         assert f"no Ray at {gone}: Connection refused; unset RAY_ADDRESS" in line
-        line = refused(environ | {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path)}, model)
-        assert "ray_address: `auto`, but Could not find any running Ray instance" in line
+        if not any(process.name() == "gcs_server" for process in psutil.process_iter()):  # it might be somebody's
+            line = refused(environ | {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path)}, model, "--trusted-network")
+            assert "ray_address: `auto`, but Could not find any running Ray instance" in line
         assert time.monotonic() - began < 60  # was eight minutes
 
     def few_files() -> None:

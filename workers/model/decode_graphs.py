@@ -36,6 +36,11 @@ class _Captured:
     table_SB: Tensor | None = None  # what the block table was filled with last, on the host
 
 
+def size_of(most_rows: int) -> int:
+    """The size of the graph that holds `most_rows` rows."""
+    return next((size for size in SIZES if size >= most_rows), SIZES[-1])
+
+
 class DecodeGraphs:
     """The captured decoding steps of a model whose experts only launch.
 
@@ -56,7 +61,7 @@ class DecodeGraphs:
 
     def capture(self, most_rows: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Capture every size up to one that holds `most_rows`, the largest first: the others take its memory."""
-        largest = next((size for size in SIZES if size >= most_rows), SIZES[-1])
+        largest = size_of(most_rows)
         sizes = [size for size in reversed(SIZES) if size <= largest]
         for done, size in enumerate(sizes):
             progress(done, len(sizes))

@@ -353,6 +353,56 @@ def test_broken_header(tmp_path: Path, header: bytes) -> None:
     refused(tmp_path, "model.safetensors", "not a safetensors file")
 
 
+def test_a_tensor_that_is_there_twice(tmp_path: Path) -> None:
+    """JSON readers take the last one without a word; another program may take the first."""
+    save(tmp_path)
+    entry = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    with_header(tmp_path, f'{{"model.norm.weight": {entry}, "model.norm.weight": {entry}}}'.encode(), bytes(4))
+    refused(tmp_path, "model.safetensors", "'model.norm.weight' is there twice")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'
+    )
+    refused(tmp_path, "model.safetensors.index.json", "'a' is there twice")
+
+
+@pytest.mark.parametrize(("begin", "part"), [(4, "within tensor a"), (0, "within tensor b"), (8, "")])
+def test_tensors_that_overlap(tmp_path: Path, begin: int, part: str) -> None:
+    """A file whose tensors share bytes is damaged or means harm. Sound ones touch, in any order of the header."""
+    save(tmp_path)
+    entries = {
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [begin, begin + 8]},
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "empty": {"dtype": "F32", "shape": [0], "data_offsets": [8, 8]},
+    }
+    with_header(tmp_path, json.dumps(entries).encode(), bytes(16))
+    refused(tmp_path, "model.safetensors", part or "model.embed_tokens.weight is missing")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [FIRST_EXPERT, "model.norm.weight"])
+def test_weights_that_are_no_numbers(tmp_path: Path, name: str, value: float) -> None:
+    """One of them makes every answer that meets it nonsense; whoever wants that says so."""
+    save(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
+
+    def read(checkpoint: Checkpoint) -> None:
+        checkpoint.verify()
+        checkpoint.dense(torch.float32)
+        checkpoint.expert(0, 0, torch.float32)
+
+    read(Checkpoint(tmp_path))
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: tensor {name} has NaN or infinite values"):
+        read(Checkpoint(tmp_path, finite=True))
+
+
+def test_large_weights_are_numbers(tmp_path: Path) -> None:
+    """Their sum is infinite in float32, they are not."""
+    save(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors[FIRST_EXPERT].fill_(3e38))
+    assert float(Checkpoint(tmp_path, finite=True).expert(0, 0, torch.float32).w1_FD[0, 0]) == pytest.approx(3e38)
+
+
 def test_git_lfs_pointer(tmp_path: Path) -> None:
     """A repository cloned without its large files has a text of 130 bytes instead."""
     save(tmp_path)

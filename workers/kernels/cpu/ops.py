@@ -5,6 +5,7 @@ Legend: that of `workers.kernels.ops`.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 from workers.gate_spec import GateSpec
 from workers.kernels.cpu import arguments, kernel
 from workers.kernels.cpu.answer import CpuAnswers
-from workers.kernels.cpu.experts import expert_arguments
+from workers.kernels.cpu.experts import expert_arguments, n_places
 from workers.kernels.cpu.graph import CpuGraph
 from workers.kernels.cpu.kernel import Kernel, Values
 from workers.kernels.dispatch import Ints, Plan, address
 from workers.kernels.experts import LayerExperts
 from workers.kernels.memory import use_huge_pages
+from workers.kernels.message import HEADER_BYTES
 from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, summed
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -53,18 +55,11 @@ class CpuOps:
         team = kernel.team(weight.nbytes)
         rows = self._empty(team, n_rows, dtype=torch.int64)
         values = arguments.Linear(
-            x=x_TD.data_ptr(),
-            x_stride=4 * x_TD.stride(0),
-            weight=weight.values_ND.data_ptr(),
+            x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0), weight=weight.values_ND.data_ptr(),
             up=0 if up is None else up.values_ND.data_ptr(),
-            bias=0 if weight.bias_N is None else weight.bias_N.data_ptr(),
-            y=y_TN.data_ptr(),
-            n_rows=n_rows,
-            k=k,
-            n=n,
-            kind=kernel.KINDS[weight.values_ND.dtype],
-            rows=rows.data_ptr(),
-        )
+            bias=0 if weight.bias_N is None else weight.bias_N.data_ptr(), y=y_TN.data_ptr(), n_rows=n_rows, k=k,
+            n=n, kind=kernel.KINDS[weight.values_ND.dtype], rows=rows.data_ptr(),
+        )  # fmt: skip
         self._run(kernel.linear, team, values)
         return y_TN
 
@@ -82,16 +77,9 @@ class CpuOps:
         return y_TD
 
     def add_norm_gate(
-        self,
-        residual_TD: Tensor,
-        delta: Delta,
-        weight_D: Tensor,
-        eps: float,
-        gate: Matrix,
-        spec: GateSpec,
-        bias_E: Tensor | None = None,
-        scale: float = 1.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, residual_TD: Tensor, delta: Delta, weight_D: Tensor, eps: float, gate: Matrix, spec: GateSpec,
+        bias_E: Tensor | None = None, scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x_TD = self.add_rms_norm(residual_TD, delta, weight_D, eps, scale)
         return x_TD, *self.gate(self.linear(x_TD, gate), spec, bias_E)
 
@@ -99,74 +87,40 @@ class CpuOps:
         self._norm(residual_TD, _with_unit_stride(summed(delta)), None, None, 0.0, scale)
 
     def _norm(
-        self,
-        x_TD: Tensor,
-        delta_TD: Tensor | None,
-        weight_D: Tensor | None,
-        y_TD: Tensor | None,
-        eps: float,
+        self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor | None, y_TD: Tensor | None, eps: float,
         scale: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         assert x_TD.stride(1) == 1 or x_TD.numel() == 0, "rows are changed in place"
         values = arguments.Norm(
-            x=x_TD.data_ptr(),
-            x_stride=4 * x_TD.stride(0),
-            delta=_address(delta_TD),
-            delta_stride=0 if delta_TD is None else 4 * delta_TD.stride(0),
-            weight=_address(weight_D),
-            y=_address(y_TD),
-            n_rows=len(x_TD),
-            d=x_TD.shape[1],
-            eps=eps,
-            scale=scale,
-        )
+            x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0), delta=_address(delta_TD),
+            delta_stride=0 if delta_TD is None else 4 * delta_TD.stride(0), weight=_address(weight_D),
+            y=_address(y_TD), n_rows=len(x_TD), d=x_TD.shape[1], eps=eps, scale=scale,
+        )  # fmt: skip
         self._run(kernel.norm, kernel.team(4 * x_TD.numel()), values)
 
     def rotary_write(
-        self,
-        qkv_TX: Tensor,
-        metadata: AttentionMetadata,
-        cos_Tr: Tensor,
-        sin_Tr: Tensor,
-        k_cache_CZGd: Tensor,
-        v_cache_CZGd: Tensor,
-        norm: QKNorm | None = None,
-    ) -> Tensor:
+        self, qkv_TX: Tensor, metadata: AttentionMetadata, cos_Tr: Tensor, sin_Tr: Tensor, k_cache_CZGd: Tensor,
+        v_cache_CZGd: Tensor, norm: QKNorm | None = None,
+    ) -> Tensor:  # fmt: skip
         n_rows, (n_kv, head) = len(qkv_TX), k_cache_CZGd.shape[-2:]
         n_heads = qkv_TX.shape[1] // head - 2 * n_kv
         q_THd = self._empty(n_rows, n_heads, head)
         values = arguments.RotaryWrite(
-            qkv=qkv_TX.data_ptr(),
-            qkv_stride=4 * qkv_TX.stride(0),
-            q=q_THd.data_ptr(),
-            n_rows=n_rows,
-            n_heads=n_heads,
-            n_kv=n_kv,
-            head=head,
-            rotated=cos_Tr.shape[1],
-            slot=metadata.slot_T.data_ptr(),
-            cos=cos_Tr.data_ptr(),
-            sin=sin_Tr.data_ptr(),
-            keys=k_cache_CZGd.data_ptr(),
-            values=v_cache_CZGd.data_ptr(),
-            q_norm=0 if norm is None else norm.q_weight.data_ptr(),
+            qkv=qkv_TX.data_ptr(), qkv_stride=4 * qkv_TX.stride(0), q=q_THd.data_ptr(), n_rows=n_rows,
+            n_heads=n_heads, n_kv=n_kv, head=head, rotated=cos_Tr.shape[1], slot=metadata.slot_T.data_ptr(),
+            cos=cos_Tr.data_ptr(), sin=sin_Tr.data_ptr(), keys=k_cache_CZGd.data_ptr(),
+            values=v_cache_CZGd.data_ptr(), q_norm=0 if norm is None else norm.q_weight.data_ptr(),
             k_norm=0 if norm is None else norm.k_weight.data_ptr(),
             q_norm_size=0 if norm is None else len(norm.q_weight),
-            k_norm_size=0 if norm is None else len(norm.k_weight),
-            eps=0.0 if norm is None else norm.eps,
-        )
+            k_norm_size=0 if norm is None else len(norm.k_weight), eps=0.0 if norm is None else norm.eps,
+        )  # fmt: skip
         self._run(kernel.rotary_write, kernel.team(4 * qkv_TX.numel()), values)
         return q_THd
 
     def attention(
-        self,
-        q_THd: Tensor,
-        k_cache_CZGd: Tensor,
-        v_cache_CZGd: Tensor,
-        metadata: AttentionMetadata,
-        scale: float,
+        self, q_THd: Tensor, k_cache_CZGd: Tensor, v_cache_CZGd: Tensor, metadata: AttentionMetadata, scale: float,
         window: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         n_rows, n_heads, head = q_THd.shape
         size, n_kv = k_cache_CZGd.shape[1:3]
         group, most_keys = n_heads // n_kv, metadata.block_table_SB.shape[1] * size
@@ -174,25 +128,13 @@ class CpuOps:
         team = kernel.team(4 * n_rows * most_keys * n_kv * head)
         scratch = self._empty(team, 2 * group + group * most_keys)
         values = arguments.Attention(
-            q=q_THd.data_ptr(),
-            out=out_THd.data_ptr(),
-            n_rows=n_rows,
-            n_heads=n_heads,
-            n_kv=n_kv,
-            head=head,
-            keys=k_cache_CZGd.data_ptr(),
-            values=v_cache_CZGd.data_ptr(),
-            block_size=size,
-            tables=metadata.block_table_SB.data_ptr(),
-            table_stride=4 * metadata.block_table_SB.stride(0),
-            sequence=metadata.sequence_T.data_ptr(),
-            position=metadata.position_T.data_ptr(),
-            window=window or most_keys,
-            scratch=scratch.data_ptr(),
-            scratch_stride=4 * scratch.stride(0),
-            score_stride=4 * most_keys,
-            scale=scale,
-        )
+            q=q_THd.data_ptr(), out=out_THd.data_ptr(), n_rows=n_rows, n_heads=n_heads, n_kv=n_kv, head=head,
+            keys=k_cache_CZGd.data_ptr(), values=v_cache_CZGd.data_ptr(), block_size=size,
+            tables=metadata.block_table_SB.data_ptr(), table_stride=4 * metadata.block_table_SB.stride(0),
+            sequence=metadata.sequence_T.data_ptr(), position=metadata.position_T.data_ptr(),
+            window=window or most_keys, scratch=scratch.data_ptr(), scratch_stride=4 * scratch.stride(0),
+            score_stride=4 * most_keys, scale=scale,
+        )  # fmt: skip
         self._run(kernel.attention, team, values)
         return out_THd
 
@@ -202,19 +144,10 @@ class CpuOps:
         ids_TK, weights_TK = self._empty(n_rows, spec.top_k, dtype=torch.int64), self._empty(n_rows, spec.top_k)
         scores_E = self._empty(n_experts)
         values = arguments.Gate(
-            logits=logits_TE.data_ptr(),
-            logits_stride=4 * logits_TE.stride(0),
-            bias=_address(bias_E),
-            ids=ids_TK.data_ptr(),
-            weights=weights_TK.data_ptr(),
-            n_rows=n_rows,
-            n_experts=n_experts,
-            k=spec.top_k,
-            sigmoid=spec.score == "sigmoid",
-            normalize=spec.normalize,
-            scores=scores_E.data_ptr(),
-            scale=spec.scale,
-        )
+            logits=logits_TE.data_ptr(), logits_stride=4 * logits_TE.stride(0), bias=_address(bias_E),
+            ids=ids_TK.data_ptr(), weights=weights_TK.data_ptr(), n_rows=n_rows, n_experts=n_experts, k=spec.top_k,
+            sigmoid=spec.score == "sigmoid", normalize=spec.normalize, scores=scores_E.data_ptr(), scale=spec.scale,
+        )  # fmt: skip
         self._run(kernel.gate, 1, values)
         return ids_TK, weights_TK
 
@@ -235,11 +168,19 @@ class CpuOps:
     ) -> LayerExperts:
         return LayerExperts(n_experts, hidden_size, ffn_size, weight_format)
 
-    def experts(self, layer: LayerExperts, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+    def experts(
+        self,
+        layer: LayerExperts,
+        x_TD: Tensor,
+        token_P: Tensor,
+        expert_P: Tensor,
+        out_PD: Tensor | None = None,
+    ) -> Tensor:
         x_TD, token_P, expert_P = _with_unit_stride(x_TD), token_P.int().contiguous(), expert_P.int().contiguous()
         missing_1 = torch.zeros(1, dtype=torch.int64)
         pairs = token_P.data_ptr(), expert_P.data_ptr()
-        y_PD = self._experts(layer, x_TD, pairs, len(token_P), missing_1)
+        y_PD = self._empty(len(token_P), layer.hidden_size) if out_PD is None else out_PD
+        self._experts(layer, x_TD, pairs, y_PD, missing_1)
         if missing_1[0]:
             raise KeyError(*layer.missing(expert_P))
         return y_PD
@@ -256,53 +197,33 @@ class CpuOps:
     ) -> Tensor:
         x_TD, ids_TK, weights_TK = _with_unit_stride(x_TD), ids_TK.contiguous(), weights_TK.contiguous()
         plan = Plan(len(ids_TK), ids_TK.shape[1], layer.n_experts, 1)
-        self._plan(plan, ids_TK, weights_TK, 0, 0, None)
-        y_PD = self._experts(layer, x_TD, plan.pairs_address, plan.n_pairs, missing_1)
-        return self.weighted_sum(y_PD, plan)
+        self._plan(plan, ids_TK, weights_TK, 0, 0)
+        y_PD = self._empty(plan.n_pairs, layer.hidden_size)
+        self._experts(layer, x_TD, plan.pairs_address, y_PD, missing_1)
+        return self.weighted_sum((y_PD,), plan)
 
     def _experts(
-        self, layer: LayerExperts, x_TD: Tensor, pairs: tuple[int, int], n_pairs: int, missing_1: Tensor
-    ) -> Tensor:
+        self, layer: LayerExperts, x_TD: Tensor, pairs: tuple[int, int], y_PD: Tensor, missing_1: Tensor
+    ) -> None:
         """`pairs`: addresses of token_P and expert_P, int32."""
-        y_PD, hidden_PF = self._empty(n_pairs, layer.hidden_size), self._empty(n_pairs, layer.ffn_size)
-        places = self._empty(layer.n_experts + 1 + 2 * n_pairs, dtype=torch.int64)
+        n_pairs = len(y_PD)
+        hidden_PF = self._empty(n_pairs, layer.ffn_size)
+        places = self._empty(n_places(layer.n_experts, n_pairs), dtype=torch.int64)
         in_order, products = expert_arguments(layer, hidden_PF, places, n_pairs)
-        self._run(
-            kernel.pairs,
-            1,
-            in_order._replace(
-                token=pairs[0],
-                expert=pairs[1],
-                n_pairs=n_pairs,
-                x=x_TD.data_ptr(),
-                x_stride=4 * x_TD.stride(0),
-                missing=missing_1.data_ptr(),
-            ),
-        )
+        in_order = in_order._replace(
+            token=pairs[0], expert=pairs[1], n_pairs=n_pairs, x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0),
+            missing=missing_1.data_ptr(),
+        )  # fmt: skip
+        self._run(kernel.pairs, 1, in_order)
         self._run(kernel.experts, kernel.team(layer.expert_bytes), products._replace(y=y_PD.data_ptr()))
-        return y_PD
 
-    def dispatch_plan(
-        self,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        owner_E: Ints,
-        n_workers: int,
-        counter_E: Ints,
-        pack_TD: Tensor | None = None,
-    ) -> Plan:
-        row_bytes = 0
-        if pack_TD is not None:
-            pack_TD = _with_unit_stride(pack_TD)
-            row_bytes = 4 * pack_TD.shape[1]
-        plan = Plan(len(ids_TK), ids_TK.shape[1], len(owner_E), n_workers, row_bytes)
+    def dispatch_plan(self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints) -> Plan:
+        plan = Plan(len(ids_TK), ids_TK.shape[1], len(owner_E), n_workers)
         ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
-        self._plan(plan, ids_TK, weights_TK, address(owner_E), address(counter_E), pack_TD)
+        self._plan(plan, ids_TK, weights_TK, address(owner_E), address(counter_E))
         return plan
 
-    def _plan(
-        self, plan: Plan, ids_TK: Tensor, weights_TK: Tensor, owner: int, counter: int, pack_TD: Tensor | None
-    ) -> None:
+    def _plan(self, plan: Plan, ids_TK: Tensor, weights_TK: Tensor, owner: int, counter: int) -> None:
         self._hold(plan)
         values = arguments.Plan(
             ids=ids_TK.data_ptr(),
@@ -314,25 +235,43 @@ class CpuOps:
             n_experts=plan.n_experts,
             n_workers=plan.n_workers,
             memory=plan.address,
-            messages=plan.messages_address,
-            x=_address(pack_TD),
-            x_stride=0 if pack_TD is None else 4 * pack_TD.stride(0),
-            d=0 if pack_TD is None else pack_TD.shape[1],
         )
         self._run(kernel.plan, 1, values)
 
-    def weighted_sum(self, rows_PD: Tensor, plan: Plan) -> Tensor:
-        y_TD = self._empty(plan.n_tokens, rows_PD.shape[1])
+    def pack_request(self, plan: Plan, x_TD: Tensor, rows: slice, pairs: slice, message: memoryview) -> None:
+        x_TD = _with_unit_stride(x_TD)
+        token, expert = plan.pairs_address
+        values = arguments.PackRequest(
+            x=x_TD.data_ptr(),
+            x_stride=4 * x_TD.stride(0),
+            d=x_TD.shape[1],
+            row=plan.row_address + 8 * rows.start,
+            n_rows=rows.stop - rows.start,
+            token=token + 4 * pairs.start,
+            expert=expert + 4 * pairs.start,
+            n_pairs=pairs.stop - pairs.start,
+            out=address(message) + HEADER_BYTES,
+        )
+        self._run(kernel.pack_request, 1, values)
+
+    def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
+        table, first, d = array("q"), 0, parts[0].shape[1]
+        for part in parts:
+            table.extend((first, part.data_ptr()))
+            first += len(part)
+        self._hold(table)
+        y_TD = self._empty(plan.n_tokens, d)
         values = arguments.WeightedSum(
-            rows=rows_PD.data_ptr(),
+            parts=table.buffer_info()[0],
+            n_parts=len(parts),
             place=plan.place_address,
             weights=plan.weights_address,
             out=y_TD.data_ptr(),
             n_tokens=plan.n_tokens,
             k=plan.n_choices,
-            d=rows_PD.shape[1],
+            d=d,
         )
-        self._run(kernel.weighted_sum, kernel.team(rows_PD.nbytes), values)
+        self._run(kernel.weighted_sum, kernel.team(4 * first * d), values)
         return y_TD
 
     def answers(self, layers: Sequence[LayerExperts]) -> Answers | None:

@@ -19,6 +19,7 @@ from workers.transport.collective.blocks import BLOCK_BYTES, ERROR_BYTES, LEAVE,
 from workers.transport.collective.group import Group
 from workers.transport.collective.joiner import BUILD_S, Joiner, beat
 from workers.transport.collective.mesh import Broken, Lane, Mesh
+from workers.transport.threads import serve_thread
 
 
 class CollectiveServer:
@@ -81,9 +82,7 @@ class CollectiveServer:
     def _live(self, mesh: Mesh) -> None:
         """The life of a group, in a thread of its own: it lasts until every router has left."""
         lanes = {router: RouterLane(mesh, router, self._work) for router in mesh.routers}
-        threads = [threading.Thread(target=lane.serve, name="experts", daemon=True) for lane in lanes.values()]
-        for thread in threads:
-            thread.start()
+        threads = [serve_thread(lane.serve, "experts") for lane in lanes.values()]
         self._lanes.extend(lanes.values())
         self.ready = max(self.ready, mesh.group.number)
         self._joiner.changed()

@@ -46,6 +46,7 @@ def ask_kernel(
     out_ptr,  # out [T, D]
     word_ptr,  # out int32 [P]: expert and worker, ascending by expert within a row; -1: nobody's
     place_ptr,  # out int32 [P]: where each choice is in `word`, which is where its row will be; -1: nobody's
+    count_ptr,  # int64 [E]: the pairs of each expert are added to it
     n_rows,  # of x; programs beyond it say that there is no row
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -62,6 +63,7 @@ def ask_kernel(
     before = (key[None, :] < key[:, None]) | ((key[None, :] == key[:, None]) & (k[None, :] < k[:, None]))
     at = t * K + tl.sum(before.to(tl.int32), 1)
     tl.store(word_ptr + at, tl.where(is_held, (owner << 16) | ids, -1), mask=k < K)
+    tl.atomic_add(count_ptr + ids, 1, mask=is_held)
     if t < n_rows:
         tl.store(place_ptr + t * K + k, tl.where(is_held, at, -1), mask=k < K)
         for first in range(0, D, BD):
@@ -75,7 +77,7 @@ def take_kernel(
     x_ptr,  # [T, D], the router's
     word_ptr,  # int32 [P], the router's
     step_ptr,  # int64: below 0, the router takes no part in this step
-    status_ptr,  # int32: above 0, the step is void
+    status_ptr,  # int64: above 0, the step is void
     out_ptr,  # out [T, D]: the rows that have a choice here
     ids_ptr,  # out int32 [P]: the expert of each pair that is ours, -1: not ours
     me,

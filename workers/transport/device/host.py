@@ -67,7 +67,15 @@ class HostLaunch:
         self._limit_s = limit_s
 
     def ask(
-        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor
+        self,
+        rows: StepRows,
+        step: Tensor,
+        status: Tensor,
+        layer: int,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        owner_E: Tensor,
+        count_E: Tensor,
     ) -> Tensor:
         """See `Launch`."""
         n_rows, top_k = ids_TK.shape
@@ -78,6 +86,7 @@ class HostLaunch:
         word_TK = torch.where(owner_TK >= 0, owner_TK << 16 | sorted_TK, -1)
         at_TK = torch.arange(n_rows * top_k, dtype=torch.int32).view(n_rows, top_k)
         place_TK = torch.empty_like(at_TK).scatter_(1, order_TK, torch.where(owner_TK >= 0, at_TK, -1))
+        count_E += sorted_TK[owner_TK >= 0].bincount(minlength=len(count_E))
         rows.x_TD[:n_rows] = x_TD
         rows.word_P.fill_(-1)
         rows.word_P[: n_rows * top_k] = word_TK.flatten()

@@ -1,6 +1,7 @@
 """The exchange's kernels on a GPU, as each side calls them. Nothing but launches: a step can be captured.
 
 `step`, int64 [1] on the device of the side, is the number of the step times `STRIDE`; below 0 the side takes no part.
+`status`, int64 [1] there, is above 0 when the step is void.
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ class Launch(Protocol):
     """What both sides do with the memory that they share, in the order of one stream."""
 
     def ask(
-        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor
+        self,
+        rows: StepRows,
+        step: Tensor,
+        status: Tensor,
+        layer: int,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        owner_E: Tensor,
+        count_E: Tensor,
     ) -> Tensor:
         """The router's rows and choices, and that they are there. int32 [T, K]: where each choice's row will be.
 
-        owner_E: int32, the worker of each expert. `layer` counts from 1.
+        owner_E: int32, the worker of each expert. count_E: int64, its pairs are added. `layer` counts from 1.
         """
 
     def await_done(self, rows: StepRows, step: Tensor, status: Tensor, layer: int) -> None:
@@ -50,12 +59,20 @@ class CudaLaunch:
         self._limit_ns = int(limit_s * 1e9)
 
     def ask(
-        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor
+        self,
+        rows: StepRows,
+        step: Tensor,
+        status: Tensor,
+        layer: int,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        owner_E: Tensor,
+        count_E: Tensor,
     ) -> Tensor:
         (n_rows, top_k), d = ids_TK.shape, rows.layout.hidden_size
         place_TK = ids_TK.new_empty(ids_TK.shape, dtype=owner_E.dtype)
         self._kernels.ask_kernel[(rows.layout.n_rows,)](
-            x_TD, ids_TK, owner_E, rows.x_TD, rows.word_P, place_TK, n_rows, D=d, BD=_block(d), K=top_k,
+            x_TD, ids_TK, owner_E, rows.x_TD, rows.word_P, place_TK, count_E, n_rows, D=d, BD=_block(d), K=top_k,
             K2=_power(top_k), num_warps=4,
         )  # fmt: skip
         self._kernels.signal_kernel[(1,)](rows.asked, step, status, layer, num_warps=1)

@@ -27,8 +27,8 @@ class StepExperts:
     """Every layer of a step in order, none left out. Whoever launches, or replays, calls `begin_step` before.
 
     `owner_LE`, int32 on the device, is the number of the worker that computes each expert. It may be written to between
-    two steps: a captured step follows. `status`, int32 [1] on the device, is above 0 after a step in which a worker did
-    not answer in time: what the step gave is worth nothing.
+    two steps: a captured step follows. `report`, int64 [1 + L * E] on the device, says of the step: first whether it is
+    void, because a worker did not answer in time, and what it gave is worth nothing; then the pairs of each expert.
     """
 
     only_launches = True
@@ -36,26 +36,28 @@ class StepExperts:
     def __init__(self, rows: StepRows, owner_LE: Tensor, launch: Launch) -> None:
         device = rows.x_TD.device
         self.owner_LE = owner_LE
-        self.status = torch.zeros(1, dtype=torch.int32, device=device)
+        self.report = torch.zeros(1 + owner_LE.numel(), dtype=torch.int64, device=device)
+        self._status, self._count_LE = self.report[:1], self.report[1:].view(owner_LE.shape)
         self._step = torch.full((1,), -1, dtype=torch.int64, device=device)  # before the first, nobody is asked
         self._rows = rows
         self._launch = launch
 
     def begin_step(self, step: int) -> None:
         """Number the step that follows; numbers rise."""
-        self.status.zero_()
+        self.report.zero_()
         self._step.fill_(step * STRIDE)
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Sent:
         """Let the workers have the rows; see `workers.model.experts.Experts`. An id below 0 is nobody's."""
+        owner_E, count_E = self.owner_LE[layer], self._count_LE[layer]
         place_TK = self._launch.ask(
-            self._rows, self._step, self.status, layer + 1, x_TD, expert_ids_TK, self.owner_LE[layer]
+            self._rows, self._step, self._status, layer + 1, x_TD, expert_ids_TK, owner_E, count_E
         )
         return Sent(layer, place_TK, weights_TK)
 
     def combine(self, handle: Sent) -> Delta:
         """What the workers gave: on a GPU not added up yet, elsewhere y_TD, in the dtype of the rows."""
-        self._launch.await_done(self._rows, self._step, self.status, handle.layer + 1)
+        self._launch.await_done(self._rows, self._step, self._status, handle.layer + 1)
         rows_PD = self._rows.y_PD[: handle.place_TK.numel()]
         unsummed = Unsummed(rows_PD, handle.place_TK, handle.weights_TK)
         return unsummed if rows_PD.is_cuda else added_up(unsummed)

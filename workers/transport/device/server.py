@@ -63,7 +63,7 @@ class DeviceServer:
         self._thread = threading.Thread(target=self._serve, name="device steps", daemon=True)
         self._thread.start()
 
-    def accept(self, offer: str, router: str) -> Accepted:
+    def accept(self, offer: str, router: str) -> Joining:
         """Map the rows of `router`. Raises DeviceError saying why not."""
         said = Offer.parse(offer)
         shape, shard = said.shape, self._shard
@@ -78,7 +78,7 @@ class DeviceServer:
             raise DeviceError(str(error)) from None
         mapped = memory.peer(said.rows, shape.layout.n_bytes, shard.device)
         joined = Joined(said.router, said.worker, page, mapped, StepRows(mapped.bytes, shape.layout))
-        return Accepted(self, joined, self._page.name)
+        return Joining(self, joined, self._page.name)
 
     def join(self, router: Joined) -> None:
         """Steps of `router` are waited for from now on."""
@@ -143,7 +143,7 @@ class DeviceServer:
         return self._side.conduct(pages, time.monotonic()) if conducts else self._side.follow(pages)
 
 
-class Accepted:
+class Joining:
     """A router that may join."""
 
     def __init__(self, server: DeviceServer, router: Joined, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from workers.transport.base import FastWay, Offered, Pair
 from workers.transport.device import memory
 from workers.transport.device.agreement import PAGE_BYTES, RouterSide, Words
 from workers.transport.device.offer import MAX_WORKERS, Offer, Shape
@@ -16,6 +18,7 @@ from workers.transport.device.router import StepExperts
 from workers.transport.device.rows import StepRows
 from workers.transport.shm.memory import NotShared, OwnMemory, PeerMemory
 
+STEP_LIMIT_S = 1.0  # how long either end of a step waits for the other before the step is void
 _ABSENT = (1 << 63) - 1  # the flag of a worker that does not exist: nobody waits for it
 
 
@@ -28,9 +31,11 @@ class DeviceWay:
 
     name = "device"
 
-    def __init__(self, shape: Shape, device: torch.device, limit_s: float) -> None:
-        """limit_s: how long a step waits for a worker before it is void. Raises DeviceError, NotShared."""
+    def __init__(self, shape: Shape, device: torch.device, limit_s: float, other: FastWay) -> None:
+        """limit_s: how long a step waits for a worker before it is void. other: for the rows of other steps, which is
+        offered together with this one. Raises DeviceError, NotShared."""
         self.shape = shape
+        self._other = other
         self._device = device
         self._number = secrets.randbits(62) | 1
         self._page = OwnMemory(PAGE_BYTES)
@@ -48,14 +53,19 @@ class DeviceWay:
         owner_LE = torch.full((shape.n_layers, shape.n_experts), -1, dtype=torch.int32, device=device)
         self.experts = StepExperts(self._rows, owner_LE, memory.launch(device, limit_s))
 
-    def offer(self, worker: str) -> Offered | None:
-        """What to say to `worker`; None when there is no number left for it."""
+    def offer(self, worker: str) -> Offering | None:
+        """What to say to `worker`; None when there is no number left for it, or no other way to it."""
+        other = self._other.offer(worker)
+        if other is None:
+            return None
         with self._lock:
+            self._joined.pop(worker, None)  # its stream is new, and so may be its process
             number = self._numbers.setdefault(worker, len(self._numbers))
         if number >= MAX_WORKERS:
+            other.close()
             return None
         said = Offer(self._number, number, self._device.type, self._page.name, self._memory.name, self.shape)
-        return Offered(self, worker, said.text())
+        return Offering(self, worker, said.text(), other)
 
     def ready(self, workers: tuple[str, ...], owner_LE: NDArray[np.int32]) -> bool:
         """Whether a step can go this way now. owner_LE: which of `workers` computes each expert, by its place there.
@@ -84,19 +94,17 @@ class DeviceWay:
         self.experts.begin_step(step.number)
         return True
 
-    def end_step(self, is_void: bool) -> None:
-        """How the step ended, by the status of `experts`. After a void one, none begins before its workers rest."""
-        self._was_void = is_void
+    def end_step(self) -> NDArray[np.int64] | None:
+        """Wait for the end of the step: the pairs of each expert [L, E]; None when the step is void, because a worker
+        did not answer in time. Then none begins before its workers rest."""
+        report = self.experts.report.cpu().numpy()
+        self._was_void = bool(report[0])
+        return None if self._was_void else report[1:].reshape(self.shape.n_layers, self.shape.n_experts)
 
     def joined(self, worker: str, page: PeerMemory) -> None:
         """`worker` has mapped the rows; its page."""
         with self._lock:
             self._joined[worker] = page
-
-    def left(self, worker: str) -> None:
-        """`worker` is gone, or its stream broke."""
-        with self._lock:
-            self._joined.pop(worker, None)
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -117,23 +125,27 @@ class DeviceWay:
         self._owners = owners
 
 
-class Offered:
-    """An offer on its way."""
+class Offering:
+    """An offer on its way: of the rows of captured steps, and of a way for all other rows."""
 
-    def __init__(self, way: DeviceWay, worker: str, text: str) -> None:
-        self.text = text
-        self._way, self._worker = way, worker
+    def __init__(self, way: DeviceWay, worker: str, text: str, other: Offered) -> None:
+        self.text = json.dumps({"steps": text, "other": other.text})
+        self._way, self._worker, self._other = way, worker, other
 
-    def accepted(self, text: str) -> None:
-        """The worker took it; `text` is its answer, the name of its page. Raises OSError when that cannot be used."""
+    def accepted(self, text: str) -> Pair:
+        """The worker took both. Raises OSError when they cannot be used after all."""
+        said = json.loads(text)
+        pair = self._other.accepted(said["other"])
         try:
-            self._way.joined(self._worker, PeerMemory(text, PAGE_BYTES))
-        except NotShared as error:
-            raise OSError(str(error)) from error
+            self._way.joined(self._worker, PeerMemory(said["steps"], PAGE_BYTES))
+        except NotShared:
+            pair.close()
+            raise
+        return pair
 
     def close(self) -> None:
-        """It was declined, or the stream broke."""
-        self._way.left(self._worker)
+        """The worker declined, or the stream broke first."""
+        self._other.close()
 
 
 def words(page: OwnMemory | PeerMemory) -> Words:

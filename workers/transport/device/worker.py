@@ -22,6 +22,7 @@ class Shard(Protocol):
     """What the worker computes with; of `workers.shard.ExpertShard`."""
 
     n_layers: int
+    layers: tuple[int, ...]  # those with experts
     n_experts: int
     hidden_size: int
     dtype: torch.dtype
@@ -36,7 +37,7 @@ class StepWorker:
     def __init__(self, shard: Shard, launch: Launch, n_routers: int, n_rows: int, top_k: int) -> None:
         """n_rows: T, the most rows of a router in a step."""
         device = shard.device
-        self.status = torch.zeros(1, dtype=torch.int32, device=device)
+        self.status = torch.zeros(1, dtype=torch.int64, device=device)
         self._shard, self._launch, self._top_k = shard, launch, top_k
         self._step_M = torch.full((n_routers,), _NO_PART, dtype=torch.int64, device=device)
         self._x = torch.zeros(n_routers * n_rows, shard.hidden_size, dtype=shard.dtype, device=device)
@@ -62,7 +63,7 @@ class StepWorker:
         numbers = sorted(routers)
         x_TD = self._x[: len(numbers) * n_rows]
         ids_TK = self._ids[: len(numbers) * n_rows]
-        for layer in range(self._shard.n_layers):
+        for layer in self._shard.layers:
             for at, number in enumerate(numbers):
                 rows, me = routers[number]
                 part = slice(at * n_rows, (at + 1) * n_rows)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,12 +19,12 @@ from workers.errors import WireError
 from workers.pb import experts_pb2 as pb
 from workers.shard import ExpertShard
 from workers.transport.base import Accepted, Acceptor, Declined
-from workers.transport.batcher import Batcher, Job
+from workers.transport.batcher import Batcher, reason
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.handshake import EXPERTS_SERVICE, Hello, key
 from workers.transport.grpc.serving import Context, Server, text_values
 from workers.transport.threads import LoopThread
-from workers.wire import FRAME_BYTES, HEADER_BYTES, Frame
+from workers.wire import FRAME_BYTES, HEADER_BYTES, Frame, Header
 
 _log = logging.getLogger(__name__)
 _MOST_STREAMS = 256
@@ -60,6 +60,7 @@ class ExpertServer:
         self._ways = [make(self._batcher) for make in ways]
         self._credentials = credentials
         self._streams = 0
+        self._fast = 0  # of them, those that take a faster way
         self._in_hand = 0  # messages that came and are not answered
         self._loop = LoopThread("expert-server")
         try:
@@ -67,11 +68,6 @@ class ExpertServer:
         except OSError as error:
             self._loop.close()
             raise OSError(f"expert worker {worker} {error}") from None
-
-    @property
-    def is_serving(self) -> bool:
-        """Whether requests are answered."""
-        return self._loop.is_alive
 
     def start(self) -> None:
         """Take requests from now on; the shard is loaded."""
@@ -96,6 +92,7 @@ class ExpertServer:
             "rows": self._batcher.rows,
             "compute_seconds": round(self._batcher.compute_seconds, 3),
             "streams": self._streams,
+            "streams_over_shared_memory": self._fast,
         }
 
     async def _listen(self, host: str, port: int) -> str:
@@ -125,13 +122,14 @@ class ExpertServer:
 
     async def _exchange(self, _frames: object, context: Context) -> None:
         """One router, for as long as it lives."""
-        ended = threading.Event()
-        accepted = await self._greet(context)
+        ended, nonsense = threading.Event(), asyncio.get_running_loop().create_future()
+        accepted = await self._greet(context, nonsense)
         self._streams += 1
         try:
             if accepted is not None:
+                self._fast += 1
                 accepted.start()
-            while (first := await context.read()) is not grpc.aio.EOF:
+            while (first := await _read(context, nonsense)) is not grpc.aio.EOF:
                 self._take_in_hand(1)
                 try:
                     await self._answer(first, context, lambda: not ended.is_set())
@@ -143,10 +141,14 @@ class ExpertServer:
             ended.set()
             self._streams -= 1
             if accepted is not None:
+                self._fast -= 1
                 await self._loop.off_loop(accepted.close)
 
-    async def _greet(self, context: Context) -> Accepted | None:
-        """Refuse whoever awaits another worker or model; else say who this is, and which faster way it takes."""
+    async def _greet(self, context: Context, nonsense: asyncio.Future[str]) -> Accepted | None:
+        """Refuse whoever awaits another worker or model; else say who this is, and which faster way it takes.
+
+        nonsense: why the stream has to end, from that way.
+        """
         values = text_values(context.invocation_metadata())
         asked = Hello.from_metadata(values)
         hello = Hello(self._worker, asked.router, self._model, self._epoch())
@@ -159,7 +161,7 @@ class ExpertServer:
         loop = asyncio.get_running_loop()
 
         def end(reason: str) -> None:
-            asyncio.run_coroutine_threadsafe(self._abort(context, reason), loop)
+            loop.call_soon_threadsafe(lambda: None if nonsense.done() else nonsense.set_result(reason))
 
         for way in self._ways:
             offer = values.get(key(way.name, "offer"))
@@ -186,27 +188,32 @@ class ExpertServer:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
 
     async def _answer(self, first: bytes, context: Context, is_wanted: Callable[[], bool]) -> None:
-        """Receive the rest of a message, compute it and send the reply. Raises WireError for one that makes no sense.
+        """Receive the rest of a message and send the reply. Raises WireError for a message that makes no sense.
 
-        What computing raises is said in the reply, and the router repairs it elsewhere.
+        Whatever else is raised on the way is said in the reply: the router repairs it elsewhere.
         """
-        message = await _whole(first, context)
-        if self._streams == 1 and (reply := self._batcher.answer(message)) is not None:
-            await context.write(bytes(reply))
-            return
-        header = wire.parse_head(message)
-        job = self._batcher.enqueue(header, wire.request(header, message[HEADER_BYTES:]), is_wanted)
-        for frame in await self._loop.off_loop(self._frames, job):
+        header, message = await _whole(first, context)
+        try:
+            frames = await self._respond(header, message, is_wanted)
+        except WireError:
+            raise
+        except Exception as error:
+            frames = wire.error_frames(header.tag, reason(header, error))
+        for frame in frames:
             await context.write(b"".join(frame))
 
-    def _frames(self, job: Job) -> Iterator[Frame]:
-        tag, result = job.header.tag, self._batcher.outcome(job)
+    async def _respond(self, header: Header, message: memoryview, is_wanted: Callable[[], bool]) -> Iterable[Frame]:
+        """The frames of the reply; none if nobody wants it any more."""
+        if self._streams == 1 and (reply := self._batcher.answer(message)) is not None:
+            return ((reply,),)
+        job = self._batcher.enqueue(header, wire.request(header, message[HEADER_BYTES:]), is_wanted)
+        result = await self._loop.off_loop(self._batcher.outcome, job)
         if result is None:
-            return iter(())
+            return ()
         if isinstance(result, str):
-            return wire.error_frames(tag, result)
+            return wire.error_frames(header.tag, result)
         y_PD, compute_ns = result
-        return wire.reply_frames(tag, job.header.n_tokens, y_PD, compute_ns)
+        return wire.reply_frames(header.tag, header.n_tokens, y_PD, compute_ns)
 
     async def _describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         return pb.DescribeReply(
@@ -220,21 +227,31 @@ class ExpertServer:
         )
 
 
-async def _whole(first: bytes, context: Context) -> memoryview:
+async def _read(context: Context, nonsense: asyncio.Future[str]) -> Any:
+    """The next frame. Raises WireError where a faster way of the stream makes no sense any more."""
+    frame = asyncio.ensure_future(context.read())
+    await asyncio.wait((frame, nonsense), return_when=asyncio.FIRST_COMPLETED)
+    if nonsense.done():
+        frame.cancel()
+        raise WireError(nonsense.result())
+    return frame.result()
+
+
+async def _whole(first: bytes, context: Context) -> tuple[Header, memoryview]:
     """A message, header and all, that begins with `first`. Raises WireError when the rest does not follow."""
     header = wire.parse_head(first)
     wire.check_request(header)
     left = HEADER_BYTES + header.payload_bytes
     wire.check_frame(len(first), left)
     if len(first) == left:
-        return memoryview(first)
+        return header, memoryview(first)
     # numpy leaves the pages untouched: an announced size costs memory only as its bytes arrive.
     message, at, frame = np.empty(left, np.uint8).data, 0, first
     while True:
         message[at : at + len(frame)] = frame
         at += len(frame)
         if at == left:
-            return message
+            return header, message
         frame = await context.read()
         if frame is grpc.aio.EOF:
             raise WireError("the stream ended within a message")

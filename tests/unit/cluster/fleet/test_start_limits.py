@@ -30,7 +30,7 @@ def test_nobody_else_gets_a_reserved_port() -> None:
             server.accept()[0].close()
 
 
-@pytest.mark.parametrize(("limit", "clients"), [(65_536, 4096), (4096, 1792), (2048, 768)])
+@pytest.mark.parametrize(("limit", "clients"), [(65_536, 4096), (4096, 1536), (2048, 716)])
 def test_clients_follow_the_files_that_may_be_open(limit: int, clients: int) -> None:
     assert most_clients(limit) == clients
 

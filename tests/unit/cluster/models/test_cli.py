@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from cluster.models.cli import app
 from cluster.models.default import NAME
-from cluster.models.random import SMALL
+from cluster.models.random import SMALL, of_family
 from tests.tiny_llama import save_llama
 from workers.checkpoint import Checkpoint
 
@@ -48,7 +48,14 @@ def test_random_options(tmp_path: Path) -> None:
     assert (tmp_path / "m" / "model.safetensors.index.json").exists()
 
 
+def test_random_of_another_family(tmp_path: Path) -> None:
+    assert run("random", tmp_path / "m", "--family", "qwen3_moe", "--layers", "1").exit_code == 0
+    assert Checkpoint(tmp_path / "m").spec == of_family(replace(SMALL, n_layers=1), "qwen3_moe")
+
+
 def test_random_refuses(tmp_path: Path) -> None:
+    refused(run("random", tmp_path / "m", "--family", "gpt2"), "unknown family 'gpt2'; supported: mixtral")
+    refused(run("random", tmp_path / "m", "--family", "olmoe", "--sliding-window", "7"), "a olmoe cannot say")
     refused(run("random", tmp_path / "m", "--top-k", "9"), "top-9 of 8 experts")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")

@@ -215,6 +215,12 @@ def test_logits_that_are_not_finite_are_told_and_harm_no_neighbour() -> None:
     assert tokens[3] == rows_SV[3].argmax()
 
 
+def test_bad_words_are_not_completed() -> None:
+    row_V = logits()[0]
+    of = sequence(output=(7, 8), temperature=1.0, bad_words=((7, 8, 9), (8, 10), (9, 11), (12,)))
+    assert set(np.nonzero(probabilities(row_V, of) == 0)[0]) == {9, 10, 12}
+
+
 def test_only_allowed_tokens_are_drawn() -> None:
     of = sequence(temperature=1.0, allowed_ids=(3, 500, 999), logit_bias={7: 100.0})
     assert set(np.nonzero(probabilities(logits()[0], of))[0]) == {3, 500, 999}

@@ -187,3 +187,22 @@ def test_a_pool_refuses_to_give_or_take_what_it_must_not() -> None:
         blocks.free(taken[:1])
     assert sorted(blocks.allocate(3)) == [0, 1, 2]
     assert [blocks.needed(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_of_those_who_wait_the_lowest_priority_goes_first() -> None:
+    scheduler = Scheduler(KVBlocks(100, 4), max_batch_tokens=8, max_sequences=1, max_queue=10)
+    for name, priority in (("a", 0), ("b", 5), ("c", -1), ("d", 0), ("e", -1)):
+        scheduler.submit(Sequence(name, range(3), SamplingParams(max_tokens=1, priority=priority)))
+    assert [waiting.request_id for waiting in scheduler.waiting] == ["c", "e", "a", "d", "b"]
+
+
+def test_who_waits_too_long_is_overdue_unless_it_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(KVBlocks(100, 4), max_batch_tokens=8, max_sequences=1, max_queue=10, max_wait_s=30)
+    running, waiting, continued = sequence("a", 3, 5), sequence("b", 3, 5), sequence("c", 3, 5, 2)
+    for each in (running, waiting, continued):
+        scheduler.submit(each)
+    commit(scheduler, scheduler.schedule())
+    assert scheduler.overdue() == []
+    for each in (running, waiting, continued):
+        each.arrived -= 31
+    assert scheduler.overdue() == [waiting]

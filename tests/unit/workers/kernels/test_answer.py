@@ -52,7 +52,7 @@ def usual(held: ExpertShard, request: bytes) -> bytes:
         [(0, 1), (0, 3)],
         [(2, 0), (0, 2), (1, 2), (0, 4)],
         [(token, expert) for expert in range(5) for token in range(32)],
-        [(0, 3)] * 32,
+        [(token, 3) for token in range(32)],
     ],
     ids=["first", "last", "two", "mixed", "all", "one_expert"],
 )

@@ -8,9 +8,11 @@ from multiprocessing.connection import Connection
 import torch
 
 from tests.contract.model import Model
-from workers.errors import ExpertMeshError
 from workers.shard import ExpertShard
-from workers.transport.device.server import Accepted, DeviceServer
+from workers.transport.base import Declined
+from workers.transport.device.acceptor import AcceptedBoth, DeviceAcceptor
+from workers.transport.device.server import DeviceServer
+from workers.transport.device.stream_rows import StreamRows
 
 LIMIT_S = 1.0
 
@@ -21,16 +23,16 @@ def serve(pipe: Connection, model: Model, experts: Sequence[tuple[int, int]], de
     shard = ExpertShard(model.spec(), device)
     for layer, expert in experts:
         shard.load(layer, expert, model.weights(layer, expert))
-    server = DeviceServer(shard, LIMIT_S)
-    taken: list[Accepted] = []
+    acceptor = DeviceAcceptor(DeviceServer(shard, LIMIT_S), StreamRows())
+    taken: list[AcceptedBoth] = []
     while True:
         what, text = pipe.recv()
         if what == "leave":
             taken[text].close()
             continue
         try:
-            accepted = server.accept(text, "router")
-        except ExpertMeshError as error:
+            accepted = acceptor.accept(text, "router", print)
+        except Declined as error:
             pipe.send(("declined", str(error)))
             continue
         pipe.send(("accepted", accepted.text))

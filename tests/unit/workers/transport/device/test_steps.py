@@ -6,6 +6,7 @@ a later one, and routers that read the weights apart where they could together.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import re
 import threading
@@ -24,10 +25,12 @@ from cluster.placement.placement import Placement, striped
 from tests.contract.model import Batch, Model, batch
 from tests.unit.workers.transport.device.device_worker import LIMIT_S, serve
 from workers.transport.device.offer import Offer, Shape
+from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import DeviceWay
 
 MODEL = Model(n_layers=3)
 CPU = torch.device("cpu")
+NO_ROWS = StreamRows()
 N_ROWS = 16
 SHAPE = Shape(MODEL.n_layers, MODEL.n_experts, 2, MODEL.hidden_size, MODEL.dtype, N_ROWS)
 
@@ -100,8 +103,12 @@ def step(way: DeviceWay, given: Batch) -> Tensor | None:
         experts.combine(experts.dispatch(layer, given.x_TD, given.ids_TK, given.weights_TK))
         for layer in range(MODEL.n_layers)
     ]
-    way.end_step(is_void=bool(experts.status))
-    return None if bool(experts.status) else torch.stack(y_LTD)
+    rows_LE = way.end_step()
+    if rows_LE is None:
+        return None
+    expected_E = given.ids_TK.flatten().bincount(minlength=MODEL.n_experts)
+    assert (rows_LE == expected_E.numpy()).all(), "the rows of experts are counted wrong"
+    return torch.stack(y_LTD)
 
 
 def check(y_LTD: Tensor | None, given: Batch) -> None:
@@ -114,7 +121,7 @@ def check(y_LTD: Tensor | None, given: Batch) -> None:
 def test_sums_do_not_depend_on_where_experts_live_and_survive_a_kill(workers: Workers) -> None:
     placement = Placement(1, ("a", "b", "c"), tuple(tuple((e % 3, (e + 1) % 3) for e in range(6)) for _ in range(3)))
     workers.start(placement)
-    way = DeviceWay(SHAPE, CPU, LIMIT_S)
+    way = DeviceWay(SHAPE, CPU, LIMIT_S, NO_ROWS)
     workers.join(way, placement)
     wait_ready(way, placement)
     first = batch(MODEL, 9, seed=1)
@@ -134,7 +141,7 @@ def test_sums_do_not_depend_on_where_experts_live_and_survive_a_kill(workers: Wo
     began = time.monotonic()
     assert step(way, first) is None, "a step without a worker is void"
     assert time.monotonic() - began < 3 * LIMIT_S, "each layer waited for the dead worker"
-    way.left("b")
+    way.offer("b")  # its stream broke, and is opened anew
     assert not way.ready(moved.workers, owners(moved))
 
     rest = Placement(3, ("a", "c"), tuple(tuple((int(e % 3 == 1),) for e in range(6)) for _ in range(3)))
@@ -152,7 +159,7 @@ def test_sums_do_not_depend_on_where_experts_live_and_survive_a_kill(workers: Wo
 def test_routers_step_together_and_alone(workers: Workers) -> None:
     placement = striped(MODEL.n_layers, MODEL.n_experts, ("d", "e"))
     workers.start(placement)
-    ways = [DeviceWay(SHAPE, CPU, LIMIT_S) for _ in range(3)]
+    ways = [DeviceWay(SHAPE, CPU, LIMIT_S, NO_ROWS) for _ in range(3)]
     for way in ways:
         workers.join(way, placement)
     wrong: list[str] = []
@@ -179,7 +186,7 @@ def test_routers_step_together_and_alone(workers: Workers) -> None:
 def test_a_router_that_dies_holds_nobody_up(workers: Workers) -> None:
     placement = striped(MODEL.n_layers, MODEL.n_experts, ("d", "e"))
     workers.start(placement)
-    stays, dies = DeviceWay(SHAPE, CPU, LIMIT_S), DeviceWay(SHAPE, CPU, LIMIT_S)
+    stays, dies = DeviceWay(SHAPE, CPU, LIMIT_S, NO_ROWS), DeviceWay(SHAPE, CPU, LIMIT_S, NO_ROWS)
     for way in (stays, dies):
         workers.join(way, placement)
         wait_ready(way, placement)
@@ -200,13 +207,14 @@ def test_an_offer_that_does_not_fit_is_declined_with_a_reason(workers: Workers) 
     placement = striped(MODEL.n_layers, MODEL.n_experts, ("d", "e"))
     workers.start(placement)
     pipe = workers.pipes["d"]
-    other = DeviceWay(Shape(4, 6, 2, 32, torch.float32, 8), CPU, LIMIT_S).offer("d")
+    other = DeviceWay(Shape(4, 6, 2, 32, torch.float32, 8), CPU, LIMIT_S, NO_ROWS).offer("d")
     assert other is not None
-    gone = Offer(1, 0, "cpu", "1 1 00", "1 1", SHAPE).text()
+    gone = json.dumps({"steps": Offer(1, 0, "cpu", "1 1 00", "1 1", SHAPE).text(), "other": ""})
     for text, reason in (
         (other.text, "another model"),
         (gone, "cannot be opened|is no ring"),
         ("{}", "cannot be read"),
+        ("[", "be read"),
     ):
         pipe.send(("offer", text))
         what, said = pipe.recv()

@@ -1,0 +1,63 @@
+"""What an answer says of tokens beside OpenAI's fields, as vLLM writes it: ids, and scores of the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.gateway.generation import Answer, Choice
+from cluster.gateway.logprobs import TokenNames, finite
+from cluster.gateway.sequence_text import Delta
+from cluster.router.params import TokenLogprobs
+
+Fields = dict[str, Any]
+
+
+class TokenFields:
+    """`ids`: `return_token_ids` was asked for; `scores`: `prompt_logprobs` were."""
+
+    def __init__(self, names: TokenNames, *, ids: bool | None, scores: int | None) -> None:
+        self._names = names
+        self._ids = bool(ids)
+        self._scores = scores
+
+    @property
+    def any(self) -> bool:
+        """Whether chunks have fields of their own."""
+        return self._ids
+
+    def opening(self, choice: Choice) -> Fields:
+        """Of the first chunk of a choice."""
+        return {"prompt_token_ids": choice.prompt_ids} if self._ids else {}
+
+    def chunk(self, delta: Delta) -> Fields:
+        """Of a chunk with more text."""
+        return {"token_ids": list(delta.token_ids)} if self._ids else {}
+
+    def whole(self, answer: Answer) -> Fields:
+        """Of a whole choice."""
+        fields: Fields = {}
+        if self._ids:
+            fields |= {"prompt_token_ids": answer.choice.prompt_ids, "token_ids": answer.token_ids}
+        if self._scores is not None:
+            fields["prompt_logprobs"] = self._prompt(answer.choice.prompt_ids, answer.prompt_logprobs or ())
+        return fields
+
+    def _prompt(self, ids: Sequence[int], scored: Sequence[TokenLogprobs | None]) -> list[Fields | None]:
+        """For each token of the prompt its score and those of the likeliest in its place, by id; none for the first."""
+        return [
+            None if entry is None else self._entry(token_id, entry)
+            for token_id, entry in zip(ids, scored, strict=False)
+        ]
+
+    def _entry(self, token_id: int, entry: TokenLogprobs) -> Fields:
+        ranked = {other: (logprob, rank) for rank, (other, logprob) in enumerate(entry.top, start=1)}
+        known: dict[int, tuple[float, int | None]] = {token_id: (entry.logprob, None)} | dict(
+            list(ranked.items())[: self._scores]
+        )
+        if token_id in ranked:
+            known[token_id] = ranked[token_id]
+        return {
+            str(other): {"logprob": finite(logprob), "rank": rank, "decoded_token": self._names.name(other)}
+            for other, (logprob, rank) in known.items()
+        }

@@ -1,0 +1,32 @@
+"""A thread that serves and ends must not leave a process behind that looks alive."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from workers.transport.threads import LoopThread
+
+_RAISES = "serve_thread(lambda: 1 / 0, 'experts')"
+_STOPS = "thread = LoopThread('experts'); thread._loop.call_soon_threadsafe(thread._loop.stop)"
+
+
+@pytest.mark.parametrize("end", [_RAISES, _STOPS])
+def test_its_process_ends_with_it(end: str) -> None:
+    code = f"import time\nfrom workers.transport.threads import *\n{end}\ntime.sleep(30)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25, check=False)
+    assert done.returncode == 1
+    assert "experts" in done.stderr
+
+
+def test_a_loop_that_is_closed_leaves_the_process_alone() -> None:
+    thread = LoopThread("experts")
+
+    async def say() -> str:
+        return await thread.off_loop(str, 7)
+
+    assert thread.run(say()) == "7"
+    thread.close()
+    assert not thread.is_alive
