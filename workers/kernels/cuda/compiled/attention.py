@@ -215,27 +215,29 @@ def prefill_kernel(
     at_head = (first_row + r).to(tl.int64) * H + g * (H // G) + head
     q_mask = is_m[:, None] & (c < d)[None, :]
     q = tl.load(q_ptr + at_head[:, None] * d + c[None, :], mask=q_mask, other=0.0)
+    top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM, 16], tl.float32)
+    acc = tl.zeros([BM, D2], tl.float32)
     all_top, all_total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     all_acc = tl.zeros([BM, D2], tl.float32)
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(first + 1 - WINDOW, 0) // SPLIT * SPLIT
     last = first + n_rows
-    for split in range(begin, last, SPLIT):
-        top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM, 16], tl.float32)
-        acc = tl.zeros([BM, D2], tl.float32)
-        for start in range(split, tl.minimum(split + SPLIT, last), BJ):
-            key = start + tl.arange(0, BJ)
-            is_key = key < last
-            block = tl.load(table_at + key // Z, mask=is_key, other=0).to(tl.int64)
-            at = ((block * Z + key % Z) * G + g)[:, None] * d + c[None, :]
-            kv_mask = is_key[:, None] & (c < d)[None, :]
-            k = tl.load(k_cache_ptr + at, mask=kv_mask, other=0.0)
-            v = tl.load(v_cache_ptr + at, mask=kv_mask, other=0.0)
-            seen = key[None, :] <= position[:, None]
-            if WINDOW > 0:
-                seen = seen & (key[None, :] > position[:, None] - WINDOW)
-            top, total, acc = step(q, k, v, seen, scale, top, total, acc)
-        all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, tl.max(total, 1), acc, scale)
+    for start in range(begin, last, BJ):
+        key = start + tl.arange(0, BJ)
+        is_key = key < last
+        block = tl.load(table_at + key // Z, mask=is_key, other=0).to(tl.int64)
+        at = ((block * Z + key % Z) * G + g)[:, None] * d + c[None, :]
+        kv_mask = is_key[:, None] & (c < d)[None, :]
+        k = tl.load(k_cache_ptr + at, mask=kv_mask, other=0.0)
+        v = tl.load(v_cache_ptr + at, mask=kv_mask, other=0.0)
+        seen = key[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        top, total, acc = step(q, k, v, seen, scale, top, total, acc)
+        if ((start + BJ) % SPLIT == 0) | (start + BJ >= last):
+            all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, tl.max(total, 1), acc, scale)
+            top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM, 16], tl.float32)
+            acc = tl.zeros([BM, D2], tl.float32)
     out = (all_acc / tl.maximum(all_total, 1e-30)[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at_head[:, None] * d + c[None, :], out, mask=q_mask)
