@@ -67,7 +67,8 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     dtype = cluster_dtype(config, spec)
     if spec.experts and config.max_batch_tokens > (most := wire.most_tokens(spec.hidden_size, spec.top_k, dtype)):
         raise StartError(f"--max-batch-tokens {config.max_batch_tokens}: rows of this model travel {most} at most")
-    experts = expert_bytes(opened, dtype, config.expert_device) * len(spec.experts)
+    replica = expert_bytes(opened, dtype, config.expert_device)
+    experts = replica * len(spec.experts)
     dense = dense_bytes(opened, dtype, config.router_device)
     block = bytes_per_block(spec, config.block_size, dtype)
     work = step_bytes(config, spec, dtype) if config.router_device == "cuda" else _STEP_BYTES
@@ -85,7 +86,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         wanted["work"] = work * config.routers
     cores = available_cores()
     return Plan(
-        expert_bytes=experts // (spec.n_layers * spec.n_experts),
+        expert_bytes=replica,
         config=replace(config, transport=transport.transport),
         gpus=found,
         uses=uses,

@@ -184,8 +184,8 @@ def _supervise(
 ) -> None:
     """Keep the snapshot and tell of processes that leave and return, until a signal comes.
 
-    Ray restarts what dies; the data plane repairs itself. Nothing is decided here. Raises ExpertMeshError if Ray ends,
-    or if somebody removed files that the cluster cannot be reached without.
+    Ray restarts what dies; the data plane repairs itself. How many workers there are to be, the controller says.
+    Raises ExpertMeshError if Ray ends, or if somebody removed files that the cluster cannot be reached without.
     """
     heard = whole = time.monotonic()
     while True:
@@ -203,6 +203,7 @@ def _supervise(
             continue
         if view is not None:
             heard = time.monotonic()
+            cluster.follow(view)
             snapshot.write(state, view)
             watch.see(view)
 

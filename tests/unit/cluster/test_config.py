@@ -60,6 +60,8 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "trusted_network": "true",
         "state_dir": str(tmp_path),
         "tool_call_parser": "hermes",
+        "rebalance": "off",
+        "rebalance_min_gain": "0.2",
     }
     default = {f.name: "true" if HINTS[f.name] is bool else "7" for f in fields(Config)}
     values = default | special

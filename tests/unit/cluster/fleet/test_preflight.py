@@ -10,7 +10,7 @@ from cluster.config import Config
 from cluster.errors import CheckpointError, ConfigError
 from cluster.fleet.preflight import check_gateway, plan
 from cluster.gateway.defaults import SamplingDefaults
-from cluster.models.random import write_random
+from cluster.models.random import SMALL, of_family, write_random
 
 
 @pytest.fixture
@@ -51,3 +51,13 @@ def test_sampling_defaults_are_planned_unless_turned_off(checkpoint: Path) -> No
     assert plan(replace(config, generation_defaults=False), checkpoint).defaults == SamplingDefaults()
     with pytest.raises(CheckpointError, match=r"generation_config\.json: 'temperature' must be a number"):
         plan(config, checkpoint)
+
+
+def test_routers_serve_a_dense_model_alone(tmp_path: Path) -> None:
+    """Expert workers without experts would hold memory for nothing, or wait for a placement that never names them."""
+    write_random(tmp_path / "dense", of_family(SMALL, "llama"))
+    made = plan(Config(routers=2, expert_workers=3), tmp_path / "dense")
+    assert (made.workers, made.routers) == ((), ("router-0", "router-1"))
+    assert (made.config.transport, made.config.expert_workers) == ("local", 0)
+    assert "no experts" in made.transport.reason
+    assert made.memory["experts"] == 0
