@@ -25,10 +25,10 @@ class Config:
     served_model_name: str | None = option(None, "name in the API; default: the directory's or hub id's last part")
     host: str = option("127.0.0.1", "address the gateway listens on")
     port: int = option(8000, "port the gateway listens on", at_least=1, at_most=65535)
-    transport: Literal["auto", "local", "device", "grpc", "collective"] = option(
+    transport: Literal["auto", "local", "device", "shm", "grpc", "collective"] = option(
         "auto",
-        "how rows travel between routers and experts; local: one router holds them all; device: through the memory of "
-        "GPUs of one host, grpc elsewhere; auto: local without expert workers, device between GPUs, else grpc",
+        "how rows travel between routers and experts; local: one router holds them all; device, shm: through memory "
+        "of GPUs or processes of one host, else gRPC; auto: local without expert workers, device for GPUs, else shm",
     )
     collective_interface: str | None = option(
         None, "network interface, or an address of it, for the collective transport; default: loopback"

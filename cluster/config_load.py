@@ -186,7 +186,7 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
 
     if (config.transport == "local" or config.expert_workers == 0) and config.routers != 1:
         raise refuse("routers", "needs expert workers: without them the one router holds all experts")
-    if config.transport in ("device", "grpc", "collective") and config.expert_workers == 0:
+    if config.transport in ("device", "shm", "grpc", "collective") and config.expert_workers == 0:
         raise refuse("transport", "needs expert workers")
     if config.transport == "collective":
         _check_interface(config, refuse)

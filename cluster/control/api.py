@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import uvicorn
@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 
+from cluster.control.admin_options import AdminOptions
 from cluster.control.membership import Membership
 from cluster.control.operator import Operator, Receipt
 from cluster.control.rebalancer import Rebalancer
@@ -22,15 +23,6 @@ from cluster.errors import PlacementError
 from cluster.placement.placement import Placement
 
 _BEARER = HTTPBearer(auto_error=False)
-
-
-@dataclass(frozen=True, slots=True)
-class AdminOptions:
-    """Where the API listens, and what it asks for."""
-
-    host: str
-    port: int  # 0: any free one
-    token: str
 
 
 class Replicate(BaseModel):

@@ -9,11 +9,12 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 
 import psutil
 import ray
 
-from cluster.control.api import AdminOptions, create_app, serve
+from cluster.control.admin_options import AdminOptions
 from cluster.control.client import NAME
 from cluster.control.epochs import Change
 from cluster.control.membership import Membership
@@ -115,13 +116,16 @@ class Controller:
             self._changed.notify_all()
 
     async def _serve_admin(self, options: AdminOptions) -> None:
+        # The members register first: FastAPI takes its time.
+        api = await asyncio.to_thread(import_module, "cluster.control.api")
+
         def listening(address: str) -> None:
             self._admin_address = address
 
-        app = create_app(self._membership, self._operator, self._rebalancer, options.token)
+        app = api.create_app(self._membership, self._operator, self._rebalancer, options.token)
         while True:
             try:
-                await serve(app, options, listening)
+                await api.serve(app, options, listening)
             except OSError as error:  # the port of the controller before may be taken for a moment
                 _log.warning("the admin API cannot listen on %s:%d: %s", options.host, options.port, error)
             await asyncio.sleep(_ADMIN_RETRY_S)

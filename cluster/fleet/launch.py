@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.config import Config
-from cluster.control.api import AdminOptions
+from cluster.control.admin_options import AdminOptions
 from cluster.control.client import NAME, NAMESPACE, ControllerByName
 from cluster.control.controller import Controller
 from cluster.control.rebalancer import RebalanceOptions
@@ -33,6 +33,7 @@ from workers.transport.grpc.credentials import Credentials
 _TICK_S = 0.1
 _FURTHER = "For further information visit"  # pydantic's last line
 _CALL_TIMEOUT_S = 10.0
+_FIRST_CALL_TIMEOUT_S = 60.0
 
 
 @dataclass(slots=True)
@@ -51,11 +52,15 @@ class Cluster:
     def news(self, timeout_s: float) -> View | None:
         """The view: at once when it changed, else about once a second, else None after `timeout_s`. RayGone."""
         if self._call is None:
-            self._call, self._asked = self.controller.watch.remote(self._known, tuple(self.workers)), time.monotonic()
+            self._call, self._asked = (
+                self.controller.watch.remote(self._known, tuple(sorted(self.workers))),
+                time.monotonic(),
+            )
         try:
             done, _ = ray.wait([self._call], timeout=timeout_s)
             if not done:
-                if time.monotonic() - self._asked > _CALL_TIMEOUT_S:
+                # Its first answer waits until its process has started, beside all others.
+                if time.monotonic() - self._asked > (_CALL_TIMEOUT_S if self._known else _FIRST_CALL_TIMEOUT_S):
                     raise RayGone("the controller does not answer")
                 return None
             view: View = ray.get(self._call)
