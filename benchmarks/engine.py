@@ -21,7 +21,7 @@ from cluster.bench.common import Run, alternate, cache_directory, console, machi
 from cluster.models.random import write_random
 from workers.kernels.threads import process_environment
 
-OURS, REFERENCE, CLUSTER = "expertmesh", "transformers", "expertmesh cluster"
+OURS, REFERENCE, CLUSTER, OVER_GRPC = "expertmesh", "transformers", "expertmesh cluster", "expertmesh cluster, gRPC"
 
 
 def engine(
@@ -30,7 +30,9 @@ def engine(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="runs per figure, of which the median counts")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each engine; 0: all cores")] = 0,
-    cluster: Annotated[bool, typer.Option(help="also our engine over two expert worker processes and gRPC")] = True,
+    cluster: Annotated[
+        bool, typer.Option(help="also our engine over two expert worker processes, by shared memory and by gRPC")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Tokens per second of decode and prefill in one process, beside transformers and what else is installed."""
@@ -82,7 +84,7 @@ def measure(
         reference = child(REFERENCE, "transformers", {})
         children = [child(OURS, "expertmesh", ours), reference]
         if cluster:
-            children.append(child(CLUSTER, "cluster", ours))
+            children += [child(CLUSTER, "shm", ours), child(OVER_GRPC, "grpc", ours)]
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         others, absent = stack.enter_context(peers.installed(directory, work, n_threads))
         runners = [*map(ChildRunner, children), *others]
@@ -99,6 +101,7 @@ def ratios(figures: dict[str, dict[str, float]]) -> dict[str, float]:
     for name, speeds in figures.items():
         if CLUSTER in speeds and name.startswith("decode"):
             result[f"cluster_{name}"] = speeds[CLUSTER] / speeds[OURS]
+            result[f"grpc_cluster_{name}"] = speeds[OVER_GRPC] / speeds[OURS]
     return {name: round(value, 3) for name, value in result.items()}
 
 

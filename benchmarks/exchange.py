@@ -33,13 +33,13 @@ _COMMAND = (sys.executable, "-m", "benchmarks.exchange_process")
 def exchange(
     repeats: Annotated[int, typer.Option(min=1, help="runs of each way, in turn; the median counts")] = 5,
     transport: Annotated[
-        Literal["grpc", "collective", "all"],
-        typer.Option(help="grpc: beside gRPC echoes; collective, all: 1+2 and 2+4 processes beside bare all-to-alls"),
-    ] = "grpc",
+        Literal["shm", "grpc", "collective", "all"],
+        typer.Option(help="shm, grpc: beside gRPC echoes; collective, all: 1+2 and 2+4 processes, bare all-to-alls"),
+    ] = "shm",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Round trips of 2 KiB to 16 MiB of float32 rows to expert workers whose experts cost nothing."""
-    if transport != "grpc":
+    if transport in ("collective", "all"):
         ways = ("grpc", "collective") if transport == "all" else (transport,)
         layouts = transports.compare(ways, _SIZES, repeats)
         if as_json:
@@ -48,7 +48,7 @@ def exchange(
             transports.show(layouts, ways)
         return
     with _server("worker") as worker, _server("echo") as echo:
-        client = Child("client", (*_COMMAND, "client", worker, echo), process_environment(1))
+        client = Child("client", (*_COMMAND, "client", worker, echo, transport), process_environment(1))
         try:
             rows = [_measure(client, n_bytes, repeats) for n_bytes in _SIZES]
         finally:

@@ -1,7 +1,7 @@
 """The processes of `benchmarks.exchange`: an expert worker whose experts cost nothing, bare gRPC echoes, a client.
 
 `python -m benchmarks.exchange_process worker|echo` prints its address and serves until its standard input ends;
-`... client WORKER ECHO` answers {"way": "exchange"|"echo"|"stored", "n_bytes": ..., "trips": ...} with seconds.
+`... client WORKER ECHO shm|grpc` answers {"way": "exchange"|"echo"|"stored", "n_bytes": ..., "trips": ...}.
 
 Legend: T token rows, P pairs, D hidden size, K experts a token.
 """
@@ -25,6 +25,8 @@ from cluster.router.exchange import Exchange
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer
+from workers.transport.shm.router import ShmWay
+from workers.transport.shm.worker import ShmAcceptor
 from workers.wire import FRAME_BYTES
 
 HIDDEN_SIZE = 512
@@ -36,7 +38,9 @@ _END = b"\1"  # ends the last frame of an echoed message; the others end in zero
 
 def worker() -> None:
     """Serve the free expert."""
-    server = ExpertServer(FreeShard(HIDDEN_SIZE), "worker", "127.0.0.1", model="free", credentials=CREDENTIALS)
+    server = ExpertServer(
+        FreeShard(HIDDEN_SIZE), "worker", "127.0.0.1", model="free", credentials=CREDENTIALS, ways=(ShmAcceptor,)
+    )
     server.start()
     print(server.address, flush=True)
     sys.stdin.read()
@@ -66,13 +70,13 @@ def _stored(frames: Iterator[bytes], context: object) -> Iterator[bytes]:
             message.clear()
 
 
-def client(worker_address: str, echo_address: str) -> Callable[[dict[str, Any]], Any]:
+def client(worker_address: str, echo_address: str, transport: str) -> Callable[[dict[str, Any]], Any]:
     """What measures, to be asked once for every run."""
     placement = striped(1, 1, ("worker",))
     over = Exchange(
         placement,
         {"worker": worker_address},
-        GrpcTransport("router", "free", CREDENTIALS),
+        GrpcTransport("router", "free", CREDENTIALS, ways=(ShmWay(),) if transport == "shm" else ()),
         reply_timeout_s=_TIMEOUT_S,
         rejoin_timeout_s=_TIMEOUT_S,
     )

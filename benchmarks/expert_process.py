@@ -16,6 +16,7 @@ from workers.checkpoint import Checkpoint
 from workers.shard import load_shard
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer
+from workers.transport.shm.worker import ShmAcceptor
 
 
 def main(directory: str, worker: str, n_workers: str, threads: str, credentials: str) -> None:
@@ -30,6 +31,7 @@ def main(directory: str, worker: str, n_workers: str, threads: str, credentials:
         "127.0.0.1",
         model=checkpoint.fingerprint(torch.float32),
         credentials=Credentials.read(Path(credentials)),
+        ways=(ShmAcceptor,),
     )
     server.start()
     print(server.address, flush=True)

@@ -28,6 +28,8 @@ class FreeShard(ExpertShard):
             unit_1D = torch.zeros(1, hidden_size)
             self.load(0, expert, ExpertWeights(unit_1D, unit_1D.t(), unit_1D))
 
-    def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+    def forward(
+        self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor, out_PD: Tensor | None = None
+    ) -> Tensor:
         """With one expert a token and one expert a worker, the pairs are the rows, in order."""
-        return x_TD
+        return x_TD if out_PD is None else out_PD.copy_(x_TD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,13 +19,15 @@ from cluster.placement.placement import striped
 from cluster.router.exchange import Exchange
 from workers.checkpoint import Checkpoint
 from workers.kernels.threads import process_environment
+from workers.transport.base import FastWay
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.grpc.credentials import Credentials
 
 
 @contextmanager
-def local_cluster(directory: Path, n_workers: int, threads: int) -> Iterator[Exchange]:
-    """An exchange with `n_workers` processes of `threads` threads each, over gRPC. They end with the context."""
+def local_cluster(directory: Path, n_workers: int, threads: int, ways: Sequence[FastWay]) -> Iterator[Exchange]:
+    """An exchange with `n_workers` processes of `threads` threads each, over gRPC or a faster way of `ways`. They end
+    with the context."""
     checkpoint, config, names = Checkpoint(directory), Config(), worker_names(n_workers)
     spec, credentials = checkpoint.spec, Credentials.generate()
     with ExitStack() as stack:
@@ -33,7 +35,7 @@ def local_cluster(directory: Path, n_workers: int, threads: int) -> Iterator[Exc
         credentials.write(file)
         processes = [stack.enter_context(_expert_process(directory, name, n_workers, threads, file)) for name in names]
         addresses = {name: _address(process) for name, process in zip(names, processes, strict=True)}
-        transport = GrpcTransport("router-0", checkpoint.fingerprint(torch.float32), credentials)
+        transport = GrpcTransport("router-0", checkpoint.fingerprint(torch.float32), credentials, ways=ways)
         stack.callback(transport.close)
         yield Exchange(
             striped(spec.n_layers, spec.n_experts, names, dense_layers=spec.dense_layers), addresses, transport,

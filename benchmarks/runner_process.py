@@ -1,6 +1,6 @@
 """One engine of `benchmarks.engine` in a process of its own.
 
-`python -m benchmarks.runner_process {expertmesh|cluster|transformers} CHECKPOINT THREADS`; a request is
+`python -m benchmarks.runner_process {expertmesh|shm|grpc|transformers} CHECKPOINT THREADS`; a request is
 `{"method": "decode", "size": 16}`, the answer tokens per second.
 """
 
@@ -43,9 +43,11 @@ def make_runner(stack: ExitStack, kind: str, directory: Path, threads: int) -> R
         return Transformers(directory)
     from benchmarks.engine_runner import EngineRunner
     from benchmarks.local_cluster import local_cluster
+    from workers.transport.shm.router import ShmWay
 
-    if kind == "cluster":
-        experts = stack.enter_context(local_cluster(directory, N_WORKERS, worker_threads(threads, N_WORKERS)))
+    if kind in ("shm", "grpc"):
+        ways = (ShmWay(),) if kind == "shm" else ()
+        experts = stack.enter_context(local_cluster(directory, N_WORKERS, worker_threads(threads, N_WORKERS), ways))
         return EngineRunner(kind, directory, experts)
     return EngineRunner(kind, directory)
 

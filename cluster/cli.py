@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from cluster.bench.lazy import LazyGroup
 from cluster.config_load import FIELDS, HINTS, Loaded, flag, load
 from cluster.errors import ExpertMeshError
-from cluster.fleet.operator_cli import drain, placement, rebalance
+from cluster.fleet.operator_cli import drain, placement, rebalance, scale
 from cluster.generate import generate
 from cluster.models.cli import app as model_app
 from cluster.state_dir import VARIABLE, settle
@@ -154,6 +154,7 @@ def config(loaded: Loaded, as_json: Json = False) -> None:
 
 app.command()(generate)
 app.command()(rebalance)
+app.command()(scale)
 app.command()(drain)
 app.add_typer(placement, name="placement")
 app.add_typer(model_app, name="model")

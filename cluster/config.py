@@ -25,10 +25,10 @@ class Config:
     served_model_name: str | None = option(None, "name in the API; default: the directory's or hub id's last part")
     host: str = option("127.0.0.1", "address the gateway listens on")
     port: int = option(8000, "port the gateway listens on", at_least=1, at_most=65535)
-    transport: Literal["auto", "local", "device", "grpc", "collective"] = option(
+    transport: Literal["auto", "local", "device", "shm", "grpc", "collective"] = option(
         "auto",
-        "how rows travel between routers and experts; local: one router holds them all; device: through the memory of "
-        "GPUs of one host, grpc elsewhere; auto: local without expert workers, device between GPUs, else grpc",
+        "how rows travel between routers and experts; local: one router holds them all; device, shm: through memory "
+        "of GPUs or processes of one host, else gRPC; auto: local without expert workers, device for GPUs, else shm",
     )
     collective_interface: str | None = option(
         None, "network interface, or an address of it, for the collective transport; default: loopback"
@@ -74,6 +74,15 @@ class Config:
         at_least=0,
         at_most=65535,
     )
+    rebalance: Literal["off", "advise", "auto"] = option(
+        "off",
+        "move and replicate experts by their load; advise: only say what it would do",
+    )
+    rebalance_interval_s: float = option(30.0, "between two looks of the rebalancer at the load", at_least=0.1)
+    rebalance_horizon_s: float = option(
+        600.0, "a move has to save more of the experts' time within this than loading takes", at_least=1
+    )
+    rebalance_min_gain: float = option(0.05, "part of the experts' time that a move has to save", at_least=0, at_most=1)
     expert_slots: int = option(
         0,
         "experts that each expert worker has room for, over all layers; 0: what its GPU holds, on a CPU half more than "

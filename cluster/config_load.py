@@ -106,6 +106,7 @@ def _checked(name: str, value: Any, origin: str) -> Any:
 def _typed(hint: Any, value: Any) -> Any:
     """`value` as `hint` says, or None when it does not fit. Text comes from the environment, the rest from YAML."""
     if get_origin(hint) is Literal:
+        value = "off" if value is False else value  # which is how YAML reads it
         return value if value in get_args(hint) else None
     if hint is bool:
         if isinstance(value, bool):
@@ -185,7 +186,7 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
 
     if (config.transport == "local" or config.expert_workers == 0) and config.routers != 1:
         raise refuse("routers", "needs expert workers: without them the one router holds all experts")
-    if config.transport in ("device", "grpc", "collective") and config.expert_workers == 0:
+    if config.transport in ("device", "shm", "grpc", "collective") and config.expert_workers == 0:
         raise refuse("transport", "needs expert workers")
     if config.transport == "collective":
         _check_interface(config, refuse)

@@ -116,15 +116,17 @@ class ExpertShard:
         """w13 [2F, D] and w2 [D, F] of every expert of `layer` that is held, by expert."""
         return self._layers[layer].weights
 
-    def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
-        """`y[p] = expert(expert_P[p])(x[token_P[p]])`, unweighted, in the shard's dtype. Returns [P, D].
+    def forward(
+        self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor, out_PD: Tensor | None = None
+    ) -> Tensor:
+        """`y[p] = expert(expert_P[p])(x[token_P[p]])`, unweighted, in the shard's dtype. [P, D]: `out_PD` if given.
 
         x_TD is in the shard's dtype on its device; token_P and expert_P are int32 or int64, and expert_P ascends.
         Raises ExpertNotHeld when an expert has no slot here.
         """
         with self._lock:
             try:
-                return self._ops.experts(self._layers[layer], x_TD, token_P, expert_P)
+                return self._ops.experts(self._layers[layer], x_TD, token_P, expert_P, out_PD)
             except KeyError as error:
                 raise ExpertNotHeld(layer, error.args) from None
 
@@ -150,6 +152,16 @@ class ExpertShard:
             return None
         with self._lock:
             return self._answers.answer(message)
+
+    def reply_bytes(self, n_pairs: int) -> int:
+        """How long the reply is to a request of so many pairs that `answer_at` may answer; 0: it does not."""
+        return 0 if self._answers is None else self._answers.reply_bytes(n_pairs)
+
+    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: int) -> bool:
+        """`answer` from one address to another; see `Answers.answer_at`. `reply_bytes` said that there is a way."""
+        assert self._answers is not None
+        with self._lock:
+            return self._answers.answer_at(request, n_bytes, n_pairs, reply)
 
     def by(self, ops: Ops) -> ExpertShard:
         """The same slots, computed by other operations of the same device. Slots must not change while a graph runs."""

@@ -54,7 +54,6 @@ _COMPUTE_NS, _AT_COMPUTE_NS = struct.Struct("<Q"), place("compute_ns")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ITEM_BYTES = (4, 2, 2)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_FLOAT32 = _CODES[torch.float32]
 _PAIR_BYTES = 8  # token and expert, int32 each
 
 with warnings.catch_warnings():
@@ -126,10 +125,12 @@ def request_head(tag: Tag, x_TD: Tensor, n_pairs: int) -> tuple[bytes, int]:
     return head, payload_bytes
 
 
-def put_request_head(message: memoryview, tag: Tag, n_tokens: int, n_pairs: int, width: int) -> None:
-    """Write the header of a whole request of float32 rows, the rest of which is there already."""
+def put_request_head(
+    message: memoryview, tag: Tag, n_tokens: int, n_pairs: int, width: int, dtype: torch.dtype
+) -> None:
+    """Write the header of a whole request, the rest of which is there already."""
     fields = (*tag, n_tokens, n_pairs, width, len(message) - HEADER_BYTES, 0)
-    _HEADER.pack_into(message, 0, MAGIC, VERSION, REQUEST, _FLOAT32, *fields)
+    _HEADER.pack_into(message, 0, MAGIC, VERSION, REQUEST, _CODES[dtype], *fields)
 
 
 def reply_head(tag: Tag, n_tokens: int, y_PD: Tensor, compute_ns: int) -> bytes:
@@ -220,6 +221,11 @@ def with_rows(header: Header, x_TD: Tensor, content: memoryview) -> Request:
     if not _pairs_fit(pairs.view(np.uint32), header.n_tokens):
         raise WireError("pairs must name a row of the message and ascend by expert, then token, without a repetition")
     return Request(x_TD, torch.from_numpy(pairs[:n_pairs]), torch.from_numpy(pairs[n_pairs:]))
+
+
+def request_bytes(n_tokens: int, n_pairs: int, width: int, dtype: torch.dtype) -> int:
+    """The length of a whole request."""
+    return HEADER_BYTES + n_tokens * width * _ITEM_BYTES[_CODES[dtype]] + n_pairs * _PAIR_BYTES
 
 
 def raw(tensor: Tensor) -> memoryview:

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import uvicorn
@@ -15,21 +15,14 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 
+from cluster.control.admin_options import AdminOptions
 from cluster.control.membership import Membership
 from cluster.control.operator import Operator, Receipt
+from cluster.control.rebalancer import Rebalancer
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement
 
 _BEARER = HTTPBearer(auto_error=False)
-
-
-@dataclass(frozen=True, slots=True)
-class AdminOptions:
-    """Where the API listens, and what it asks for."""
-
-    host: str
-    port: int  # 0: any free one
-    token: str
 
 
 class Replicate(BaseModel):
@@ -63,13 +56,20 @@ class Homes(BaseModel):
     homes: list[list[dict[str, float]]] = Field(description="by layer and expert: worker -> share of its rows")
 
 
+class Scale(BaseModel):
+    """How many processes there are to be."""
+
+    expert_workers: int = Field(ge=1)
+    timeout_s: float = Field(300.0, gt=0, description="for new ones to be ready; after it there are as many as before")
+
+
 class Rebalance(BaseModel):
     """A placement that suits the recent load."""
 
     dry_run: bool = Field(False, description="only say what would be done")
 
 
-def create_app(membership: Membership, operator: Operator, token: str) -> FastAPI:
+def create_app(membership: Membership, operator: Operator, rebalancer: Rebalancer, token: str) -> FastAPI:
     """The application. All paths ask for `Authorization: Bearer TOKEN`; what cannot be done is 409 with the reason."""
 
     def authenticated(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
@@ -120,6 +120,11 @@ def create_app(membership: Membership, operator: Operator, token: str) -> FastAP
             return {"forecast": asdict((await asyncio.to_thread(operator.plan)).forecast)}
         return receipt_shown(await operator.rebalance(), membership)
 
+    @app.post("/scale")
+    async def scale(body: Scale) -> dict[str, Any]:
+        """More expert workers, which take experts over, or fewer, whose experts go to the others first."""
+        return receipt_shown(await operator.scale(body.expert_workers, body.timeout_s), membership)
+
     @app.post("/workers/{worker}/drain")
     async def drain(worker: str) -> dict[str, Any]:
         """Move everything away from a worker and give it nothing more."""
@@ -130,6 +135,11 @@ def create_app(membership: Membership, operator: Operator, token: str) -> FastAP
         """Let the next rebalance use the worker again."""
         operator.undrain(worker)
         return {"drained": sorted(operator.drained)}
+
+    @app.get("/rebalancer")
+    async def rebalancer_health() -> dict[str, Any]:
+        """What the rebalancer decided last and why, how long it has been acting, when it last succeeded."""
+        return asdict(rebalancer.health)
 
     @app.get("/receipts")
     async def receipts() -> list[dict[str, Any]]:

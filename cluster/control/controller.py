@@ -9,15 +9,17 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 
 import psutil
 import ray
 
-from cluster.control.api import AdminOptions, create_app, serve
+from cluster.control.admin_options import AdminOptions
 from cluster.control.client import NAME
 from cluster.control.epochs import Change
 from cluster.control.membership import Membership
 from cluster.control.operator import Operator
+from cluster.control.rebalancer import RebalanceOptions, Rebalancer
 from cluster.control.view import Member, View
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement, striped
@@ -46,6 +48,7 @@ class Controller:
         dense_layers: Collection[int] = (),
         expert_bytes: int = 0,
         admin: AdminOptions | None = None,
+        rebalance: RebalanceOptions | None = None,
     ) -> None:
         """`workers` hold the first placement, `expected` are all members of a complete cluster."""
         # Nanoseconds: a restarted controller starts above every version it ever gave out.
@@ -55,8 +58,10 @@ class Controller:
         self._processes: dict[str, psutil.Process] = {}  # of this node, by member: psutil tells a recycled pid apart
         self._node = ray.get_runtime_context().get_node_id()
         self._operator = Operator(self._membership, self.change, expert_bytes)
+        self._rebalancer = Rebalancer(self._operator, rebalance or RebalanceOptions(), expert_bytes)
         self._admin_address = ""
         self._admin = None if admin is None else asyncio.get_event_loop().create_task(self._serve_admin(admin))
+        self._rebalancing = asyncio.get_event_loop().create_task(self._rebalancer.run())
         self._sweeper = asyncio.get_event_loop().create_task(self._sweep())
 
     async def sync(self, member: Member, known_version: int, placement: Placement | None = None) -> View | None:
@@ -76,8 +81,14 @@ class Controller:
             return None
         return await self._news(known_version)
 
-    async def watch(self, known_version: int) -> View:
-        """The view with the controller itself among the members, as soon as it differs, else after a second."""
+    async def watch(self, known_version: int, workers: tuple[str, ...] = ()) -> View:
+        """The view with the controller itself among the members, as soon as it differs, else after a second.
+
+        For whoever starts the processes: `workers` are the expert workers it has started, and `View.wanted` those
+        there are to be.
+        """
+        if workers and not self._membership.wanted:
+            self._membership.want(workers)
         view = await self._news(known_version)
         myself = Member("controller", NAME, os.getpid(), self._node, "ready", self._admin_address)
         return replace(view, members=(*view.members, myself))
@@ -105,13 +116,16 @@ class Controller:
             self._changed.notify_all()
 
     async def _serve_admin(self, options: AdminOptions) -> None:
+        # The members register first: FastAPI takes its time.
+        api = await asyncio.to_thread(import_module, "cluster.control.api")
+
         def listening(address: str) -> None:
             self._admin_address = address
 
-        app = create_app(self._membership, self._operator, options.token)
+        app = api.create_app(self._membership, self._operator, self._rebalancer, options.token)
         while True:
             try:
-                await serve(app, options, listening)
+                await api.serve(app, options, listening)
             except OSError as error:  # the port of the controller before may be taken for a moment
                 _log.warning("the admin API cannot listen on %s:%d: %s", options.host, options.port, error)
             await asyncio.sleep(_ADMIN_RETRY_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 from cluster.control.epochs import Change, Epochs
@@ -28,6 +28,7 @@ class Membership:
 
     def __init__(self, placement: Placement, expected: Collection[str], now: float, first_version: int) -> None:
         self.epochs = Epochs(placement)
+        self._wanted: tuple[str, ...] = ()
         self._loads: dict[str, Load] = {}
         self._expected = frozenset(expected)
         self._started = now
@@ -77,6 +78,7 @@ class Membership:
                 self._members[member.id] = replace(member, state="lost")
                 self._loads.pop(member.id, None)
                 self._changed()
+        self._forget_unwanted()
         self.advance(now)
         self._regroup(now)
 
@@ -104,6 +106,26 @@ class Membership:
         self._changed()
         self.advance(now)
         return change
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The expert workers there are to be; empty until whoever starts them said which there are."""
+        return self._wanted
+
+    def want(self, workers: Iterable[str]) -> None:
+        """There are to be these expert workers: whoever starts them starts what is missing and ends the others."""
+        wanted = tuple(sorted(workers))
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._changed()
+
+    def _forget_unwanted(self) -> None:
+        gone = [m.id for m in self._members.values() if m.role == "expert" and m.state == "lost"]
+        for member_id in gone:
+            if self._wanted and member_id not in self._wanted:
+                del self._members[member_id], self._heard[member_id]
+                self._hung_at.pop(member_id, None)
+                self._changed()
 
     def adopt(self, placement: Placement) -> None:
         """A member handed over the placement it works with, after a restart of the controller."""
@@ -139,6 +161,7 @@ class Membership:
         if self._view is None:
             self._view = View(
                 self._version, self._sorted(), self.epochs.placement, self.epochs.next, self.epochs.acknowledged,
+                self._wanted,
                 self._group, self._draining,
             )  # fmt: skip
         return self._view

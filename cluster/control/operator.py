@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 _STEP = 64  # replicas that are added under one epoch, about
 _RECEIPTS = 100
+_POLL_S = 0.1
 
 MakeChange = Callable[[Placement, str], Awaitable[Change]]
 
@@ -104,11 +105,23 @@ class Operator:
         loads_LE = np.zeros((now.n_layers, now.n_experts)) if load is None else load.recent_LE
         return balance(loads_LE, self._workers(without), now, limits or Limits(expert_bytes=self._expert_bytes))
 
-    async def rebalance(self, limits: Limits | None = None) -> Receipt:
+    async def rebalance(self, limits: Limits | None = None, action: str = "rebalance") -> Receipt:
         """The placement that suits the recent load."""
         async with self._lock:
             plan = self.plan(limits)
-            return await self._reach(plan.placement, "rebalance", plan.forecast)
+            return await self._reach(plan.placement, action, plan.forecast)
+
+    @property
+    def recent_rows(self) -> float:
+        """Rows of all workers in the window."""
+        load = self._membership.load
+        return 0.0 if load is None else sum(load.recent.values())
+
+    @property
+    def total_rows(self) -> dict[str, int]:
+        """Rows of each worker since start."""
+        load = self._membership.load
+        return {} if load is None else dict(load.total)
 
     async def drain(self, worker: str) -> Receipt:
         """Everything that `worker` holds goes elsewhere, and nothing comes to it until `undrain`."""
@@ -121,6 +134,46 @@ class Operator:
             receipt = await self._reach(plan.placement, f"drain {worker}", plan.forecast)
             self.drained.add(worker)
             return receipt
+
+    async def scale(self, n_workers: int, timeout_s: float) -> Receipt:
+        """As many expert workers: new ones get experts once they are ready, those with the highest numbers go first.
+
+        PlacementError when they are not ready within `timeout_s`, or the rest cannot hold all experts: there are then
+        as many as before.
+        """
+        async with self._lock:
+            before = self._membership.wanted
+            if not before:
+                raise PlacementError("this cluster has no expert workers of its own that could become more or fewer")
+            if n_workers < 1:
+                raise PlacementError("there has to be at least one expert worker")
+            ordered = sorted(before, key=_number)
+            kept, last = ordered[:n_workers], _number(ordered[-1])
+            new = [f"expert-{last + 1 + i}" for i in range(n_workers - len(kept))]
+            leaving = ordered[n_workers:]
+            self._membership.want([*before, *new])
+            try:
+                await self._await_ready(new, timeout_s)
+                limits = Limits(expert_bytes=self._expert_bytes, tolerance=np.inf if leaving else 0.01)
+                plan = self.plan(limits, leaving)
+                receipt = await self._reach(plan.placement, f"scale to {n_workers} expert workers", plan.forecast)
+            except PlacementError:
+                self._membership.want(before)
+                raise
+            self._membership.want([*kept, *new])
+            self.drained -= set(leaving)
+            return receipt
+
+    async def _await_ready(self, workers: list[str], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ready = {m.id for m in self._membership.view.members if m.role == "expert" and m.state == "ready"}
+            missing = [worker for worker in workers if worker not in ready]
+            if not missing:
+                return
+            if time.monotonic() > deadline:
+                raise PlacementError(f"{', '.join(missing)} did not start within {timeout_s:g} s")
+            await asyncio.sleep(_POLL_S)
 
     def undrain(self, worker: str) -> None:
         """The next `rebalance` may use `worker` again."""
@@ -194,3 +247,8 @@ class Operator:
                 await self._change(placement, f"back to epoch {before.epoch}")
         except PlacementError:
             _log.exception("the placement of epoch %d cannot be restored", before.epoch)
+
+
+def _number(worker: str) -> int:
+    """N of `expert-N`."""
+    return int(worker.rpartition("-")[2])

@@ -57,6 +57,7 @@ class View:
     placement: Placement
     next: Placement | None = None  # the one being prepared: workers load what it adds, nobody routes by it
     acknowledged: bool = True  # every live router works with `placement`: workers unload what it does not name
+    wanted: tuple[str, ...] = ()  # the expert workers there are to be; empty: as many as there are
     group: Group | None = None  # None: there is none yet, or the last one broke; those in it leave it
     draining: bool = False  # the cluster is being stopped: finish what is open, take nothing new
 

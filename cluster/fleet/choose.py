@@ -12,7 +12,7 @@ from cluster.config import Config
 class Choice:
     """A transport, and the reason as people read it."""
 
-    transport: Literal["local", "device", "grpc", "collective"]
+    transport: Literal["local", "device", "shm", "grpc", "collective"]
     reason: str
 
 
@@ -29,4 +29,4 @@ def choose(config: Config, *, has_experts: bool = True) -> Choice:
         return Choice("local", "one process holds everything")
     if config.router_device == config.expert_device == "cuda":
         return Choice("device", "routers and expert workers are on GPUs; gRPC where they do not share memory")
-    return Choice("grpc", "not both of routers and expert workers are on GPUs")
+    return Choice("shm", "not both of routers and expert workers are on GPUs; gRPC between hosts")

@@ -32,6 +32,7 @@ from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import STEP_LIMIT_S
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer
+from workers.transport.shm.worker import ShmAcceptor
 
 
 class ExpertWorker:
@@ -95,7 +96,7 @@ class ExpertWorker:
 
     def _make_server(self, shard: ExpertShard, source: Checkpoint) -> ExpertServer | CollectiveServer:
         config = self._config
-        if config.transport in ("grpc", "device"):
+        if config.transport in ("device", "shm", "grpc"):
             return ExpertServer(
                 shard,
                 self._worker,
@@ -112,6 +113,8 @@ class ExpertWorker:
 
     def _ways(self, shard: ExpertShard) -> tuple[Callable[[Batcher], Acceptor], ...]:
         """The faster ways that routers may offer."""
+        if self._config.transport == "shm":
+            return (ShmAcceptor,)
         if self._config.transport != "device" or not shard.only_launches:
             return ()
         server = DeviceServer(shard, STEP_LIMIT_S)

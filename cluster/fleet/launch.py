@@ -14,9 +14,10 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.config import Config
-from cluster.control.api import AdminOptions
+from cluster.control.admin_options import AdminOptions
 from cluster.control.client import NAME, NAMESPACE, ControllerByName
 from cluster.control.controller import Controller
+from cluster.control.rebalancer import RebalanceOptions
 from cluster.control.view import View
 from cluster.errors import ExpertMeshError, RayGone, StartError
 from cluster.fleet import gateway
@@ -32,6 +33,7 @@ from workers.transport.grpc.credentials import Credentials
 _TICK_S = 0.1
 _FURTHER = "For further information visit"  # pydantic's last line
 _CALL_TIMEOUT_S = 10.0
+_FIRST_CALL_TIMEOUT_S = 60.0
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ class Cluster:
     controller: Any
     actors: dict[str, Any]  # by id: expert workers and routers
     serving: Future[None]  # done when the gateways take requests
+    start_worker: Callable[[str], Any]  # asks Ray for one more expert worker; its handle
+    workers: set[str]  # ids of the expert workers among `actors`
     _call: Any = None
     _asked: float = 0.0
     _known: int = 0
@@ -48,11 +52,15 @@ class Cluster:
     def news(self, timeout_s: float) -> View | None:
         """The view: at once when it changed, else about once a second, else None after `timeout_s`. RayGone."""
         if self._call is None:
-            self._call, self._asked = self.controller.watch.remote(self._known), time.monotonic()
+            self._call, self._asked = (
+                self.controller.watch.remote(self._known, tuple(sorted(self.workers))),
+                time.monotonic(),
+            )
         try:
             done, _ = ray.wait([self._call], timeout=timeout_s)
             if not done:
-                if time.monotonic() - self._asked > _CALL_TIMEOUT_S:
+                # Its first answer waits until its process has started, beside all others.
+                if time.monotonic() - self._asked > (_CALL_TIMEOUT_S if self._known else _FIRST_CALL_TIMEOUT_S):
                     raise RayGone("the controller does not answer")
                 return None
             view: View = ray.get(self._call)
@@ -61,6 +69,15 @@ class Cluster:
             raise RayGone(reason(error)) from error
         self._call, self._known = None, view.version
         return view
+
+    def follow(self, view: View) -> None:
+        """Start the expert workers that the controller wants and there are not, and end those it does not want."""
+        for worker in sorted(set(view.wanted) - self.workers):
+            self.actors[worker] = self.start_worker(worker)
+            self.workers.add(worker)
+        for worker in sorted(self.workers - set(view.wanted)) if view.wanted else ():
+            ray.kill(self.actors.pop(worker), no_restart=True)
+            self.workers.discard(worker)
 
     def drain(self) -> None:
         """Let the gateways refuse new requests. RayGone."""
@@ -82,13 +99,19 @@ def start_actors(config: Config, plan: Plan, url: str, credentials: Credentials,
         plan.dense_layers,
         plan.expert_bytes,
         AdminOptions(node_address(), config.admin_port, admin_token),
+        RebalanceOptions(
+            config.rebalance, config.rebalance_interval_s, config.rebalance_horizon_s, config.rebalance_min_gain
+        ),
     )
     by_name = ControllerByName()
-    actors = {}
+    actors: dict[str, Any] = {}
+
+    def start_worker(worker: str) -> Any:
+        actor = _actor(ExpertWorker, worker, plan.worker_threads, own_ray, gpus=config.gpus_per_expert_worker)
+        return actor.remote(worker, config, plan.checkpoint, plan.worker_threads, by_name, credentials)
+
     for worker in plan.workers:
-        actors[worker] = _actor(
-            ExpertWorker, worker, plan.worker_threads, own_ray, gpus=config.gpus_per_expert_worker
-        ).remote(worker, config, plan.checkpoint, plan.worker_threads, by_name, credentials)
+        actors[worker] = start_worker(worker)
     for router in plan.routers:
         actors[router] = _actor(Router, router, plan.router_threads, own_ray, gpus=config.gpus_per_router).remote(
             router, config, plan.checkpoint, plan.router_threads, by_name, credentials
@@ -109,7 +132,7 @@ def start_actors(config: Config, plan: Plan, url: str, credentials: Credentials,
 
     # A daemon: when the start is given up, nobody waits for what Serve was doing.
     threading.Thread(target=deploy, name="serve", daemon=True).start()
-    return Cluster(controller, actors, serving)
+    return Cluster(controller, actors, serving, start_worker, set(plan.workers))
 
 
 def wait_ready(cluster: Cluster, show: Callable[[View], None], check: Callable[[], None]) -> None:

@@ -111,6 +111,15 @@ def rebalance(
         _report(answer)
 
 
+def scale(
+    expert_workers: Annotated[int, typer.Option(min=1, help="expert workers there are to be")],
+    timeout_s: Annotated[float, typer.Option(min=1, help="for new ones to be ready")] = 300.0,
+    port: Port = None,
+) -> None:
+    """More or fewer expert workers while requests run; when it cannot be, there are as many as before."""
+    _report(_ask("POST", "/scale", port, {"expert_workers": expert_workers, "timeout_s": timeout_s}))
+
+
 def drain(
     worker: Annotated[str, typer.Argument(help="id of an expert worker")],
     undo: Annotated[bool, typer.Option("--undo", help="let the next rebalance use it again")] = False,

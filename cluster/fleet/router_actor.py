@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     from cluster.router.exchange import Exchange
     from cluster.router.service import GenerationService
     from workers.checkpoint import Checkpoint
-    from workers.transport.base import Transport
+    from workers.transport.base import FastWay, Transport
     from workers.transport.collective.client import CollectiveTransport
     from workers.transport.device.way import DeviceWay
 
@@ -145,11 +145,15 @@ class Router:
         from workers.transport.collective.group import host_store
         from workers.transport.collective.interface import bind_address
         from workers.transport.grpc.client import GrpcTransport
+        from workers.transport.shm.router import ShmWay
 
         config = self._config
-        if config.transport in ("grpc", "device"):
+        if config.transport in ("device", "shm", "grpc"):
             dtype = compute_dtype(config.dtype, source.spec.dtype, source.device, config.expert_device)
-            model, ways = source.fingerprint(dtype), () if way is None else (way,)
+            ways: tuple[FastWay, ...] = () if way is None else (way,)
+            if config.transport == "shm":
+                ways = (ShmWay(),)
+            model = source.fingerprint(dtype)
             return GrpcTransport(self._id, model, self._credentials, epoch=self._epoch, ways=ways)
         host = bind_address(config.collective_interface, config.trusted_network, self._host)
         self._store, self._store_address = host_store(host)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # Ray is imported once its environment is in force
     from cluster.fleet.launch import Cluster
 
 _PATIENCE_S = 3.0  # after which a Ctrl-C does not wait for what Ray is doing
-_MISSING_AFTER_S = 3.0  # HAProxy makes its socket anew when it is configured anew
+_MISSING_AFTER_S = 3.0  # a file system may be away for a moment
 _GONE_AFTER_S = 30.0  # without a word of the controller, Ray itself must be gone
 _TICK_S = 0.1
 
@@ -184,8 +184,8 @@ def _supervise(
 ) -> None:
     """Keep the snapshot and tell of processes that leave and return, until a signal comes.
 
-    Ray restarts what dies; the data plane repairs itself. Nothing is decided here. Raises ExpertMeshError if Ray ends,
-    or if somebody removed files that the cluster cannot be reached without.
+    Ray restarts what dies; the data plane repairs itself. How many workers there are to be, the controller says.
+    Raises ExpertMeshError if Ray ends, or if somebody removed files that the cluster cannot be reached without.
     """
     heard = whole = time.monotonic()
     while True:
@@ -203,6 +203,7 @@ def _supervise(
             continue
         if view is not None:
             heard = time.monotonic()
+            cluster.follow(view)
             snapshot.write(state, view)
             watch.see(view)
 

@@ -230,7 +230,7 @@ class Exchange:
         owner_E, counter_E = routes.owners(layer, rows_E), self.counters.rows_LE[layer]
         new_tag = partial(self._tag, layer, 0)
         split_W, plan = split(
-            self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag
+            self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag, self._room
         )
         rows_PD = x_TD.new_empty(plan.n_pairs, x_TD.shape[1])
         parts = []
@@ -248,10 +248,15 @@ class Exchange:
         """
         y_TD = handle.rows_PD
         if handle.plan is not None:
-            lost = self._receive(handle.parts, y_TD)
-            if lost:
-                self._repair(lost, y_TD)
-            y_TD = self._ops.weighted_sum(y_TD, handle.plan)
+            parts, rows_PD = handle.parts, handle.rows_PD
+            if lost := self._receive(parts, rows_PD):
+                for part in parts:  # what the transport has of them does not outlive the replies to come
+                    if part.reply.loss is None:
+                        rows_PD[part.at] = part.reply.out_PD
+                self._repair(lost, rows_PD)
+                y_TD = self._ops.weighted_sum((rows_PD,), handle.plan)
+            else:
+                y_TD = self._ops.weighted_sum([part.reply.out_PD for part in parts], handle.plan)
         self._leave(handle.epoch)
         return y_TD
 
@@ -281,6 +286,9 @@ class Exchange:
         tag = Tag(self._router, self._view.placement.epoch, self._step, layer, self._part, attempt)
         self._part += 1
         return tag
+
+    def _room(self, worker: int, n_bytes: int) -> memoryview | None:
+        return self._pool.transport.room(self._routes.workers[worker], n_bytes)
 
     def _send(self, worker: int, rows: Rows, at: slice | Tensor, out_PD: Tensor) -> Part:
         name, counters = self._routes.workers[worker], self.counters

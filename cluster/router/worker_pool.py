@@ -17,7 +17,10 @@ _FIRST_EJECTION_S, _LAST_EJECTION_S = 5.0, 60.0
 
 @dataclass(slots=True, eq=False)
 class Reply:
-    """A reply in flight: once `settled`, either `out_PD` is filled or `loss` says why it never will be."""
+    """A reply in flight: once `settled`, either `out_PD` is it or `loss` says why there never will be one.
+
+    `out_PD` may then lie in the transport's memory, until the next reply of the worker.
+    """
 
     worker: str
     tag: Tag
@@ -100,11 +103,17 @@ class WorkerPool:
         while not reply.settled:
             first = in_flight.popleft()
             try:
-                first.compute_ns = self.transport.receive(first.worker, first.tag, self._reply_timeout_s, first.out_PD)
+                rows_PD, first.compute_ns = self.transport.receive(
+                    first.worker, first.tag, self._reply_timeout_s, first.out_PD
+                )
             except WorkerLost as loss:
                 self._failed(first, loss)
             else:
                 first.settled = True
+                if first is reply:
+                    first.out_PD = rows_PD
+                elif rows_PD is not first.out_PD:
+                    first.out_PD.copy_(rows_PD)  # the next reply takes its place
                 if self._ejection_s:
                     self._readmit(first.worker)
 

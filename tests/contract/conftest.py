@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.contract.collective_harness import CollectiveWorkers, RowsApartWorkers
-from tests.contract.harness import GrpcWorkers, LocalWorkers, Workers
+from tests.contract.harness import GrpcWorkers, LocalWorkers, ShmWorkers, Workers
 from tests.contract.model import Model
 
 KINDS: dict[str, Callable[[Model], Workers]] = {
     "local": LocalWorkers,
     "grpc": GrpcWorkers,
+    "shm": ShmWorkers,
     "collective": CollectiveWorkers,
     "collective, rows apart": RowsApartWorkers,
 }

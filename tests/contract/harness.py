@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -12,10 +12,13 @@ from cluster.placement.placement import Placement
 from tests.contract.model import Model
 from tests.credentials import CREDENTIALS
 from workers.shard import ExpertShard
-from workers.transport.base import Transport
+from workers.transport.base import Acceptor, FastWay, Transport
+from workers.transport.batcher import Batcher
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.grpc.server import ExpertServer
 from workers.transport.local import LocalTransport
+from workers.transport.shm.router import ShmWay
+from workers.transport.shm.worker import ShmAcceptor
 
 MODEL_NAME = "tests"
 
@@ -50,9 +53,15 @@ class GatedShard(ExpertShard):
         self.open.wait(20)
         return super().answer(message)
 
-    def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: int) -> bool:
         self.open.wait(20)
-        return super().forward(layer, x_TD, token_P, expert_P)
+        return super().answer_at(request, n_bytes, n_pairs, reply)
+
+    def forward(
+        self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor, out_PD: Tensor | None = None
+    ) -> Tensor:
+        self.open.wait(20)
+        return super().forward(layer, x_TD, token_P, expert_P, out_PD)
 
 
 def gated(model: Model, experts: Iterable[tuple[int, int]]) -> GatedShard:
@@ -97,6 +106,9 @@ class LocalWorkers:
 class GrpcWorkers:
     """Servers on loopback, in this process; routers reach them through the network stack."""
 
+    ways: Sequence[FastWay] = ()
+    acceptors: Sequence[Callable[[Batcher], Acceptor]] = ()
+
     def __init__(self, model: Model, host: str = "127.0.0.1") -> None:
         self.model = model
         self.addresses: dict[str, str] = {}
@@ -108,7 +120,7 @@ class GrpcWorkers:
     def start(self, worker: str, experts: Iterable[tuple[int, int]]) -> None:
         self.shards[worker] = gated(self.model, experts)
         self._servers[worker] = ExpertServer(
-            self.shards[worker], worker, self._host, model=MODEL_NAME, credentials=CREDENTIALS
+            self.shards[worker], worker, self._host, model=MODEL_NAME, credentials=CREDENTIALS, ways=self.acceptors
         )
         self._servers[worker].start()
         self.addresses[worker] = self._servers[worker].address
@@ -122,7 +134,7 @@ class GrpcWorkers:
         return self.shards[worker]
 
     def transport(self) -> Transport:
-        self._transports.append(GrpcTransport("router-0", MODEL_NAME, CREDENTIALS))
+        self._transports.append(GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, ways=self.ways))
         return self._transports[-1]
 
     def close(self) -> None:
@@ -130,6 +142,13 @@ class GrpcWorkers:
             transport.close()
         for worker in list(self._servers):
             self.kill(worker)
+
+
+class ShmWorkers(GrpcWorkers):
+    """The same, but rows go through shared memory."""
+
+    ways = (ShmWay(),)
+    acceptors = (ShmAcceptor,)
 
 
 def start_all(workers: Workers, placement: Placement) -> None:

@@ -185,7 +185,9 @@ def test_a_refusal_does_not_overtake_the_rows_before_it(workers: GrpcWorkers) ->
         time.sleep(0.2)
     workers.shards["a"].open.set()
     for part in (0, 1):
-        transport.receive("a", TAG._replace(part=part), 5, torch.empty(1, 32))
+        out_PD = torch.empty(1, 32)
+        transport.receive("a", TAG._replace(part=part), 5, out_PD)
+        assert torch.equal(out_PD, workers.shard("a").forward(0, torch.ones(1, 32), ONE_P, ONE_P + part))
     with pytest.raises(WorkerLost, match="expert 7"):
         transport.receive("a", TAG._replace(part=2), 5, torch.empty(1, 32))
     assert transport.dropped_replies == 0
@@ -219,13 +221,15 @@ def test_two_peers_that_write_at_the_same_time_do_not_wait_for_each_other(worker
     """Requests and replies of many frames in flight at once are more than gRPC's windows hold."""
     transport = workers.transport()
     transport.connect("a", workers.addresses["a"])
-    x_TD = torch.ones(60000, 32)
     pairs_P = torch.arange(60000, dtype=torch.int32)
+    x_TD = (pairs_P % 7)[:, None].expand(60000, 32).float()
+    expected_PD = workers.shard("a").forward(0, x_TD, pairs_P, torch.zeros_like(pairs_P))
     for step in range(6):
         transport.send("a", Rows(TAG._replace(step=step), x_TD, pairs_P, torch.zeros_like(pairs_P)))
     out_PD = torch.empty(60000, 32)
     for step in range(6):
-        transport.receive("a", TAG._replace(step=step), 20, out_PD)
+        transport.receive("a", TAG._replace(step=step), 20, out_PD.fill_(step))
+        assert torch.equal(out_PD, expected_PD)
 
 
 def test_describe_and_health(workers: GrpcWorkers, channel: grpc.Channel) -> None:
@@ -252,7 +256,9 @@ def test_a_worker_that_stops_answers_what_has_arrived(workers: GrpcWorkers, chan
     stopping.start()
     time.sleep(0.3)
     gate.set()
-    transport.receive("a", TAG, 20, torch.empty(1, 32))
+    out_PD = torch.empty(1, 32)
+    transport.receive("a", TAG, 20, out_PD)
+    assert torch.equal(out_PD, workers.shard("a").forward(0, torch.ones(1, 32), ONE_P, ONE_P))
     stopping.join()
     with pytest.raises(WorkerLost):
         transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))

@@ -12,7 +12,7 @@ import torch
 from cluster.placement.placement import Placement, striped
 from cluster.router.exchange import Exchange
 from tests.contract.collective_harness import CollectiveWorkers
-from tests.contract.harness import GrpcWorkers, Workers, start_all
+from tests.contract.harness import GrpcWorkers, ShmWorkers, Workers, start_all
 from tests.contract.model import Model, batch
 from tests.contract.test_results import run
 from workers.errors import WorkerLost
@@ -33,7 +33,7 @@ def exchange_over(workers: Workers, placement: Placement, reply_s: float = 20, r
     )
 
 
-@pytest.fixture(params=[GrpcWorkers, CollectiveWorkers])
+@pytest.fixture(params=[GrpcWorkers, ShmWorkers, CollectiveWorkers])
 def gated_workers(request: pytest.FixtureRequest) -> Iterator[GrpcWorkers | CollectiveWorkers]:
     workers: GrpcWorkers | CollectiveWorkers = request.param(MODEL)
     yield workers
@@ -185,9 +185,9 @@ def test_replies_nobody_awaits_are_dropped_and_counted(make_workers: MakeWorkers
         transport.send("a", each)
     out_PD = torch.empty(1, 32)
     for each in (rows[1], rows[3]):  # the first is never asked for, the second was sent twice
-        transport.receive("a", each.tag, 20, out_PD)
+        rows_PD, _ = transport.receive("a", each.tag, 20, out_PD)
         shard = workers.shard("a")
-        assert torch.equal(out_PD, shard.forward(0, *each.request))
+        assert torch.equal(rows_PD, shard.forward(0, *each.request))
     assert transport.dropped_replies == 2
 
 

@@ -140,7 +140,9 @@ def complete(cluster: RunningCluster, prompt: Sequence[int]) -> tuple[list[int],
         "model": cluster.model, "prompt": list(prompt), "max_tokens": STEPS, "temperature": 0, "ignore_eos": True,
         "logprobs": VOCABULARY, "echo": True,
     }  # fmt: skip
-    response = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=120)
+    # On a crowded machine Serve may take HAProxy for dead and start another, which refuses for seconds.
+    with httpx.Client(transport=httpx.HTTPTransport(retries=6), timeout=120) as client:
+        response = client.post(f"{cluster.url}/v1/completions", json=body)
     assert response.status_code == 200, response.text
     logprobs = response.json()["choices"][0]["logprobs"]
     tops = [[(int(word.strip()[1:]), value) for word, value in top.items()] for top in logprobs["top_logprobs"][1:]]

@@ -144,6 +144,22 @@ def test_a_killed_controller_and_a_killed_worker_keep_the_placement(fleet: Runni
             assert client.get("/placement").json()["epoch"] == before["epoch"] + 1
 
 
+def test_workers_come_and_go_under_streams(fleet: RunningCluster) -> None:
+    """Would catch a worker that gets rows before its experts, and one that is ended with experts only it has."""
+    with Load(fleet):
+        more = fleet.command("scale", "--expert-workers", "4")
+        assert more.returncode == 0, more.stderr
+        assert held(fleet)["expert-3"] > 0
+        fewer = fleet.command("scale", "--expert-workers", "2")
+        assert fewer.returncode == 0, fewer.stderr
+        wait_until(lambda: held(fleet).keys() == {"expert-0", "expert-1"}, 20)
+        back = fleet.command("scale", "--expert-workers", "3")
+        assert back.returncode == 0, back.stderr
+    refused = fleet.command("scale", "--expert-workers", "1")
+    assert refused.returncode == 1 and "do not fit into the 15 slots of 1 worker" in refused.stderr
+    assert len(held(fleet)) == 3
+
+
 def test_the_command_line_says_what_was_done_and_why_not(fleet: RunningCluster) -> None:
     with admin(fleet) as client:
         homes = client.get("/placement").json()["homes"]

@@ -87,6 +87,13 @@ class Answers(Protocol):
         """The reply to a whole REQUEST of `workers.wire`; None where it has to be parsed and given to `experts`: for
         many rows, for experts that are not held and for whatever is wrong."""
 
+    def reply_bytes(self, n_pairs: int) -> int:
+        """The length of the reply to a request of so many pairs; 0: it has to be parsed."""
+
+    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: int) -> bool:
+        """Write the reply to the request at an address to another, where there are `reply_bytes`; false, and nothing
+        is written, where `answer` gives None. The request may change meanwhile."""
+
 
 class Ops(Protocol):
     """A device's kernels. Results are new tensors, contiguous, which the caller owns, but for what is said to be done
@@ -173,8 +180,15 @@ class Ops(Protocol):
     ) -> LayerExperts:
         """Room for the experts of a layer, none held."""
 
-    def experts(self, layer: LayerExperts, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
-        """`y[p] = expert(expert_P[p])(x[token_P[p]])`, unweighted, and counts the rows. [P, D].
+    def experts(
+        self,
+        layer: LayerExperts,
+        x_TD: Tensor,
+        token_P: Tensor,
+        expert_P: Tensor,
+        out_PD: Tensor | None = None,
+    ) -> Tensor:
+        """`y[p] = expert(expert_P[p])(x[token_P[p]])`, unweighted, and counts the rows. [P, D]: `out_PD` if given.
 
         token_P and expert_P are int32 or int64; expert_P ascends. Raises KeyError(*experts) for those not held.
         """
@@ -185,23 +199,21 @@ class Ops(Protocol):
         Raises KeyError as `experts` does, where it does not only launch.
         """
 
-    def dispatch_plan(
-        self,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        owner_E: Ints,
-        n_workers: int,
-        counter_E: Ints,
-        pack_TD: Tensor | None = None,
-    ) -> Plan:
+    def dispatch_plan(self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints) -> Plan:
         """Sort the pairs of a dispatch by (worker, expert, token). `owner_E[e]` is the worker of expert e.
 
-        ids_TK: int64, distinct within a row. counter_E: the pairs of each expert are added to it. pack_TD: rows of
-        which to lay out the workers' requests, where the device does that (`Plan.is_packed`).
+        ids_TK: int64, distinct within a row. counter_E: the pairs of each expert are added to it.
         """
 
-    def weighted_sum(self, rows_PD: Tensor, plan: Plan) -> Tensor:
-        """`y[t] = sum over k of weights[t, k] * rows[place[t, k]]`, added in the order of k in float32. [T, D]."""
+    def pack_request(self, plan: Plan, x_TD: Tensor, rows: slice, pairs: slice, message: memoryview) -> None:
+        """Lay out one worker's request in `message`, in host memory, behind the header: the rows `plan.row_P[rows]` of
+        x, then token_P and expert_P of `pairs`."""
+
+    def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
+        """`y[t] = sum over k of weights[t, k] * rows[place[t, k]]`, added in the order of k in float32. [T, D].
+
+        The rows are those of all parts, one after the other: [P_w, D] each, contiguous.
+        """
 
     def answers(self, layers: Sequence[LayerExperts]) -> Answers | None:
         """How requests are answered without Python, with the experts of `layers`; None: not on this device."""

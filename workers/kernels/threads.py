@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
 _GLIBC_TUNABLES = ":".join(
     (
         # Large buffers come from the heap and stay there: mapping and zeroing fresh pages for each message of a
@@ -42,6 +49,24 @@ def process_environment(threads: int) -> dict[str, str]:
         # with two threads on two busy cores a step took four times as long.
         environment["GOMP_SPINCOUNT"] = "2000"
     return environment
+
+
+def limit_threads(threads: int) -> None:
+    """Compute on `threads` threads from now on what the calling thread computes; the others are not concerned."""
+    _set_num_threads()(threads)
+
+
+@functools.cache
+def _set_num_threads() -> Callable[[int], None]:
+    import torch
+
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(os.fspath(path)).omp_set_num_threads
+    except (OSError, AttributeError):  # another platform's torch
+        return lambda threads: None
+    function.argtypes, function.restype = (ctypes.c_int,), None
+    return cast(Callable[[int], None], function)
 
 
 def set_threads(threads: int) -> None:

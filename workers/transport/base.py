@@ -6,11 +6,13 @@ Shape legend: T token rows of one part, P (token, expert) pairs of one part, D h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from workers import wire
+from workers.errors import WorkerLost
 from workers.wire import Tag
 
 __all__ = ["Rows", "Tag", "Transport"]
@@ -23,24 +25,25 @@ class Rows:
     it. `message` is None where there are only tensors.
     """
 
-    __slots__ = ("_request", "message", "n_pairs", "row_bytes", "tag")
+    __slots__ = ("_request", "asked", "message", "n_pairs", "row_bytes", "tag")
 
     def __init__(self, tag: Tag, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> None:
         """x_TD: token rows, the model's compute dtype; token_P, which row each pair takes, and expert_P, which expert
         computes it, ascending: int32 in host memory."""
         self.tag = tag
+        self.asked = 1  # how many workers are asked at once, this one included
         self.n_pairs = len(token_P)
         self.row_bytes = x_TD.shape[1] * x_TD.itemsize
         self.message: memoryview | None = None
         self._request: wire.Request | None = wire.Request(x_TD, token_P, expert_P)
 
     @classmethod
-    def packed(cls, tag: Tag, message: memoryview, n_tokens: int, n_pairs: int, width: int) -> Rows:
-        """`message`: a whole request, float32, but for its header, which is written here."""
+    def packed(cls, tag: Tag, message: memoryview, n_tokens: int, n_pairs: int, width: int, dtype: torch.dtype) -> Rows:
+        """`message`: a whole request but for its header, which is written here."""
         rows = cls.__new__(cls)
-        wire.put_request_head(message, tag, n_tokens, n_pairs, width)
-        rows.tag, rows.n_pairs, rows.row_bytes = tag, n_pairs, 4 * width
-        rows.message, rows._request = message, None
+        wire.put_request_head(message, tag, n_tokens, n_pairs, width, dtype)
+        rows.tag, rows.n_pairs, rows.row_bytes = tag, n_pairs, dtype.itemsize * width
+        rows.message, rows._request, rows.asked = message, None, 1
         return rows
 
     @property
@@ -51,12 +54,24 @@ class Rows:
             self._request = wire.request(wire.parse_head(self.message), self.message[wire.HEADER_BYTES :])
         return self._request
 
+    def detach(self) -> None:
+        """What `message` lies in may be used otherwise from now on."""
+        if self.message is not None:
+            self.message, self._request = memoryview(bytes(self.message)), None
+
     @property
     def n_bytes(self) -> int:
         """What travels, without headers."""
         if self.message is not None:
             return len(self.message) - wire.HEADER_BYTES
         return sum(tensor.nbytes for tensor in self.request)
+
+
+class Received(NamedTuple):
+    """A reply: unweighted rows in the order of the pairs, and the nanoseconds that the worker computed."""
+
+    rows_PD: Tensor
+    compute_ns: int
 
 
 class Transport(Protocol):
@@ -74,14 +89,19 @@ class Transport(Protocol):
     def disconnect(self, worker: str) -> None:
         """Forget `worker`. What is in flight is lost."""
 
+    def room(self, worker: str, n_bytes: int) -> memoryview | None:
+        """Where the next request to `worker`, of so many bytes, may be laid out, so that sending it copies nothing.
+        None: anywhere."""
+
     def send(self, worker: str, rows: Rows) -> None:
         """Hand over `rows` and return at once. Raises WorkerLost when the stream is known to be broken."""
 
-    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
-        """Write the reply to the rows sent with `tag` into `out_PD`: unweighted, in the order of the pairs.
+    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> Received:
+        """The reply to the rows sent with `tag`, in `out_PD` or in memory of the transport's own, which stays as it is
+        until the next reply of this worker is received.
 
-        out_PD is contiguous and has the dtype and device of the rows. Returns the nanoseconds the worker computed.
-        Raises WorkerLost when the stream breaks, nothing came within `timeout_s`, or the worker refused the rows.
+        out_PD is contiguous and has the dtype and device of the rows. Raises WorkerLost when the stream breaks,
+        nothing came within `timeout_s`, or the worker refused the rows.
         """
 
     def close(self) -> None:
@@ -112,10 +132,16 @@ class FastWay(Protocol):
 class Pair(Protocol):
     """A faster way that both ends of a stream have taken. Its calls are those of `Transport`, for one worker."""
 
+    dropped_replies: int
+    lost: WorkerLost | None  # why nothing comes any more
+
+    def room(self, n_bytes: int) -> memoryview | None:
+        """Where the next request may be laid out."""
+
     def send(self, rows: Rows) -> bool:
         """False: the rows do not fit, and go over the stream. Raises WorkerLost."""
 
-    def receive(self, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
+    def receive(self, tag: Tag, timeout_s: float, out_PD: Tensor) -> Received:
         """The replies to what was sent this way come in the order of the requests. Raises WorkerLost."""
 
     def broken(self, reason: str) -> None:

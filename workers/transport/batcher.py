@@ -32,6 +32,7 @@ class Job:
     header: Header
     request: Request
     is_wanted: Callable[[], bool]
+    out_PD: Tensor | None  # on the CPU: where the rows may be computed to, if the request is alone
     result: Tensor | Exception | None = None
     compute_ns: int = 0
 
@@ -49,18 +50,20 @@ class Batcher:
         self.compute_seconds = 0.0
 
     def respond(
-        self, header: Header, request: Request, is_wanted: Callable[[], bool]
+        self, header: Header, request: Request, is_wanted: Callable[[], bool], out_PD: Tensor | None = None
     ) -> tuple[Tensor, int] | str | None:
         """y_PD at home and the nanoseconds its batch took; or why it was not computed; None: nobody wants it any more.
 
         Whoever waited long may be gone: where `is_wanted` has become false nothing is computed. Raises nothing: a
         worker lives on for the other routers.
         """
-        return self.outcome(self.enqueue(header, request, is_wanted))
+        return self.outcome(self.enqueue(header, request, is_wanted, out_PD))
 
-    def enqueue(self, header: Header, request: Request, is_wanted: Callable[[], bool]) -> Job:
+    def enqueue(
+        self, header: Header, request: Request, is_wanted: Callable[[], bool], out_PD: Tensor | None = None
+    ) -> Job:
         """The first half of `respond`: from now on the request is part of the next batch of its layer."""
-        job = Job(header, request, is_wanted)
+        job = Job(header, request, is_wanted, out_PD)
         try:
             self._check(header, request)
         except WireError as error:
@@ -98,15 +101,30 @@ class Batcher:
         finally:
             self._computing.release()
 
-    def _compute(self, layer: int, requests: Sequence[Request]) -> list[tuple[Tensor | Exception, int]]:
-        """For each request y_PD, or what the shard raised, and the nanoseconds its batch took."""
+    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: memoryview, reply_at: int) -> bool:
+        """`ExpertShard.answer_at`, unless somebody computes: then it is better to be one batch with who else waits."""
+        if not self._computing.acquire(blocking=False):
+            return False
+        try:
+            began = time.perf_counter_ns()
+            if not self.shard.answer_at(request, n_bytes, n_pairs, reply_at):
+                return False
+            spent = time.perf_counter_ns() - began
+            self.rows += wire.stamp(reply, spent)
+            self.compute_seconds += spent / 1e9
+            return True
+        finally:
+            self._computing.release()
+
+    def _compute(self, layer: int, jobs: Sequence[Job]) -> list[tuple[Tensor | Exception, int]]:
+        """For each job y_PD, or what the shard raised, and the nanoseconds its batch took."""
         began = time.perf_counter_ns()
         try:
-            replies = self._forward(layer, requests)
+            replies = self._forward(layer, jobs)
         except Exception as error:
             # One router's rows must not fail another's: alone, each gets its own answer.
-            if len(requests) > 1:
-                return [self._compute(layer, [request])[0] for request in requests]
+            if len(jobs) > 1:
+                return [self._compute(layer, [job])[0] for job in jobs]
             return [(error, 0)]
         spent = time.perf_counter_ns() - began
         self.compute_seconds += spent / 1e9
@@ -124,17 +142,18 @@ class Batcher:
             else:
                 job.result = CancelledError()
         if wanted:
-            results = self._compute(layer, [job.request for job in wanted])
+            results = self._compute(layer, wanted)
             for job, (result, compute_ns) in zip(wanted, results, strict=True):
                 job.result, job.compute_ns = result, compute_ns
 
-    def _forward(self, layer: int, requests: Sequence[Request]) -> list[Tensor]:
-        device = self.shard.device
+    def _forward(self, layer: int, jobs: Sequence[Job]) -> list[Tensor]:
+        device, requests = self.shard.device, [job.request for job in jobs]
         if len(requests) == 1:
             x_TD, token_P, expert_P = requests[0]
-            if device.type != "cpu":
-                x_TD, token_P, expert_P = x_TD.to(device), token_P.to(device), expert_P.to(device)
-            return [self.shard.forward(layer, x_TD, token_P, expert_P).to(self._home)]
+            if device.type == "cpu":
+                return [self.shard.forward(layer, x_TD, token_P, expert_P, jobs[0].out_PD).to(self._home)]
+            y_PD = self.shard.forward(layer, x_TD.to(device), token_P.to(device), expert_P.to(device))
+            return [y_PD.to(self._home)]
         firsts = [0, *itertools.accumulate(len(request.x_TD) for request in requests)]
         x_TD = torch.cat([request.x_TD for request in requests])
         token_P = torch.cat([request.token_P + first for first, request in zip(firsts, requests, strict=False)])

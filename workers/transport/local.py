@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workers.errors import ExpertMeshError, WorkerLost
 from workers.shard import ExpertShard
-from workers.transport.base import Rows, Tag
+from workers.transport.base import Received, Rows, Tag
 
 
 class LocalTransport:
@@ -32,17 +32,20 @@ class LocalTransport:
         """Forget `worker`. What is in flight is lost."""
         self._queues.pop(worker, None)
 
+    def room(self, worker: str, n_bytes: int) -> None:
+        """Anywhere."""
+
     def send(self, worker: str, rows: Rows) -> None:
         """Keep `rows` until their reply is asked for. Raises WorkerLost when `worker` is not connected."""
         self._queue(worker).append(rows)
 
-    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
+    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> Received:
         """Compute the rows sent with `tag` into `out_PD`; see `Transport.receive`."""
         queue = self._queue(worker)
         while queue:
             rows = queue.popleft()
             if rows.tag == tag:
-                return self._compute(worker, rows, out_PD)
+                return Received(out_PD, self._compute(worker, rows, out_PD))
             self.dropped_replies += 1
         raise WorkerLost(worker, f"nothing was sent with {tag}")
 

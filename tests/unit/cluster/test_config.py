@@ -60,6 +60,8 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "trusted_network": "true",
         "state_dir": str(tmp_path),
         "tool_call_parser": "hermes",
+        "rebalance": "off",
+        "rebalance_min_gain": "0.2",
     }
     default = {f.name: "true" if HINTS[f.name] is bool else "7" for f in fields(Config)}
     values = default | special
@@ -88,7 +90,7 @@ def test_config_file_and_ray_address_from_environment(tmp_path: Path) -> None:
         (
             {"transport": "carrier-pigeon"},
             {},
-            r"transport \(--transport\): .* is not one of auto, local, device, grpc, collective",
+            r"transport \(--transport\): .* is not one of auto, local, device, shm, grpc, collective",
         ),
         ({}, {"EXPERTMESH_ALLOW_NO_KEYS": "maybe"}, r"allow_no_keys .* is not true or false"),
         ({}, {"EXPERTMESH_REPLY_TIMEOUT_S": "nan"}, r"reply_timeout_s .* is not a number"),

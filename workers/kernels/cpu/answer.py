@@ -12,15 +12,18 @@ import torch
 
 from workers.kernels.cpu import kernel
 from workers.kernels.cpu.arguments import Experts, ReadRequest
-from workers.kernels.cpu.experts import expert_arguments
+from workers.kernels.cpu.experts import expert_arguments, n_places
 from workers.kernels.cpu.kernel import HEAD
 from workers.kernels.experts import LayerExperts
 from workers.kernels.message import FEW_ROWS, HEADER_BYTES, N_PAIRS
+from workers.wire import REPLY, REQUEST, first_word
 
 # Of the messages of `wire`; the kernel knows where the fields of a header are, too.
-_REQUEST, _REPLY = (int.from_bytes(begin, "little") for begin in (b"XMSH\1\1\0\0", b"XMSH\1\2\0\0"))  # of float32
+_REQUEST, _REPLY = (first_word(kind, torch.float32) for kind in (REQUEST, REPLY))
 _MOST_CHOICES = 8  # a token; who chooses more is answered in the usual way
-_MESSAGE, _BYTES, _AT_REPLY = (HEAD + ReadRequest._fields.index(name) for name in ("message", "n_bytes", "reply"))
+_MESSAGE, _BYTES, _N_PAIRS, _REPLY_AT = (
+    HEAD + ReadRequest._fields.index(name) for name in ("message", "n_bytes", "n_pairs", "reply")
+)
 _Y = HEAD + Experts._fields.index("y")
 
 
@@ -33,35 +36,54 @@ class CpuAnswers:
         self._most_pairs = most_pairs = FEW_ROWS * min(first.n_experts, _MOST_CHOICES)
         self._memory = (
             torch.tensor([[layer.address_E2.data_ptr(), layer.rows_E.data_ptr()] for layer in layers]),
-            torch.empty(first.n_experts + 1 + 2 * most_pairs, dtype=torch.int64),
+            torch.empty(n_places(first.n_experts, most_pairs), dtype=torch.int64),
             torch.empty(most_pairs, first.ffn_size),
+            torch.empty(2 * most_pairs, dtype=torch.int32),
         )
-        tables, places, hidden_PF = self._memory
-        self._team = kernel.team(first.expert_bytes)
+        tables, places, hidden_PF, copies = self._memory
+        self._bytes = first.expert_bytes
         pairs, products = expert_arguments(first, hidden_PF, places, most_pairs)
-        self._pairs, self._experts = kernel.pairs.arguments(1, pairs), kernel.experts.arguments(self._team, products)
-        request = ReadRequest(
-            message=0, n_bytes=0, request_word=_REQUEST, reply=0, reply_word=_REPLY, tables=tables.data_ptr(),
-            n_layers=len(layers), most_pairs=most_pairs, pairs=self._pairs.buffer_info()[0],
-            experts=self._experts.buffer_info()[0], d=first.hidden_size,
-        )  # fmt: skip
-        self._read = kernel.read_request.arguments(1, request)
+        self._pairs, self._experts = kernel.pairs.arguments(1, pairs), kernel.experts.arguments(1, products)
+        self._read = kernel.read_request.arguments(
+            1,
+            ReadRequest(
+                message=0,
+                n_bytes=0,
+                request_word=_REQUEST,
+                reply=0,
+                reply_word=_REPLY,
+                tables=tables.data_ptr(),
+                n_layers=len(layers),
+                n_pairs=0,
+                pairs=self._pairs.buffer_info()[0],
+                experts=self._experts.buffer_info()[0],
+                d=first.hidden_size,
+                copies=copies.data_ptr(),
+            ),
+        )
 
     def answer(self, message: memoryview) -> memoryview | None:
-        if len(message) < HEADER_BYTES:
+        n_pairs: int = N_PAIRS.unpack_from(message)[0] if len(message) >= HEADER_BYTES else 0
+        n_bytes = self.reply_bytes(n_pairs)
+        if not n_bytes:
             return None
-        n_pairs: int = N_PAIRS.unpack_from(message)[0]
-        if n_pairs > self._most_pairs:
-            return None
-        reply = torch.empty(HEADER_BYTES + n_pairs * self._row_bytes, dtype=torch.uint8)
-        address, read, products = reply.data_ptr(), self._read, self._experts
+        reply = torch.empty(n_bytes, dtype=torch.uint8)
+        request = torch.frombuffer(message, dtype=torch.uint8)
+        is_answered = self.answer_at(request.data_ptr(), len(message), n_pairs, reply.data_ptr())
+        return reply.numpy().data if is_answered else None
+
+    def reply_bytes(self, n_pairs: int) -> int:
+        return HEADER_BYTES + n_pairs * self._row_bytes if 0 < n_pairs <= self._most_pairs else 0
+
+    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: int) -> bool:
+        read, products, team = self._read, self._experts, kernel.team(self._bytes)
         read[0] = 0
-        read[_MESSAGE], read[_BYTES] = torch.frombuffer(message, dtype=torch.uint8).data_ptr(), len(message)
-        read[_AT_REPLY], products[_Y] = address, address + HEADER_BYTES
+        read[_MESSAGE], read[_BYTES], read[_N_PAIRS], read[_REPLY_AT] = request, n_bytes, n_pairs, reply
         # Only the second is for all threads: the others take longer to wake up than the first one to read.
         kernel.read_request.run(1, read)
         if not read[0]:
-            return None
+            return False
         products[0] = products[1] = products[2] = 0
-        kernel.experts.run(self._team, products)
-        return reply.numpy().data
+        products[3], products[_Y] = kernel.barrier(team), reply + HEADER_BYTES
+        kernel.experts.run(team, products)
+        return True

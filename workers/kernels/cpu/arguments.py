@@ -116,14 +116,25 @@ class Plan(NamedTuple):
     n_experts: int
     n_workers: int
     memory: int
-    messages: int  # 0: none are laid out
+
+
+class PackRequest(NamedTuple):
+    """A worker's request behind its header: rows, token_P, expert_P."""
+
     x: int
     x_stride: int
     d: int
+    row: int  # int64: which rows
+    n_rows: int
+    token: int  # int32
+    expert: int  # int32
+    n_pairs: int
+    out: int
 
 
 class WeightedSum(NamedTuple):
-    rows: int
+    parts: int  # int64 [parts, 2]: the first pair of each part, ascending from 0, and where its rows begin
+    n_parts: int
     place: int
     weights: int
     out: int
@@ -148,6 +159,7 @@ class Pairs(NamedTuple):
     starts: int
     token_rows: int
     hidden_rows: int
+    active: int  # int64 [1 + E]: how many experts have both rows and weights, then which
     missing: int  # int64: the pairs whose experts have no weights are added to it
 
 
@@ -155,6 +167,7 @@ class Experts(NamedTuple):
     """y[pair, D] = w2 (silu(w1 x) * (w3 x)) of every pair whose expert has weights."""
 
     table: int
+    active: int
     starts: int
     token_rows: int
     hidden: int
@@ -163,7 +176,6 @@ class Experts(NamedTuple):
     y: int
     d: int
     f: int
-    n_experts: int
     kind: int
 
 
@@ -175,10 +187,33 @@ class ReadRequest(NamedTuple):
     reply_word: int
     tables: int  # int64 [layers, 2]: the addresses of each layer's table and counters
     n_layers: int
-    most_pairs: int
+    n_pairs: int  # that the reply has room for
     pairs: int  # where the arguments of `Pairs` are: what the request says is filled in
     experts: int  # and those of `Experts`
     d: int
+    copies: int  # int32 [2 * n_pairs]: room for the pairs, which the sender may change after they were checked
+
+
+class RingPublish(NamedTuple):
+    """Note a message in the control page of a ring, count it, and wake who waits for it."""
+
+    page: int
+    sent: int  # the count, int32
+    begin: int  # of the message: an offset
+    n_bytes: int
+    asked: int  # how many workers were asked at once
+    syscall: int  # the C library's function
+    futex: int  # its number for futex
+
+
+class RingSleep(NamedTuple):
+    """Sleep while the count is the known one, at most for `nap`; then the first counter becomes the count."""
+
+    sent: int
+    known: int
+    nap: int  # a timespec
+    syscall: int
+    futex: int
 
 
 class RunGraph(NamedTuple):

@@ -41,6 +41,11 @@ def team(work_bytes: int) -> int:
     return torch.get_num_threads() if work_bytes >= PARALLEL_BYTES and _openmp()[0] is not None else 1
 
 
+def barrier(team: int) -> int:
+    """The address of what the threads of a team wait at for each other; 0: there is only one."""
+    return _openmp()[1] if team > 1 else 0
+
+
 class Kernel(Generic[Values]):
     """Machine code `void f(int64 *args)`, run by every thread of a team at once; the threads share out the work."""
 
@@ -57,8 +62,8 @@ class Kernel(Generic[Values]):
     def arguments(self, team: int, values: Values) -> array[int]:
         """What the machine code reads for one call."""
         if not self._floats:
-            return array("q", (0, 0, 0, _openmp()[1] if team > 1 else 0, *values))
-        numbers: list[Any] = [0, 0, 0, _openmp()[1] if team > 1 else 0, *values]
+            return array("q", (0, 0, 0, barrier(team), *values))
+        numbers: list[Any] = [0, 0, 0, barrier(team), *values]
         for i in self._floats:
             numbers[HEAD + i] = int.from_bytes(struct.pack("<f", numbers[HEAD + i]), "little")
         return array("q", numbers)
@@ -89,10 +94,14 @@ attention = Kernel("attention", arguments.Attention)
 gate = Kernel("gate", arguments.Gate, brief=True)
 gate_rows = Kernel("gate_rows", arguments.GateRows)
 plan = Kernel("plan", arguments.Plan, brief=True)
+pack_request = Kernel("pack_request", arguments.PackRequest, brief=True)
 weighted_sum = Kernel("weighted_sum", arguments.WeightedSum, brief=True)
 pairs = Kernel("pairs", arguments.Pairs, brief=True)
 experts = Kernel("experts", arguments.Experts)
 read_request = Kernel("read_request", arguments.ReadRequest, brief=True)
+ring_publish = Kernel("ring_publish", arguments.RingPublish, brief=True)
+ring_sleep = Kernel("ring_sleep", arguments.RingSleep)
+ring_rouse = Kernel("ring_rouse", arguments.RingSleep, brief=True)
 run_graph = Kernel("run_graph", arguments.RunGraph)
 
 

@@ -5,6 +5,7 @@ Legend: that of `workers.kernels.ops`.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 from workers.gate_spec import GateSpec
 from workers.kernels.cpu import arguments, kernel
 from workers.kernels.cpu.answer import CpuAnswers
-from workers.kernels.cpu.experts import expert_arguments
+from workers.kernels.cpu.experts import expert_arguments, n_places
 from workers.kernels.cpu.graph import CpuGraph
 from workers.kernels.cpu.kernel import Kernel, Values
 from workers.kernels.dispatch import Ints, Plan, address
 from workers.kernels.experts import LayerExperts
 from workers.kernels.memory import use_huge_pages
+from workers.kernels.message import HEADER_BYTES
 from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, summed
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -166,11 +168,19 @@ class CpuOps:
     ) -> LayerExperts:
         return LayerExperts(n_experts, hidden_size, ffn_size, weight_format)
 
-    def experts(self, layer: LayerExperts, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+    def experts(
+        self,
+        layer: LayerExperts,
+        x_TD: Tensor,
+        token_P: Tensor,
+        expert_P: Tensor,
+        out_PD: Tensor | None = None,
+    ) -> Tensor:
         x_TD, token_P, expert_P = _with_unit_stride(x_TD), token_P.int().contiguous(), expert_P.int().contiguous()
         missing_1 = torch.zeros(1, dtype=torch.int64)
         pairs = token_P.data_ptr(), expert_P.data_ptr()
-        y_PD = self._experts(layer, x_TD, pairs, len(token_P), missing_1)
+        y_PD = self._empty(len(token_P), layer.hidden_size) if out_PD is None else out_PD
+        self._experts(layer, x_TD, pairs, y_PD, missing_1)
         if missing_1[0]:
             raise KeyError(*layer.missing(expert_P))
         return y_PD
@@ -187,16 +197,18 @@ class CpuOps:
     ) -> Tensor:
         x_TD, ids_TK, weights_TK = _with_unit_stride(x_TD), ids_TK.contiguous(), weights_TK.contiguous()
         plan = Plan(len(ids_TK), ids_TK.shape[1], layer.n_experts, 1)
-        self._plan(plan, ids_TK, weights_TK, 0, 0, None)
-        y_PD = self._experts(layer, x_TD, plan.pairs_address, plan.n_pairs, missing_1)
-        return self.weighted_sum(y_PD, plan)
+        self._plan(plan, ids_TK, weights_TK, 0, 0)
+        y_PD = self._empty(plan.n_pairs, layer.hidden_size)
+        self._experts(layer, x_TD, plan.pairs_address, y_PD, missing_1)
+        return self.weighted_sum((y_PD,), plan)
 
     def _experts(
-        self, layer: LayerExperts, x_TD: Tensor, pairs: tuple[int, int], n_pairs: int, missing_1: Tensor
-    ) -> Tensor:
+        self, layer: LayerExperts, x_TD: Tensor, pairs: tuple[int, int], y_PD: Tensor, missing_1: Tensor
+    ) -> None:
         """`pairs`: addresses of token_P and expert_P, int32."""
-        y_PD, hidden_PF = self._empty(n_pairs, layer.hidden_size), self._empty(n_pairs, layer.ffn_size)
-        places = self._empty(layer.n_experts + 1 + 2 * n_pairs, dtype=torch.int64)
+        n_pairs = len(y_PD)
+        hidden_PF = self._empty(n_pairs, layer.ffn_size)
+        places = self._empty(n_places(layer.n_experts, n_pairs), dtype=torch.int64)
         in_order, products = expert_arguments(layer, hidden_PF, places, n_pairs)
         in_order = in_order._replace(
             token=pairs[0], expert=pairs[1], n_pairs=n_pairs, x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0),
@@ -204,40 +216,62 @@ class CpuOps:
         )  # fmt: skip
         self._run(kernel.pairs, 1, in_order)
         self._run(kernel.experts, kernel.team(layer.expert_bytes), products._replace(y=y_PD.data_ptr()))
-        return y_PD
 
-    def dispatch_plan(
-        self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints,
-        pack_TD: Tensor | None = None,
-    ) -> Plan:  # fmt: skip
-        row_bytes = 0
-        if pack_TD is not None:
-            pack_TD = _with_unit_stride(pack_TD)
-            row_bytes = 4 * pack_TD.shape[1]
-        plan = Plan(len(ids_TK), ids_TK.shape[1], len(owner_E), n_workers, row_bytes)
+    def dispatch_plan(self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints) -> Plan:
+        plan = Plan(len(ids_TK), ids_TK.shape[1], len(owner_E), n_workers)
         ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
-        self._plan(plan, ids_TK, weights_TK, address(owner_E), address(counter_E), pack_TD)
+        self._plan(plan, ids_TK, weights_TK, address(owner_E), address(counter_E))
         return plan
 
-    def _plan(
-        self, plan: Plan, ids_TK: Tensor, weights_TK: Tensor, owner: int, counter: int, pack_TD: Tensor | None
-    ) -> None:
+    def _plan(self, plan: Plan, ids_TK: Tensor, weights_TK: Tensor, owner: int, counter: int) -> None:
         self._hold(plan)
         values = arguments.Plan(
-            ids=ids_TK.data_ptr(), weights=weights_TK.data_ptr(), owner=owner, counter=counter,
-            n_tokens=plan.n_tokens, k=plan.n_choices, n_experts=plan.n_experts, n_workers=plan.n_workers,
-            memory=plan.address, messages=plan.messages_address, x=_address(pack_TD),
-            x_stride=0 if pack_TD is None else 4 * pack_TD.stride(0), d=0 if pack_TD is None else pack_TD.shape[1],
-        )  # fmt: skip
+            ids=ids_TK.data_ptr(),
+            weights=weights_TK.data_ptr(),
+            owner=owner,
+            counter=counter,
+            n_tokens=plan.n_tokens,
+            k=plan.n_choices,
+            n_experts=plan.n_experts,
+            n_workers=plan.n_workers,
+            memory=plan.address,
+        )
         self._run(kernel.plan, 1, values)
 
-    def weighted_sum(self, rows_PD: Tensor, plan: Plan) -> Tensor:
-        y_TD = self._empty(plan.n_tokens, rows_PD.shape[1])
+    def pack_request(self, plan: Plan, x_TD: Tensor, rows: slice, pairs: slice, message: memoryview) -> None:
+        x_TD = _with_unit_stride(x_TD)
+        token, expert = plan.pairs_address
+        values = arguments.PackRequest(
+            x=x_TD.data_ptr(),
+            x_stride=4 * x_TD.stride(0),
+            d=x_TD.shape[1],
+            row=plan.row_address + 8 * rows.start,
+            n_rows=rows.stop - rows.start,
+            token=token + 4 * pairs.start,
+            expert=expert + 4 * pairs.start,
+            n_pairs=pairs.stop - pairs.start,
+            out=address(message) + HEADER_BYTES,
+        )
+        self._run(kernel.pack_request, 1, values)
+
+    def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
+        table, first, d = array("q"), 0, parts[0].shape[1]
+        for part in parts:
+            table.extend((first, part.data_ptr()))
+            first += len(part)
+        self._hold(table)
+        y_TD = self._empty(plan.n_tokens, d)
         values = arguments.WeightedSum(
-            rows=rows_PD.data_ptr(), place=plan.place_address, weights=plan.weights_address, out=y_TD.data_ptr(),
-            n_tokens=plan.n_tokens, k=plan.n_choices, d=rows_PD.shape[1],
-        )  # fmt: skip
-        self._run(kernel.weighted_sum, kernel.team(rows_PD.nbytes), values)
+            parts=table.buffer_info()[0],
+            n_parts=len(parts),
+            place=plan.place_address,
+            weights=plan.weights_address,
+            out=y_TD.data_ptr(),
+            n_tokens=plan.n_tokens,
+            k=plan.n_choices,
+            d=d,
+        )
+        self._run(kernel.weighted_sum, kernel.team(4 * first * d), values)
         return y_TD
 
     def answers(self, layers: Sequence[LayerExperts]) -> Answers | None:

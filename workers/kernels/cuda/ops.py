@@ -6,7 +6,7 @@ Legend: that of `workers.kernels.ops`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -122,20 +122,24 @@ class CudaOps(TorchOps):
     ) -> LayerExperts:
         return CudaLayerExperts(n_experts, hidden_size, ffn_size, weight_format, self.device)
 
-    def weighted_sum(self, rows_PD: Tensor, plan: Plan) -> Tensor:
+    def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
         """By the kernel that adds up the rows of a step in one process, which adds in the order of places."""
+        rows_PD = parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
         place_P = torch.from_numpy(plan.place_TK).flatten().to(rows_PD.device)
         weights_TK = torch.from_numpy(plan.weights_TK).to(rows_PD.device)
         place_TK = torch.arange(len(place_P), dtype=torch.int32, device=rows_PD.device).view(weights_TK.shape)
         in_order_PD = rows_PD.index_select(0, place_P)
         return rows.weighted_sum(Unsummed(in_order_PD, place_TK, weights_TK), rows_PD.dtype)
 
-    def experts(self, layer: LayerExperts, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+    def experts(
+        self, layer: LayerExperts, x_TD: Tensor, token_P: Tensor, expert_P: Tensor, out_PD: Tensor | None = None
+    ) -> Tensor:
         assert isinstance(layer, CudaLayerExperts)
         if missing := layer.missing(expert_P):
             raise KeyError(*missing)
         x_PD = x_TD.index_select(0, token_P.to(x_TD.device, torch.int64, non_blocking=True))
-        return self.experts_fixed(layer, x_PD, expert_P.to(x_TD.device, non_blocking=True)[:, None])[0]
+        y_PD = self.experts_fixed(layer, x_PD, expert_P.to(x_TD.device, non_blocking=True)[:, None])[0]
+        return y_PD if out_PD is None else out_PD.copy_(y_PD)
 
     def experts_fixed(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         """The unweighted rows of the pairs whose experts are held, [P, D], and where each pair's row is, int32 [P]; -1:

@@ -16,6 +16,7 @@ from torch import Tensor
 from workers.gate_spec import GateSpec
 from workers.kernels.dispatch import Ints, Plan
 from workers.kernels.experts import LayerExperts
+from workers.kernels.message import HEADER_BYTES
 from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, summed
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -128,10 +129,17 @@ class TorchOps:
     ) -> LayerExperts:
         return LayerExperts(n_experts, hidden_size, ffn_size, weight_format)
 
-    def experts(self, layer: LayerExperts, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+    def experts(
+        self,
+        layer: LayerExperts,
+        x_TD: Tensor,
+        token_P: Tensor,
+        expert_P: Tensor,
+        out_PD: Tensor | None = None,
+    ) -> Tensor:
         if missing := layer.missing(expert_P):
             raise KeyError(*missing)
-        y_PD = x_TD.new_empty(len(token_P), x_TD.shape[1])
+        y_PD = x_TD.new_empty(len(token_P), x_TD.shape[1]) if out_PD is None else out_PD
         ids, counts = torch.unique_consecutive(expert_P, return_counts=True)
         start = 0
         for expert, count in zip(ids.tolist(), counts.tolist(), strict=True):
@@ -147,13 +155,9 @@ class TorchOps:
         owner_E, counter_E = np.zeros((2, layer.n_experts), np.int64)
         plan = self.dispatch_plan(ids_TK.cpu(), weights_TK.cpu(), owner_E, 1, counter_E)
         token_P, expert_P = (torch.from_numpy(array) for array in plan.pairs)
-        return self.weighted_sum(self.experts(layer, x_TD, token_P, expert_P), plan)
+        return self.weighted_sum((self.experts(layer, x_TD, token_P, expert_P),), plan)
 
-    def dispatch_plan(
-        self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints,
-        pack_TD: Tensor | None = None,
-    ) -> Plan:  # fmt: skip
-        """Never lays out requests."""
+    def dispatch_plan(self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints) -> Plan:
         ids, weights = ids_TK.numpy(), weights_TK.numpy()
         made = Plan(ids.shape[0], ids.shape[1], len(owner_E), n_workers)
         n_experts, ids_P = len(owner_E), ids.ravel()
@@ -172,10 +176,19 @@ class TorchOps:
             row_R, local_P[begin:end] = np.unique(token_P[begin:end], return_inverse=True)
             row_cuts.append(row_cuts[-1] + len(row_R))
             made.row_P[row_cuts[-2] : row_cuts[-1]] = row_R
-        made.memory[: 2 * (n_workers + 1)] = cuts + row_cuts  # nothing is packed: the rest means nothing
+        made.memory[: 2 * (n_workers + 1)] = cuts + row_cuts
         return made
 
-    def weighted_sum(self, rows_PD: Tensor, plan: Plan) -> Tensor:
+    def pack_request(self, plan: Plan, x_TD: Tensor, rows: slice, pairs: slice, message: memoryview) -> None:
+        row_R = torch.from_numpy(plan.row_P[rows]).to(x_TD.device)
+        sent_RD = torch.frombuffer(message, dtype=x_TD.dtype, count=len(row_R) * x_TD.shape[1], offset=HEADER_BYTES)
+        sent_RD.view(len(row_R), -1).copy_(x_TD.index_select(0, row_R))
+        both_2P = torch.frombuffer(message, dtype=torch.int32, offset=HEADER_BYTES + sent_RD.nbytes).view(2, -1)
+        for sent_P, array in zip(both_2P, plan.pairs, strict=True):
+            sent_P.copy_(torch.from_numpy(array[pairs]))
+
+    def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
+        rows_PD = parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
         place_TK, weights_TK = (
             torch.from_numpy(array).to(rows_PD.device) for array in (plan.place_TK, plan.weights_TK)
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workers import wire
 from workers.errors import GroupLost, WireError, WorkerLost
-from workers.transport.base import Rows, Tag
+from workers.transport.base import Received, Rows, Tag
 from workers.transport.collective.blocks import ERROR_BYTES, LEAVE, Buffers, as_bytes, fill, fits, view
 from workers.transport.collective.group import Group
 from workers.transport.collective.joiner import BUILD_S, Joiner, listen
@@ -95,6 +95,9 @@ class CollectiveTransport:
         """Forget `worker`. What is in flight is lost."""
         self._connected.discard(worker)
 
+    def room(self, worker: str, n_bytes: int) -> None:
+        """Anywhere: requests are copied to where the group sends from."""
+
     def send(self, worker: str, rows: Rows) -> None:
         """Hand over `rows` and return at once. Raises WorkerLost when the worker is not in a group that works."""
         mesh, rank = self._way(worker)
@@ -105,7 +108,7 @@ class CollectiveTransport:
             raise _loss(mesh, worker, broken) from None
         self._owed[worker].append(owed)
 
-    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
+    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> Received:
         """Write the reply to the rows sent with `tag` into `out_PD`; see `Transport.receive`."""
         deadline = time.monotonic() + timeout_s
         queue = self._owed[worker]
@@ -125,7 +128,7 @@ class CollectiveTransport:
             elif isinstance(result, str):
                 raise WorkerLost(worker, f"refused the rows: {result}")
             else:
-                return result
+                return Received(out_PD, result)
         raise WorkerLost(worker, f"nothing was sent with {tag}" if worker in self._connected else "not connected")
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workers import wire
 from workers.errors import ExpertMeshError, WireError, WorkerLost
-from workers.transport.base import FastWay, Offered, Pair, Rows, Tag
+from workers.transport.base import FastWay, Offered, Pair, Received, Rows, Tag
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.handshake import Hello, key
 from workers.transport.grpc.stream import Stream, StreamBroken
@@ -61,7 +61,7 @@ class GrpcTransport:
     def connect(self, worker: str, address: str) -> None:
         """Open the way to `worker`; reopen it if it broke or the address changed. Returns before it is usable."""
         link = self._links.get(worker)
-        if link is not None and link.stream.broken is None and link.stream.address == address:
+        if link is not None and link.is_whole and link.stream.address == address:
             return
         self.disconnect(worker)
         hello = replace(self._hello, worker=worker, epoch=self._epoch())
@@ -77,6 +77,11 @@ class GrpcTransport:
         if link is not None:
             link.close()
 
+    def room(self, worker: str, n_bytes: int) -> memoryview | None:
+        """Where the faster way to `worker` wants its next request."""
+        link = self._links.get(worker)
+        return None if link is None else link.room(n_bytes)
+
     def send(self, worker: str, rows: Rows) -> None:
         """Hand over `rows`; only the first ones wait, until the worker has said that it is the one.
 
@@ -87,18 +92,18 @@ class GrpcTransport:
         except StreamBroken as broken:
             raise WorkerLost(worker, str(broken)) from None
 
-    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
-        """Write the reply to the rows sent with `tag` into `out_PD`; see `Transport.receive`."""
+    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> Received:
+        """The reply to the rows sent with `tag`; see `Transport.receive`."""
         link = self._link(worker)
         try:
-            compute_ns, n_dropped = link.receive(tag, timeout_s, out_PD)
+            received, n_dropped = link.receive(tag, timeout_s, out_PD)
         except StreamBroken as broken:
             raise WorkerLost(worker, str(broken)) from None
         except WireError as error:
             link.stream.cancel(f"malformed reply: {error}")
             raise WorkerLost(worker, f"malformed reply: {error}") from error
         self.dropped_replies += n_dropped
-        return compute_ns
+        return received
 
     def close(self) -> None:
         """Close every stream."""
@@ -144,6 +149,15 @@ class _Link:
             self._withdraw()
             raise
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it is known to be broken."""
+        return self.stream.broken is None and (self._pair is None or self._pair.lost is None)
+
+    def room(self, n_bytes: int) -> memoryview | None:
+        """Where the faster way wants the next request."""
+        return None if self._pair is None else self._pair.room(n_bytes)
+
     def send(self, rows: Rows) -> None:
         """Raises StreamBroken, or WorkerLost."""
         if not self._is_greeted:
@@ -154,8 +168,8 @@ class _Link:
                 self.stream.write(frame)
         self._in_flight.append((rows.tag, is_fast))
 
-    def receive(self, tag: Tag, timeout_s: float, out_PD: Tensor) -> tuple[int, int]:
-        """Nanoseconds computed, and how many replies came that nobody awaited any more.
+    def receive(self, tag: Tag, timeout_s: float, out_PD: Tensor) -> tuple[Received, int]:
+        """The reply, and how many replies came that nobody awaited any more.
 
         Raises StreamBroken, WireError or WorkerLost.
         """
@@ -165,10 +179,12 @@ class _Link:
             found = sent == tag
         if found and is_fast:
             assert self._pair is not None
-            return self._pair.receive(tag, timeout_s, out_PD), 0
+            dropped = self._pair.dropped_replies
+            return self._pair.receive(tag, timeout_s, out_PD), self._pair.dropped_replies - dropped
         self.stream.deadline = time.monotonic() + timeout_s
         try:
-            return self._read(tag, out_PD)
+            compute_ns, n_dropped = self._read(tag, out_PD)
+            return Received(out_PD, compute_ns), n_dropped
         finally:
             self.stream.deadline = math.inf
 

@@ -18,7 +18,8 @@ import numpy as np
 
 #: Of this way between two processes, in their handshake.
 NAME = "shm"
-_NAME = "expertmesh-ring"
+#: Of the memory, as `/proc/PID/maps` shows it.
+RING_NAME = "expertmesh-ring"
 _NONCE_BYTES = 16
 # Of linux/fcntl.h; Python names only the older ones. FUTURE_WRITE (Linux 5.1): no further writable mapping.
 _ADD_SEALS, _GET_SEALS = 1033, 1034
@@ -35,7 +36,7 @@ class OwnMemory:
     def __init__(self, n_bytes: int) -> None:
         """Raises NotShared where the system has no such memory."""
         try:
-            self._file = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self._file = os.memfd_create(RING_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except (OSError, AttributeError) as error:
             raise NotShared(f"this system makes no memory to share: {error}") from None
         try:
@@ -68,7 +69,7 @@ class PeerMemory:
             pid, number, nonce = name.split()
             path = f"/proc/{int(pid)}/fd/{int(number)}"
             # Whatever else the peer may have open is not even opened.
-            if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            if not os.readlink(path).startswith(f"/memfd:{RING_NAME}"):
                 raise NotShared(f"{path} is no ring")
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             if fcntl.fcntl(file, _GET_SEALS) & _SEALS != _SEALS or os.fstat(file).st_size != n_bytes:

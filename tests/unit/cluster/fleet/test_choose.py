@@ -15,11 +15,12 @@ ON_GPUS = Config(router_device="cuda", expert_device="cuda", expert_workers=2)
 @pytest.mark.parametrize(
     ("config", "transport", "says"),
     [
-        (Config(router_device="cpu", expert_device="cpu", expert_workers=2), "grpc", "not both"),
-        (replace(ON_GPUS, expert_device="cpu"), "grpc", "not both"),
+        (Config(router_device="cpu", expert_device="cpu", expert_workers=2), "shm", "not both"),
+        (replace(ON_GPUS, expert_device="cpu"), "shm", "not both"),
         (ON_GPUS, "device", "on GPUs"),
         (replace(ON_GPUS, expert_workers=0), "local", "one process"),
         (replace(ON_GPUS, transport="grpc"), "grpc", "as configured"),
+        (replace(ON_GPUS, transport="shm"), "shm", "as configured"),
         (Config(transport="collective"), "collective", "as configured"),
         (Config(transport="local"), "local", "as configured"),
     ],

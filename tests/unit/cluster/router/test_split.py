@@ -53,7 +53,7 @@ def test_every_pair_goes_to_its_owner_once_and_finds_its_place(
         assert len(token_P.unique()) == len(sent_TD), "a row is sent that no pair needs, or sent twice"
         replies.append((expert_P + 1)[:, None] * sent_TD[token_P.long()])  # expert e multiplies by e + 1
     assert [worker for worker, _ in parts] == sorted({int(owner) for owner in owner_E[ids_TK.numpy()].ravel()})
-    y_TD = ops.weighted_sum(torch.cat(replies), plan)
+    y_TD = ops.weighted_sum(replies, plan)
 
     expected_TD = torch.zeros(t, 3)
     for token in range(t):
@@ -69,7 +69,7 @@ def test_one_expert_a_token(ops: Ops) -> None:
         rows_PD, counter_E = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), np.zeros(2, np.int64)
         _, plan = split(ops, rows_PD, torch.tensor(ids)[:, None], weights_T1, np.array([0, 1]), 2, counter_E, new_tag)
         expected_TD = weights_T1 * rows_PD[plan.place_TK[:, 0]]
-        assert torch.equal(ops.weighted_sum(rows_PD, plan), expected_TD)
+        assert torch.equal(ops.weighted_sum((rows_PD,), plan), expected_TD)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -77,5 +77,5 @@ def test_half_precision_rows_are_added_in_float32(dtype: torch.dtype) -> None:
     ids_TK, weights_TK, rows_PD = torch.tensor([[2, 0]]), torch.tensor([[0.25, 0.75]]), torch.randn(2, 5).to(dtype)
     ops = TorchOps(torch.device("cpu"), dtype)
     _, plan = split(ops, rows_PD[:1], ids_TK, weights_TK, np.zeros(3, np.int64), 1, np.zeros(3, np.int64), new_tag)
-    y_TD = ops.weighted_sum(rows_PD, plan)
+    y_TD = ops.weighted_sum((rows_PD,), plan)
     assert torch.equal(y_TD, (0.75 * rows_PD[:1].float() + 0.25 * rows_PD[1:].float()).to(dtype))

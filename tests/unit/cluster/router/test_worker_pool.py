@@ -15,7 +15,7 @@ from cluster.router import worker_pool as module
 from cluster.router.exchange import Exchange
 from cluster.router.worker_pool import Reply, WorkerPool
 from workers.errors import WorkerLost
-from workers.transport.base import Rows, Tag
+from workers.transport.base import Received, Rows, Tag
 
 PAIR = torch.zeros(1, dtype=torch.int32)
 
@@ -38,11 +38,13 @@ class Scripted:
         if worker not in self.connected:
             raise WorkerLost(worker, "not connected")
 
-    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> int:
+    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> Received:
         if worker in self.down:
             raise WorkerLost(worker, "down")
-        out_PD.zero_()
-        return 0
+        return Received(out_PD.zero_(), 0)
+
+    def room(self, worker: str, n_bytes: int) -> None:
+        """Anywhere."""
 
     def close(self) -> None:
         self.connected.clear()

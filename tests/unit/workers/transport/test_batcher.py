@@ -29,10 +29,12 @@ class SlowShard(ExpertShard):
         self.calls: list[tuple[int, int]] = []
         self.open = threading.Event()
 
-    def forward(self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+    def forward(
+        self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor, out_PD: Tensor | None = None
+    ) -> Tensor:
         self.calls.append((layer, len(token_P)))
         self.open.wait(20)
-        return super().forward(layer, x_TD, token_P, expert_P)
+        return super().forward(layer, x_TD, token_P, expert_P, out_PD)
 
 
 def request(seed: int, experts: list[int]) -> Request:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from workers.kernels.cpu import arguments
 from workers.kernels.cpu.arguments import Experts, Pairs
-from workers.kernels.cpu.compiled.jit import as_int32, as_int64, reader
+from workers.kernels.cpu.compiled.jit import as_int32, as_int64, load_int32, reader
 from workers.kernels.cpu.compiled.products import place_pairs
 from workers.kernels.cpu.kernel import HEAD
 from workers.kernels.message import FEW_ROWS, HEADER_BYTES
@@ -23,31 +23,32 @@ def read_request(args: int) -> None:
     """Check a REQUEST of `wire`, sort out its pairs and begin its REPLY; then the first counter becomes 1.
 
     It stays 0, and nothing is done, unless the request is whole and right, of few float32 rows, and all its experts
-    are held.
+    are held. The sender may change the request at any time, so what is checked is read once.
     """
     a = _read_request(args)
-    words, halves = as_int64(a.message), as_int32(a.message)
-    layer, n_tokens, n_pairs, width, payload = halves[8], halves[11], halves[12], halves[13], words[7]
+    words, at = as_int64(a.message), a.message
+    layer, n_tokens, n_pairs = load_int32(at + 32), load_int32(at + 44), load_int32(at + 48)
+    width, payload, payload_high = load_int32(at + 52), load_int32(at + 56), load_int32(at + 60)
     if words[0] != a.request_word or width != a.d or not 0 <= layer < a.n_layers:
         return
-    if not (0 < n_tokens <= FEW_ROWS and 0 < n_pairs <= a.most_pairs):
+    if not (0 < n_tokens <= FEW_ROWS and n_pairs == a.n_pairs):
         return
-    if payload != 4 * n_tokens * a.d + 8 * n_pairs or a.n_bytes != HEADER_BYTES + payload:
+    if payload != 4 * n_tokens * a.d + 8 * n_pairs or payload_high != 0 or a.n_bytes != HEADER_BYTES + payload:
         return
 
     table, rows = as_int64(as_int64(a.tables)[2 * layer]), a.message + HEADER_BYTES
     token_at = rows + 4 * n_tokens * a.d
-    token, expert, pairs = as_int32(token_at), as_int32(token_at + 4 * n_pairs), as_int64(a.pairs)
+    tokens, experts, pairs = as_int32(a.copies), as_int32(a.copies + 4 * n_pairs), as_int64(a.pairs)
     before, token_before, n_experts = 0, -1, pairs[_N_EXPERTS]
     for p in range(n_pairs):
-        e, t = expert[p], token[p]
-        if not (before <= e < n_experts and 0 <= t < n_tokens) or table[2 * e] == 0:
+        token, e = load_int32(token_at + 4 * p), load_int32(token_at + 4 * (n_pairs + p))
+        if not (before <= e < n_experts and 0 <= token < n_tokens) or table[2 * e] == 0:
             return
-        if e == before and t <= token_before:
+        if e == before and token <= token_before:
             return
-        before, token_before = e, t
+        tokens[p], experts[p], before, token_before = token, e, e, token
 
-    pairs[_TOKEN], pairs[_EXPERT], pairs[_N_PAIRS], pairs[_X] = token_at, token_at + 4 * n_pairs, n_pairs, rows
+    pairs[_TOKEN], pairs[_EXPERT], pairs[_N_PAIRS], pairs[_X] = a.copies, a.copies + 4 * n_pairs, n_pairs, rows
     pairs[_TABLE], pairs[_COUNTERS] = as_int64(a.tables)[2 * layer], as_int64(a.tables)[2 * layer + 1]
     place_pairs(a.pairs)
     as_int64(a.experts)[_TABLE_OF_EXPERTS] = pairs[_TABLE]

@@ -5,38 +5,27 @@ Imported only to build them (see `library`): numba is here.
 
 from __future__ import annotations
 
-import numba
-
 from workers.kernels.cpu import arguments
 from workers.kernels.cpu.compiled.jit import as_float32, as_int32, as_int64, reader, take
-from workers.kernels.message import HEADER_BYTES
 
 _plan, _weighted_sum = reader(arguments.Plan), reader(arguments.WeightedSum)
+_pack_request = reader(arguments.PackRequest)
 #: Columns of a sum that one thread takes at a time.
 _UNIT = 512
 
 
-@numba.njit
-def _pack(args, first, first_row, first_byte, row, token, expert):  # type: ignore[no-untyped-def]
-    """Write each worker's request, but for its header: rows, token_P, expert_P."""
-    a = _plan(args)
-    end = 0
-    for w in range(a.n_workers):
-        first_byte[w] = end
-        n_rows, n_pairs = first_row[w + 1] - first_row[w], first[w + 1] - first[w]
-        if n_pairs > 0:
-            rows = a.messages + end + HEADER_BYTES
-            for r in range(n_rows):
-                source, target = as_float32(a.x + row[first_row[w] + r] * a.x_stride), as_float32(rows + 4 * a.d * r)
-                for i in range(a.d):
-                    target[i] = source[i]
-            tokens, experts = as_int32(rows + 4 * a.d * n_rows), as_int32(rows + 4 * a.d * n_rows + 4 * n_pairs)
-            for p in range(n_pairs):
-                tokens[p] = token[first[w] + p]
-                experts[p] = expert[first[w] + p]
-            # The next one begins at a multiple of 8 bytes, as the fields of its header want to.
-            end += (HEADER_BYTES + 4 * a.d * n_rows + 8 * n_pairs + 7) // 8 * 8
-    first_byte[a.n_workers] = end
+def pack_request(args: int) -> None:
+    """See `arguments.PackRequest`."""
+    a = _pack_request(args)
+    row, token, expert = as_int64(a.row), as_int32(a.token), as_int32(a.expert)
+    for r in range(a.n_rows):
+        source, target = as_float32(a.x + row[r] * a.x_stride), as_float32(a.out + 4 * a.d * r)
+        for i in range(a.d):
+            target[i] = source[i]
+    tokens, experts = as_int32(a.out + 4 * a.d * a.n_rows), as_int32(a.out + 4 * a.d * a.n_rows + 4 * a.n_pairs)
+    for p in range(a.n_pairs):
+        tokens[p] = token[p]
+        experts[p] = expert[p]
 
 
 def plan(args: int) -> None:
@@ -46,8 +35,7 @@ def plan(args: int) -> None:
     n_tokens, k, n_experts, n_workers, first_at = a.n_tokens, a.k, a.n_experts, a.n_workers, a.memory
     n_pairs = n_tokens * k
     first_row_at = first_at + 8 * (n_workers + 1)
-    first_byte_at = first_row_at + 8 * (n_workers + 1)
-    place_at = first_byte_at + 8 * (n_workers + 1)
+    place_at = first_row_at + 8 * (n_workers + 1)
     row_at = place_at + 8 * n_pairs
     weights_at = row_at + 8 * n_pairs
     token_at = weights_at + 4 * n_pairs
@@ -102,20 +90,23 @@ def plan(args: int) -> None:
         for at in range(first[w], first[w + 1]):
             token[at] = number[token[at]]
         first_row[w + 1] = rows
-    if a.messages != 0:
-        _pack(args, first, first_row, as_int64(first_byte_at), row, token, expert)
 
 
 def weighted_sum(args: int) -> None:
-    """out[t] = the sum over k of weights[t, k] * rows[place[t, k]], added in the order of k."""
+    """out[t] = the sum over k of weights[t, k] * rows[place[t, k]], added in the order of k. The rows lie in parts."""
     a = _weighted_sum(args)
     place, weights, blocks = as_int64(a.place), as_float32(a.weights), (a.d + _UNIT - 1) // _UNIT
+    parts = as_int64(a.parts)
     u = take(args)
     while u < a.n_tokens * blocks:
         t, first = u // blocks, _UNIT * (u % blocks)
         n, target = min(_UNIT, a.d - first), as_float32(a.out + 4 * (t * a.d + first))
         for pair in range(t * a.k, t * a.k + a.k):
-            row, weight = as_float32(a.rows + 4 * (place[pair] * a.d + first)), weights[pair]
+            part = a.n_parts - 1
+            while place[pair] < parts[2 * part]:
+                part -= 1
+            row = as_float32(parts[2 * part + 1] + 4 * ((place[pair] - parts[2 * part]) * a.d + first))
+            weight = weights[pair]
             if pair == t * a.k:
                 for i in range(n):
                     target[i] = weight * row[i]
@@ -125,4 +116,4 @@ def weighted_sum(args: int) -> None:
         u = take(args)
 
 
-KERNELS = (plan, weighted_sum)
+KERNELS = (plan, pack_request, weighted_sum)

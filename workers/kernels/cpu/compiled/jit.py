@@ -55,6 +55,41 @@ def call(_context: Any, _function: Any, _args: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
+@intrinsic
+def load_int32(_context: Any, _address: Any) -> Any:
+    """The int32 at an address that another process writes, and all that it wrote before. Read once: a plain load could
+    be repeated after its value was checked."""
+
+    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        return b.load_atomic(b.inttoptr(args[0], _I32.as_pointer()), "acquire", 4)
+
+    return types.int32(types.int64), codegen
+
+
+@intrinsic
+def store_int32(_context: Any, _address: Any, _value: Any) -> Any:
+    """Write the int32 at an address, after everything that was written before."""
+
+    def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        value = args[1] if args[1].type == _I32 else b.trunc(args[1], _I32)
+        b.store_atomic(value, b.inttoptr(args[0], _I32.as_pointer()), "release", 4)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, _value), codegen
+
+
+@intrinsic
+def system_call(_context: Any, _function: Any, _number: Any, _a: Any, _b: Any, _c: Any, _d: Any) -> Any:
+    """Call the C library's `syscall`, whose address comes first, with a number and four arguments."""
+
+    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        function, *values = args
+        kind, none = ir.FunctionType(_I64, [_I64] * 7), ir.Constant(_I64, 0)
+        return b.call(b.inttoptr(function, kind.as_pointer()), [*values, none, none])
+
+    return types.int64(*[types.int64] * 6), codegen
+
+
 def _pointer(numba_type: Any, llvm_type: Any) -> Any:
     @intrinsic
     def cast(_context: Any, _address: Any) -> Any:

@@ -58,12 +58,16 @@ def place_pairs(args):  # type: ignore[no-untyped-def]
     while following <= a.n_experts:
         starts[following] = a.n_pairs
         following += 1
+    active, n_active = as_int64(a.active), 0
     for e in range(a.n_experts):
         count = starts[e + 1] - starts[e]
-        if table[2 * e] != 0:
+        if count > 0 and table[2 * e] != 0:
             counters[e] += count
+            n_active += 1
+            active[n_active] = e
         elif count > 0:
             as_int64(a.missing)[0] += count
+    active[0] = n_active
 
 
 def pairs(args: int) -> None:
@@ -74,26 +78,25 @@ def pairs(args: int) -> None:
 def experts(args: int) -> None:
     """See `arguments.Experts`: first all hidden rows, then all results, shared out by blocks of weight rows."""
     a = _experts(args)
-    table, starts, size = as_int64(a.table), as_int64(a.starts), 4 if a.kind == FLOAT32 else 2
+    table, active, starts = as_int64(a.table), as_int64(a.active), as_int64(a.starts)
+    size = 4 if a.kind == FLOAT32 else 2
     blocks = (a.f + UNIT - 1) // UNIT
     u = take(args)
-    while u < a.n_experts * blocks:
-        e, first = u // blocks, UNIT * (u % blocks)
+    while u < active[0] * blocks:
+        e, first = active[1 + u // blocks], UNIT * (u % blocks)
         begin, count = starts[e], starts[e + 1] - starts[e]
-        if count > 0 and table[2 * e] != 0:
-            gate, out, last = table[2 * e], a.hidden + begin * a.hidden_stride + 4 * first, min(a.f, first + UNIT)
-            up, rows = gate + a.f * size * a.d, a.token_rows + 8 * begin
-            swiglu(a.kind, gate, up, size * a.d, first, last, rows, count, a.d, out, a.hidden_stride)
+        gate, out, last = table[2 * e], a.hidden + begin * a.hidden_stride + 4 * first, min(a.f, first + UNIT)
+        up, rows = gate + a.f * size * a.d, a.token_rows + 8 * begin
+        swiglu(a.kind, gate, up, size * a.d, first, last, rows, count, a.d, out, a.hidden_stride)
         u = take(args)
     wait_for_team(as_int64(args)[3])
     blocks = (a.d + UNIT - 1) // UNIT
     u = take(args + 8)
-    while u < a.n_experts * blocks:
-        e, first = u // blocks, UNIT * (u % blocks)
+    while u < active[0] * blocks:
+        e, first = active[1 + u // blocks], UNIT * (u % blocks)
         begin, count = starts[e], starts[e + 1] - starts[e]
-        if count > 0 and table[2 * e] != 0:
-            rows, out, last = a.hidden_rows + 8 * begin, a.y + 4 * (begin * a.d + first), min(a.d, first + UNIT)
-            dots(a.kind, table[2 * e + 1], 0, size * a.f, first, last, rows, count, a.f, out, 4 * a.d)
+        rows, out, last = a.hidden_rows + 8 * begin, a.y + 4 * (begin * a.d + first), min(a.d, first + UNIT)
+        dots(a.kind, table[2 * e + 1], 0, size * a.f, first, last, rows, count, a.f, out, 4 * a.d)
         u = take(args + 8)
 
 

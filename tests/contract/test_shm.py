@@ -1,0 +1,137 @@
+"""Shared memory between processes: what is left when one of them is killed, and where it cannot be had."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.placement.placement import Placement
+from cluster.router.exchange import Exchange
+from tests.contract.harness import MODEL_NAME, ShmWorkers, start_all
+from tests.contract.model import Model, batch
+from tests.contract.test_results import run
+from tests.credentials import CREDENTIALS
+from workers.transport.base import Declined
+from workers.transport.batcher import Batcher
+from workers.transport.grpc.client import GrpcTransport
+from workers.transport.shm.router import ShmWay
+from workers.transport.shm.worker import ShmAcceptor
+
+MODEL, GIVEN = Model(), batch(Model(), 9)
+TWICE = Placement(1, ("a", "b"), tuple(tuple((e % 2, (e + 1) % 2) for e in range(6)) for _ in range(2)))
+MAPPED = "memfd:expertmesh-ring"
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts one of the processes of this suite by its module; they end with the test."""
+    with ExitStack() as stack:
+
+        def started(module: str, *arguments: str) -> subprocess.Popen[str]:
+            command = [sys.executable, "-m", f"tests.contract.{module}", *arguments]
+            process = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            stack.callback(process.kill)
+            return process
+
+        yield started
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def n_rings(process: subprocess.Popen[str]) -> int:
+    return Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8").count(MAPPED)
+
+
+def exchange_over(addresses: dict[str, str]) -> Exchange:
+    transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, ways=(ShmWay(),))
+    return Exchange(TWICE, addresses, transport, reply_timeout_s=20, rejoin_timeout_s=20)
+
+
+def test_a_worker_that_is_killed_costs_nothing_and_leaves_nothing(start: Start) -> None:
+    before = set(os.listdir("/dev/shm"))
+    workers = {name: start("worker_process", name) for name in ("a", "b")}
+    exchange = exchange_over({name: first_line(process) for name, process in workers.items()})
+    expected_TD = run(exchange, GIVEN)
+    assert all(n_rings(process) == 2 for process in workers.values()), "rows do not go through shared memory"
+    handles = [exchange.dispatch(1, GIVEN.x_TD, GIVEN.ids_TK, GIVEN.weights_TK) for _ in range(3)]
+    workers["a"].kill()
+    began = time.monotonic()
+    for handle in handles:
+        assert torch.equal(exchange.combine(handle), expected_TD)
+    assert time.monotonic() - began < 10, "noticed by the deadline of a reply only"
+    assert set(os.listdir("/dev/shm")) == before
+
+
+def test_a_router_that_is_killed_leaves_nothing_with_its_workers(start: Start) -> None:
+    before = set(os.listdir("/dev/shm"))
+    worker = start("worker_process", "a")
+    address = first_line(worker)
+    for _ in range(2):
+        router = start("router_process", f"a={address}")
+        assert first_line(router) == "asked"
+        assert n_rings(worker) == 2
+        router.kill()
+        deadline = time.monotonic() + 10
+        while n_rings(worker):
+            assert time.monotonic() < deadline, "the rings of a router that is gone stay"
+            time.sleep(0.05)
+    assert set(os.listdir("/dev/shm")) == before
+    addresses = {"a": address, "b": address}
+    exchange = Exchange(
+        Placement(1, ("a",), tuple(((0,),) * 6 for _ in range(2))),
+        {"a": addresses["a"]},
+        GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, ways=(ShmWay(),)),
+        reply_timeout_s=20,
+        rejoin_timeout_s=20,
+    )
+    expected_TD = MODEL.reference(1, GIVEN.x_TD, GIVEN.ids_TK, GIVEN.weights_TK)
+    torch.testing.assert_close(run(exchange, GIVEN).double(), expected_TD, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["router", "worker"])
+def test_where_memory_cannot_be_shared_rows_go_over_grpc_and_that_is_said_once(
+    side: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    workers = ShmWorkers(MODEL)
+    if side == "router":
+
+        def full(*_arguments: object) -> int:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "memfd_create", full)
+    else:
+
+        def elsewhere(path: str) -> str:
+            raise PermissionError(13, "Permission denied", path)
+
+        monkeypatch.setattr(os, "readlink", elsewhere)
+    start_all(workers, TWICE)
+    exchange = Exchange(TWICE, workers.addresses, workers.transport(), reply_timeout_s=20, rejoin_timeout_s=20)
+    expected_TD = MODEL.reference(1, GIVEN.x_TD, GIVEN.ids_TK, GIVEN.weights_TK)
+    for _ in range(2):
+        torch.testing.assert_close(run(exchange, GIVEN).double(), expected_TD, atol=1e-5, rtol=1e-5)
+    said = [record.getMessage() for record in caplog.records if "gRPC, not" in record.getMessage()]
+    assert len(said) == (1 if side == "router" else 2), "once in a process, or for each worker that declines"
+    assert ("No space left" if side == "router" else "Permission denied") in said[0]
+    workers.close()
+
+
+def test_a_lane_declines_a_ring_that_is_not_there() -> None:
+    with pytest.raises(Declined, match="cannot be opened"):
+        ShmAcceptor(Batcher(MODEL.shard([]))).accept("1 999 00", "router", print)

@@ -1,0 +1,203 @@
+"""Catches a verb that leaves half of itself behind, that runs beside another, and an admin API that anybody may use."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from cluster.control import operator as module
+from cluster.control.api import create_app
+from cluster.control.epochs import Change
+from cluster.control.membership import Membership
+from cluster.control.operator import Operator
+from cluster.control.rebalancer import RebalanceOptions, Rebalancer, decide
+from cluster.control.view import Member
+from cluster.errors import PlacementError
+from cluster.placement.load import Load
+from cluster.placement.placement import Placement, striped
+from cluster.placement.planner import Forecast
+
+WORKERS = ("expert-0", "expert-1", "expert-2")
+SKEWED = np.array([[100.0, 10, 10, 10], [5, 5, 5, 500]]) * 100
+
+
+class Fleet:
+    """A membership whose changes come into force at once, but for those in `failing` by their place in order."""
+
+    def __init__(self, slots: int = 8) -> None:
+        self.membership = Membership(striped(2, 4, WORKERS), (), 0.0, 1)
+        for worker in WORKERS:
+            self.membership.report(Member("expert", worker, 1, "n", "ready", "x:1", epoch=1, slots=slots), 0.0)
+        by_worker = dict.fromkeys(WORKERS, 1e5)
+        load = Load(SKEWED.astype(np.int64), SKEWED, dict.fromkeys(WORKERS, 1), by_worker)
+        self.membership.report(Member("router", "router-0", 1, "n", "ready", "x:1", epoch=1, load=load), 0.0)
+        self.failing: set[int] = set()
+        self.changes = 0
+        self.running = 0
+        self.operator = Operator(self.membership, self.change, expert_bytes=10)
+
+    async def change(self, placement: Placement, reason: str) -> Change:
+        self.running += 1
+        assert self.running == 1, "one change at a time"
+        change = self.membership.propose(placement, reason, 0.0, 1.0)
+        await asyncio.sleep(0)
+        self.changes += 1
+        epochs = self.membership.epochs
+        epochs.next, change.ended = None, 1.0
+        self.running -= 1
+        if self.changes in self.failing:
+            raise PlacementError("expert-2: no memory")
+        epochs.placement, epochs.acknowledged = placement, True
+        return change
+
+    @property
+    def homes(self) -> list[list[dict[str, float]]]:
+        return self.membership.epochs.placement.homes()
+
+
+def test_a_verb_that_fails_half_way_leaves_the_placement_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STEP", 1)
+    fleet = Fleet()
+    before = fleet.homes
+    fleet.failing = {2}
+    with pytest.raises(PlacementError, match="no memory"):
+        asyncio.run(fleet.operator.rebalance())
+    assert fleet.changes > 2 and fleet.homes == before
+    [receipt] = fleet.operator.receipts
+    assert "no memory" in receipt.error and receipt.forecast is not None and receipt.forecast.gain > 0.1
+
+
+def test_verbs_wait_for_each_other_and_leave_receipts() -> None:
+    fleet = Fleet()
+
+    async def both() -> None:
+        await asyncio.gather(fleet.operator.rebalance(), fleet.operator.drain("expert-1"))
+
+    asyncio.run(both())
+    assert all("expert-1" not in homes for experts in fleet.homes for homes in experts)
+    assert [receipt.action for receipt in fleet.operator.receipts] == ["rebalance", "drain expert-1"]
+    fleet.operator.undrain("expert-1")
+    assert fleet.operator.plan().placement.shard("expert-1")
+
+
+def test_what_a_drain_leaves_alone_stays() -> None:
+    fleet = Fleet()
+    before = fleet.homes
+    asyncio.run(fleet.operator.drain("expert-2"))
+    for layer, expert in product(range(2), range(4)):
+        was = before[layer][expert]
+        assert was == fleet.homes[layer][expert] or "expert-2" in was
+
+
+def test_the_api_asks_for_its_token_and_says_why_not() -> None:
+    fleet = Fleet()
+    rebalancer = Rebalancer(fleet.operator, RebalanceOptions("advise"), 10)
+    client = TestClient(create_app(fleet.membership, fleet.operator, rebalancer, "secret"))
+    for token in (None, "Bearer wrong", "secret"):
+        answer = client.get("/placement", headers={} if token is None else {"Authorization": token})
+        assert answer.status_code == 401
+    client.headers["Authorization"] = "Bearer secret"
+    shown = client.get("/placement").json()
+    assert shown["epoch"] == 1 and {worker["slots"] for worker in shown["workers"]} == {8}
+    refused = client.post("/placement/drop", json={"layer": 0, "expert": 0, "worker": "expert-0"})
+    assert refused.status_code == 409 and "only replica" in refused.json()["detail"]
+    planned = client.get("/placement/plan").json()
+    applied = client.put("/placement", json={"homes": planned["homes"]})
+    assert applied.status_code == 200 and applied.json()["added"] == planned["forecast"]["moved_replicas"] > 0
+    assert client.put("/placement", json={"homes": planned["homes"][:1]}).status_code == 409
+    assert client.post("/rebalance", json={"dry_run": True}).json()["forecast"]["moved_replicas"] == 0
+    assert client.get("/rebalancer").json()["mode"] == "advise"
+    assert client.get("/receipts").json()[0]["action"] == "apply a placement"
+
+
+FORECAST = Forecast(1.5, 1.0, 10, 1000, 5.0, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("forecast", "rows", "act", "why"),
+    [
+        (FORECAST, 1e6, True, "180.0 s saved"),
+        (FORECAST, 10.0, False, "too few rows"),
+        (replace(FORECAST, gain=0.01), 1e6, False, "not worth it"),
+        (replace(FORECAST, seconds=1000.0), 1e6, False, "do not pay"),
+    ],
+)
+def test_it_acts_only_where_that_pays(forecast: Forecast, rows: float, act: bool, why: str) -> None:
+    decided, said = decide(forecast, rows, RebalanceOptions("auto"))
+    assert decided is act and why in said
+
+
+def test_advice_changes_nothing_and_a_failure_is_not_repeated_at_once() -> None:
+    fleet = Fleet()
+    before = fleet.homes
+    advise = Rebalancer(fleet.operator, RebalanceOptions("advise"), 10)
+    asyncio.run(advise.look())
+    assert fleet.homes == before and advise.health.looked is not None
+    auto = Rebalancer(fleet.operator, RebalanceOptions("auto", interval_s=0.01), 10)
+    fleet.failing = {1}
+
+    async def a_while() -> None:
+        task = asyncio.create_task(auto.run())
+        await asyncio.sleep(0.3)
+        task.cancel()
+
+    asyncio.run(a_while())
+    assert fleet.changes >= 2 and auto.health.succeeded and auto.health.actions >= 1, "after a while it tries again"
+
+
+async def follow_wanted(fleet: Fleet, starts: bool = True) -> None:
+    """What `serve` does: a worker that is wanted and was not there is ready soon."""
+    while True:
+        await asyncio.sleep(0.01)
+        known = {member.id for member in fleet.membership.view.members}
+        for worker in set(fleet.membership.wanted) - known if starts else ():
+            fleet.membership.report(Member("expert", worker, 1, "n", "ready", "x:1", epoch=1, slots=8), 0.0)
+
+
+def scale(fleet: Fleet, n: int, starts: bool = True) -> None:
+    async def run() -> None:
+        task = asyncio.create_task(follow_wanted(fleet, starts))
+        try:
+            await fleet.operator.scale(n, timeout_s=0.3)
+        finally:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_more_workers_get_experts_and_fewer_lose_theirs_before_they_go() -> None:
+    fleet = Fleet()
+    fleet.membership.want(WORKERS)
+    scale(fleet, 4)
+    assert fleet.membership.wanted == (*WORKERS, "expert-3")
+    assert fleet.membership.epochs.placement.shard("expert-3")
+    scale(fleet, 2)
+    assert fleet.membership.wanted == ("expert-0", "expert-1")
+    assert {name for experts in fleet.homes for homes in experts for name in homes} == {"expert-0", "expert-1"}
+
+
+def test_a_worker_that_does_not_start_leaves_the_fleet_as_it_was() -> None:
+    fleet = Fleet()
+    with pytest.raises(PlacementError, match="no expert workers of its own"):
+        scale(fleet, 4)
+    fleet.membership.want(WORKERS)
+    before = fleet.homes
+    with pytest.raises(PlacementError, match="expert-3 did not start within"):
+        scale(fleet, 4, starts=False)
+    with pytest.raises(PlacementError, match="do not fit"):
+        scale(fleet, 1)
+    assert fleet.membership.wanted == WORKERS and fleet.homes == before
+
+
+def test_a_worker_that_was_ended_on_purpose_is_forgotten_and_one_that_died_is_not() -> None:
+    fleet = Fleet()
+    fleet.membership.want(WORKERS[:2])
+    fleet.membership.sweep(0.1, lambda member: member.id in ("expert-1", "expert-2"))
+    assert {m.id: m.state for m in fleet.membership.view.members if m.role == "expert"} == {
+        "expert-0": "ready", "expert-1": "lost"
+    }  # fmt: skip
