@@ -26,7 +26,7 @@ from workers.kernels.cores import available_cores
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; only control messages pass through it
 _KILL_AFTER_S = 5.0
 
-FILES = ("haproxy", "admin")  # in the run directory: what HAProxy is started by and spoken to through
+FILES = ("haproxy",)  # in the run directory: by what HAProxy is started; its sockets come and go as it is replaced
 LOGS = Path("session_latest", "logs")  # below the run directory
 APPLICATION = "expertmesh"  # its name in Serve
 

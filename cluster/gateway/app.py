@@ -7,11 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
 
 from cluster.config import Config
 from cluster.gateway import http_errors, response_bodies
 from cluster.gateway.context import Gateway, ModelCard, Session
 from cluster.gateway.front import Front
+from cluster.gateway.hosts import Hosts
 from cluster.gateway.keys import ApiKeys, check_exposure
 from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.messages.routes import message_routes
@@ -42,10 +44,16 @@ def create_app(
         description="A mixture-of-experts model behind OpenAI's API",
         version=_version(),
         redoc_url=None,
+        root_path=config.root_path,
         responses=response_bodies.ERRORS,
     )
     http_errors.install(app)
-    app.add_middleware(Front, keys=keys, max_body_bytes=config.max_body_bytes, metrics=gateway.metrics)
+    app.add_middleware(
+        Front, keys=keys, hosts=Hosts(config), max_body_bytes=config.max_body_bytes, metrics=gateway.metrics
+    )
+    if config.cors_origins:
+        origins = [origin.strip() for origin in config.cors_origins.split(",")]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     # `Front` checks the key; here it is only described.
     secured = [Depends(HTTPBearer(auto_error=False))] if keys is not None else []
     app.include_router(openai_routes(gateway), dependencies=secured)

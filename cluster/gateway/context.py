@@ -45,6 +45,11 @@ class Session(Protocol):
         """Run one sequence; closing the generator cancels it. RequestError where it is refused."""
         ...
 
+    @property
+    def n_open(self) -> int:
+        """Sequences that have not ended."""
+        ...
+
     def ready(self) -> bool:
         """Whether a router is connected that has its model loaded and its workers connected."""
         ...

@@ -8,21 +8,27 @@ import secrets
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import RequestError
+from cluster.gateway.bodies import read_body
+from cluster.gateway.hosts import Hosts
 from cluster.gateway.http_errors import error_response
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.metrics import Metrics
 
 # Probes, scrapers and the description of the API ask for no key; they show nothing of a request or an answer.
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/metrics/own", "/openapi.json", "/docs"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/version", "/metrics", "/metrics/own", "/openapi.json", "/docs"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 CLIENT_GONE = 499
 
 
 class Front:
-    """ASGI middleware. A body is read whole here, so that its size is known, however it is sent, before it is used."""
+    """ASGI middleware. A body is read whole here, so that its size is known, however it is sent, before it is used.
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys | None, max_body_bytes: int, metrics: Metrics):
+    HEAD is answered as GET without a body, a path as the one without slashes at its end.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys | None, hosts: Hosts, max_body_bytes: int, metrics: Metrics):
         self._app = app
+        self._hosts = hosts
         self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._metrics = metrics
@@ -35,13 +41,17 @@ class Front:
         request_id = headers.get(b"x-request-id", b"")
         if _REQUEST_ID.fullmatch(request_id) is None:
             request_id = b"req_" + secrets.token_hex(12).encode()
-        status = CLIENT_GONE
+        status, is_head = CLIENT_GONE, scope["method"] == "HEAD"
+        path = scope["path"].rstrip("/") or "/"
+        scope["path"], scope["method"] = path, "GET" if is_head else scope["method"]
 
         async def send_counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            elif is_head:
+                message["body"] = b""
             await send(message)
 
         try:
@@ -55,12 +65,16 @@ class Front:
 
     async def _handle(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         try:
+            self._hosts.check(headers.get(b"host", b""))
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers)
-            body = await self._read(headers, receive)
+            body: bytes | None = b""
+            if scope["method"] == "POST":  # no other route takes one
+                body = await read_body(headers, receive, self._max_body_bytes)
         except RequestError as error:
-            # The rest of the body stays unread, so the connection is of no more use.
-            more = {"Connection": "close"} if error.status == 413 else {"WWW-Authenticate": "Bearer"}
+            more = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+            if error.status in (408, 413):  # the rest of the body stays unread: the connection is of no more use
+                more = {"Connection": "close"}
             await error_response(error, scope["path"], more)(scope, receive, send)
             return
         if body is None:
@@ -85,26 +99,3 @@ class Front:
         if not self._keys.accepts(authorization):
             message = "Incorrect API key" if authorization else "No API key: send `Authorization: Bearer KEY`"
             raise RequestError(message, code="invalid_api_key", status=401)
-
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The whole body; None where the client left before it was sent."""
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            raise self._too_large()
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._max_body_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return b"".join(parts)
-
-    def _too_large(self) -> RequestError:
-        return RequestError(
-            f"The body is larger than {self._max_body_bytes} bytes", code="request_too_large", status=413
-        )

@@ -142,6 +142,10 @@ class Status(BaseModel):
     status: str
 
 
+class Load(BaseModel):
+    server_load: int
+
+
 class Version(BaseModel):
     version: str
 

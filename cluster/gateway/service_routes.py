@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
@@ -20,6 +23,16 @@ def service_routes(gateway: Gateway, version: str) -> APIRouter:
     async def health() -> response_bodies.Status:
         """200 while the process lives."""
         return response_bodies.Status(status="alive")
+
+    @router.get("/ping")
+    async def ping() -> response_bodies.Status:
+        """The same, under the path that SageMaker asks."""
+        return response_bodies.Status(status="alive")
+
+    @router.get("/load")
+    async def load() -> response_bodies.Load:
+        """How many sequences this gateway has open."""
+        return response_bodies.Load(server_load=gateway.session.n_open)
 
     @router.get("/ready")
     async def ready() -> response_bodies.Status:
@@ -43,4 +56,18 @@ def service_routes(gateway: Gateway, version: str) -> APIRouter:
         """The Prometheus series of the gateway that answers; through a port of several that is any of them."""
         return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    if gateway.config.info_endpoints:
+        _add_info(router, gateway)
     return router
+
+
+def _add_info(router: APIRouter, gateway: Gateway) -> None:
+    @router.get("/server_info")
+    async def server_info() -> dict[str, Any]:
+        """The configuration; the name of the file of keys, never a key."""
+        return {name: str(value) for name, value in asdict(gateway.config).items()}
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """What the chat template and the special tokens are."""
+        return gateway.tokenizer.info()

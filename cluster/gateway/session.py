@@ -92,6 +92,11 @@ class Session:
     def _open_stream(self, router: str, address: str) -> RouterStream:
         return RouterStream(router, address, self._credentials, self._on_event, self._on_change)
 
+    @property
+    def n_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
     def ready(self) -> bool:
         """Whether a router is connected and says that it is ready."""
         return any(stream.state == "ready" and not stream.retired for stream in self._streams)

@@ -156,6 +156,15 @@ class Tokenizer:
         """Bytes of the longest token."""
         return max(map(len, self.pieces.raw), default=0)
 
+    def info(self) -> dict[str, Any]:
+        """What a client may want to know of it."""
+        return {
+            "vocab_size": self.vocab_size,
+            "chat_template": self._template_source,
+            "special_tokens": self.special_tokens,
+            "eos_token_ids": sorted(self.eos_ids),
+        }
+
     def apply_chat_template(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any
     ) -> str:

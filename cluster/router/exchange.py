@@ -308,7 +308,7 @@ class Exchange:
                 lost.append(part)
                 continue
             if not isinstance(part.at, slice):
-                rows_PD[part.at] = reply.out_PD
+                rows_PD.index_copy_(0, part.at.to(rows_PD.device), reply.out_PD.to(rows_PD.device))
             counters.received_bytes += reply.out_PD.nbytes
             counters.compute_seconds[reply.worker] += reply.compute_ns / 1e9
         counters.waited_seconds += time.perf_counter() - began

@@ -10,6 +10,7 @@ import multiprocessing
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -45,10 +46,11 @@ class Workers:
     """Worker processes by name."""
 
     def __init__(self, directory: Path) -> None:
-        self.credentials = Credentials.generate(tls=False)
+        self.credentials = Credentials.generate()
         self.addresses: dict[str, str] = {}
         self._directory = directory
         self._processes: dict[str, BaseProcess] = {}
+        self._pipes: dict[str, Connection] = {}  # a worker ends with its pipe
 
     def start(self, name: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -56,6 +58,8 @@ class Workers:
         args = (other, self._directory, name, PLACEMENT, self.credentials)
         self._processes[name] = context.Process(target=serve, args=args, daemon=True)
         self._processes[name].start()
+        other.close()
+        self._pipes[name] = pipe
         self.addresses[name] = pipe.recv()
 
     def kill(self, name: str) -> None:

@@ -91,7 +91,7 @@ def test_config_file_and_ray_address_from_environment(tmp_path: Path) -> None:
         (
             {"transport": "carrier-pigeon"},
             {},
-            r"transport \(--transport\): .* is not one of auto, local, device, grpc, collective",
+            r"transport \(--transport\): .* is not one of auto, local, device, shm, grpc, collective",
         ),
         ({}, {"EXPERTMESH_ALLOW_NO_KEYS": "maybe"}, r"allow_no_keys .* is not true or false"),
         ({}, {"EXPERTMESH_REPLY_TIMEOUT_S": "nan"}, r"reply_timeout_s .* is not a number"),

@@ -19,6 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from workers import wire
+from workers.kernels import message
+
 _BUILD_SECONDS = 600
 _log = logging.getLogger(__name__)
 
@@ -94,7 +97,8 @@ def _digest() -> str:
     import llvmlite.binding as llvm
 
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    layout = (Path(message.__file__), Path(wire.__file__))
+    for path in (*sorted(Path(__file__).parent.rglob("*.py")), *layout):
         digest.update(path.read_bytes())
     for fact in (
         version("numba"),

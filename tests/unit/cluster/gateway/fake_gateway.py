@@ -52,6 +52,10 @@ class FakeSession:
         self.refusal: RequestError | None = None
         self.failure: Exception | None = None
 
+    @property
+    def n_open(self) -> int:
+        return self.open
+
     def ready(self) -> bool:
         return self.is_ready
 

@@ -37,9 +37,12 @@ OPERATIONS = {
     ("post", "/tokenize"),
     ("post", "/detokenize"),
     ("get", "/health"),
+    ("get", "/ping"),
+    ("get", "/load"),
     ("get", "/ready"),
     ("get", "/version"),
     ("get", "/metrics"),
+    ("get", "/metrics/own"),
 }
 CASES = [
     (mode, method, path)
@@ -63,7 +66,9 @@ def api(byte_level_path: Path) -> Any:
         "tiny", str(byte_level_path), 64, vocab_size=tokenizer.vocab_size, created=0, defaults=SamplingDefaults()
     )
     session = FakeSession(tokenizer.vocab_size, tokenizer.eos_ids)
-    return schemathesis.openapi.from_asgi("/openapi.json", create_app(Config(), model, tokenizer, session))
+    return schemathesis.openapi.from_asgi(
+        "/openapi.json", create_app(Config(allowed_hosts="testserver"), model, tokenizer, session)
+    )
 
 
 def test_every_route_is_described(api: Any) -> None:
