@@ -191,13 +191,18 @@ class ExpertShard:
         return 1
 
 
-def load_shard(source: Checkpoint, experts: Iterable[tuple[int, int]], dtype: torch.dtype) -> ExpertShard:
+def load_shard(
+    source: Checkpoint,
+    experts: Iterable[tuple[int, int]],
+    dtype: torch.dtype,
+    expert_format: WeightFormat | None = None,
+) -> ExpertShard:
     """A shard with `experts`, (layer, expert) pairs, on the device that `source` reads to, computing in `dtype`; no
     other tensor is read.
 
     Raises CheckpointError.
     """
-    shard = ExpertShard(source.spec, source.device, dtype, source.expert_dtype)
+    shard = ExpertShard(source.spec, source.device, dtype, source.expert_dtype, expert_format)
     wanted = tuple(experts)
     for layer, n_experts in Counter(layer for layer, _ in wanted).items():
         shard.reserve(layer, n_experts)

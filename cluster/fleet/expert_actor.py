@@ -17,6 +17,7 @@ from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
 from cluster.fleet.shard_keeper import ShardKeeper
 from cluster.placement.placement import Placement
+from cluster.router.sizing import expert_format_of
 from workers.checkpoint import Checkpoint
 from workers.device import Capacity, capacity, compute_dtype, describe, pick
 from workers.kernels.threads import set_threads
@@ -89,7 +90,7 @@ class ExpertWorker:
         self._device = device = pick(config.expert_device, self._gpu_ids)
         self._source = source = Checkpoint(self._checkpoint, device, finite=config.check_weights)
         dtype = compute_dtype(config.dtype, source.spec.dtype, device, config.router_device)
-        shard = load_shard(source, placement.shard(self._worker), dtype)
+        shard = load_shard(source, placement.shard(self._worker), dtype, expert_format_of(config, device, dtype))
         share = config.gpus_per_expert_worker * config.gpu_memory_utilization
         self._capacity = capacity(device, share, shard.expert_bytes)
         return shard, source

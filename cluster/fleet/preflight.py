@@ -67,7 +67,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     dtype = cluster_dtype(config, spec)
     if spec.experts and config.max_batch_tokens > (most := wire.most_tokens(spec.hidden_size, spec.top_k, dtype)):
         raise StartError(f"--max-batch-tokens {config.max_batch_tokens}: rows of this model travel {most} at most")
-    replica = expert_bytes(opened, dtype, config.expert_device)
+    replica = expert_bytes(opened, dtype, config.expert_device, config)
     experts = replica * len(spec.experts)
     dense = dense_bytes(opened, dtype, config.router_device)
     block = bytes_per_block(spec, config.block_size, dtype)

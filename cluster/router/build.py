@@ -13,7 +13,7 @@ from cluster.router.engine import Engine
 from cluster.router.exchange import Exchange
 from cluster.router.grammar import GrammarCompiler
 from cluster.router.memory import check_memory, with_kv_cache
-from cluster.router.sizing import context_limit, pool_blocks, step_bytes
+from cluster.router.sizing import context_limit, expert_format_of, pool_blocks, step_bytes
 from workers.checkpoint import Checkpoint
 from workers.device import compute_dtype, pick
 from workers.kernels.memory import give_back
@@ -44,14 +44,14 @@ def build_engine(config: Config, source: str | Path | Checkpoint, experts: Exper
     dtype = compute_dtype(config.dtype, spec.dtype, device, config.expert_device if experts is not None else device)
     needed = {"dense weights": dense_bytes(checkpoint, dtype, device)}
     if experts is None:
-        needed["experts"] = expert_bytes(checkpoint, dtype, device) * len(spec.experts)
+        needed["experts"] = expert_bytes(checkpoint, dtype, device, config) * len(spec.experts)
     needed["work"] = step_bytes(config, spec, dtype) if device.type == "cuda" else _WORKING_BYTES
     n_blocks = pool_blocks(with_kv_cache(config, device, needed), spec, dtype)
     needed["KV cache"] = n_blocks * bytes_per_block(spec, config.block_size, dtype)
     check_memory(needed, device)
     dense = checkpoint.dense(dtype, kept_on(device, dtype))
     if experts is None:
-        experts = load_shard(checkpoint, spec.experts, dtype)
+        experts = load_shard(checkpoint, spec.experts, dtype, expert_format_of(config, device, dtype))
     cache = KVCache(spec, n_blocks, config.block_size, dtype, device)
     model = Decoder(spec, dense, experts, cache)
     give_back()
@@ -85,9 +85,14 @@ def progress(done: int, total: int) -> None:
         log.info("decoding steps captured: %d of %d", done, total)
 
 
-def expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
+def expert_bytes(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", config: Config | None = None
+) -> int:
     """Bytes of one expert in a worker that computes in `dtype` on `device`."""
     stored, spec = checkpoint.expert_dtype, checkpoint.spec
+    made = None if config is None else expert_format_of(config, device, dtype)
+    if made is not None:
+        return made.bytes(2 * spec.ffn_size, spec.hidden_size) + made.bytes(spec.hidden_size, spec.ffn_size)
     return 3 * spec.hidden_size * spec.ffn_size * (stored if stored in kept_on(device, dtype) else dtype).itemsize
 
 

@@ -20,6 +20,7 @@ from cluster.errors import RequestError
 from cluster.router.compute import Draw, Drawn
 from cluster.router.grammar import Flags, GrammarMasks
 from cluster.router.params import TokenLogprobs
+from cluster.router.sampling_state import GREEDY_BELOW
 from cluster.router.sequence import Sequence
 from workers.device import to_device
 from workers.kernels.cuda.sampling import Draws, draw
@@ -35,6 +36,7 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._last_N = last_N
         self._masks = GrammarMasks(vocab_size)
+        self._ints, self._floats = _Columns(), _Columns()
 
     def start(self, logits_RV: Tensor, draws: Items[Draw]) -> Pending:
         """Launch the draws of a step; logits float32, contiguous."""
@@ -44,9 +46,10 @@ class DeviceSampler:
                          for i, d in enumerate(draws)], np.int64).reshape(-1, 5)  # fmt: skip
         floats = np.array([(d.sequence.params.temperature, d.sequence.params.top_p, d.sequence.params.min_p)
                            for d in draws], np.float64).reshape(-1, 3)  # fmt: skip
-        device = logits_RV.device
-        row_R, index_R, seed_R, position_R, top_k_R = to_device(torch.from_numpy(ints.T.copy()), device)
-        temperature_R, top_p_R, min_p_R = to_device(torch.from_numpy(floats.T.copy()), device)
+        if (floats[:, 0] < GREEDY_BELOW).all():
+            ints[:, 2:] = 0  # nobody asks for them, and what did not change need not be copied
+        row_R, index_R, seed_R, position_R, top_k_R = self._ints.on_device(ints, logits_RV.device)
+        temperature_R, top_p_R, min_p_R = self._floats.on_device(floats, logits_RV.device)
         how = Draws(row_R, index_R, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R)
         token_R = draw(adjusted_RV, how, self._last_N)
         return Pending(token_R, _scores(logits_RV, row_R, token_R, draws), broken)
@@ -73,6 +76,20 @@ class DeviceSampler:
             if not allowed[i].any():
                 broken[i] = RequestError("the grammar allows no token that may come next", code="invalid_grammar")
         return broken, allowed
+
+
+class _Columns:
+    """A table's columns on the device, copied there when they are others than the last time."""
+
+    def __init__(self) -> None:
+        self._host: NDArray[np.generic] = np.empty(0)
+        self._device: Tensor = torch.empty(0)
+
+    def on_device(self, table: NDArray[np.generic], device: torch.device) -> Tensor:
+        """[columns, rows]."""
+        if not np.array_equal(table, self._host):
+            self._host, self._device = table, to_device(torch.from_numpy(table.T.copy()), device)
+        return self._device
 
 
 @dataclass(slots=True)

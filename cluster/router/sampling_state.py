@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cluster.router.grammar import Grammar
 from cluster.router.params import SamplingParams
 
-_GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot be divided by
+GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot be divided by
 
 
 class SamplingState:
@@ -42,7 +42,7 @@ class SamplingState:
         self.grammar = grammar
         self.allowed_ids_A = np.fromiter(params.allowed_ids, np.int64)
         self.seed = params.seed
-        self.greedy = params.temperature < _GREEDY_BELOW
+        self.greedy = params.temperature < GREEDY_BELOW
         self.random: NDArray[np.float64] = np.empty(0)  # drawn ahead: the uniforms of positions random_from, ...
         self.random_from = 0
         penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0

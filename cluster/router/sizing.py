@@ -7,6 +7,7 @@ import torch
 from cluster.config import Config
 from cluster.errors import StartError
 from workers.device import compute_dtype
+from workers.kernels.weights import WeightFormat, expert_format
 from workers.model.kv_cache import bytes_per_block
 from workers.spec import ModelSpec
 
@@ -46,3 +47,17 @@ def context_limit(config: Config, spec: ModelSpec, n_blocks: int) -> int:
     """
     allowed = min(spec.max_context, n_blocks * config.block_size + 1)
     return min(allowed, config.max_context) if config.max_context else allowed
+
+
+def expert_format_of(config: Config, device: torch.device | str, dtype: torch.dtype) -> WeightFormat | None:
+    """What experts' weights are made when they are loaded; None: nothing else than they are computed in.
+
+    Raises StartError where the device has no such kernels.
+    """
+    if config.expert_dtype == "auto":
+        return None
+    if torch.device(device).type != "cuda" or dtype.itemsize != 2:
+        raise StartError(
+            f"--expert-dtype {config.expert_dtype} needs GPUs that compute in 16 bits; leave it at auto here"
+        )
+    return expert_format(config.expert_dtype, dtype)

@@ -25,7 +25,7 @@ _SPLIT = 256  # keys of a split, as the attention of a GPU counts them
 _TOKEN, _POSITION, _SLOT, _SEAT, _LIVE = range(5)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Captured:
     """One size: where a step's inputs go, whatever else the graph reads, and where its logits are."""
 
@@ -33,6 +33,7 @@ class _Captured:
     metadata: AttentionMetadata
     graph: Graph
     logits_TV: Tensor
+    table_SB: Tensor | None = None  # what the block table was filled with last, on the host
 
 
 def size_of(most_rows: int) -> int:
@@ -91,9 +92,10 @@ class DecodeGraphs:
         host_5T[_SEAT, :n] = torch.tensor(seats)
         host_5T[_LIVE, 0] = n
         captured.inputs_5T.copy_(host_5T, non_blocking=True)
-        table_SB = batch.block_table_SB
-        table_TB = captured.metadata.block_table_SB
-        table_TB[:n, : table_SB.shape[1]] = to_device(table_SB, table_TB.device)
+        table_SB, table_TB = batch.block_table_SB, captured.metadata.block_table_SB
+        if captured.table_SB is None or not torch.equal(captured.table_SB, table_SB):  # mostly no block was added
+            table_TB[:n, : table_SB.shape[1]] = to_device(table_SB, table_TB.device)
+            captured.table_SB = table_SB
         captured.graph.replay()
         return captured.logits_TV[:n]
 

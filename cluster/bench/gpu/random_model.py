@@ -34,8 +34,8 @@ class RandomModel:
         q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
         layers = tuple(
             DenseLayer(
-                _norm(d), _matrix(q, d), _matrix(kv, d), _matrix(kv, d), _matrix(d, q), _norm(d),
-                2 * _matrix(spec.n_experts, d),
+                input_norm_D=_norm(d), q=_matrix(q, d), k=_matrix(kv, d), v=_matrix(kv, d), o=_matrix(d, q),
+                post_norm_D=_norm(d), gate_ED=2 * _matrix(spec.n_experts, d),
             )
             for _ in range(spec.n_layers)
         )  # fmt: skip

@@ -46,6 +46,7 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "dtype": "bfloat16",
         "router_device": "cpu",
         "expert_device": "cuda",
+        "expert_dtype": "fp8",
         "gpus_per_router": "0.5",
         "gpus_per_expert_worker": "0.25",
         "gpu_memory_utilization": "0.7",

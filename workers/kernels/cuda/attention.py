@@ -14,11 +14,11 @@ from torch import Tensor
 
 from workers.device import to_device
 from workers.kernels.cuda.compiled import attention as kernels
-from workers.kernels.cuda.launch import capability, options, overlaps, power
+from workers.kernels.cuda.launch import options, overlaps, power
 
 LOG2E = 1.4426950408889634
-SPLIT = 256  # keys; the same for every batch and every row, or a row's bits would depend on its batch
-_PROGRAMS = 2112  # of a decoding step: a multiple of most cards' multiprocessors
+SPLIT, STEP = 256, 64  # keys; the same for every batch and every row, or a row's bits would depend on its batch
+_PROGRAMS = 2112  # of a decoding step at least: what keeps a card busy; few of them take more than one split
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,6 @@ class Who:
     def n_decode(self) -> int:
         """R."""
         return len(self.position_T) if self.rows_R is None else len(self.rows_R)
-
-
-def keys_a_step(head_dim: int) -> int:
-    """Keys that are added to a softmax at a time: the same for every batch too."""
-    return 64 if head_dim > 128 else 128
 
 
 def tile_rows(n_heads: int, n_kv_heads: int, head_dim: int) -> int:
@@ -108,26 +103,27 @@ def attend(
     _, z, g, _ = k_CZGd.shape
     out_THd, device = torch.empty_like(q_THd), q_THd.device
     d2, group = max(16, power(d)), power(h // g)
-    sizes = {"H": h, "G": g, "d": d, "D2": d2, "Z": z, "WINDOW": window or 0, "SPLIT": SPLIT, "BJ": keys_a_step(d)}
+    sizes = {"H": h, "G": g, "d": d, "D2": d2, "Z": z, "WINDOW": window or 0, "SPLIT": SPLIT, "BJ": STEP}
     table_SB, b = who.block_table_SB, who.block_table_SB.shape[1]
     if items is not None:
         rows = {"ROWS": who.rows_R is not None}
-        kernels.decode_kernel[(min(who.most_items, max(_PROGRAMS // g, who.n_decode)), g)](
+        kernels.decode_kernel[(min(who.most_items, max(_PROGRAMS // g, 4 * who.n_decode)), g)](
             q_THd, k_CZGd, v_CZGd, table_SB, who.rows_R, items.base, items.items, out_THd, items.part, items.stat,
             scale * LOG2E, who.n_decode, b, HG2=max(16, group),
-            num_warps=4, num_stages=2 if capability(device) != (8, 9) else 1, **sizes,
+            num_warps=4, num_stages=(3 if d2 <= 128 else 2) if overlaps(device) else 2 if d2 <= 128 else 1, **sizes,
             **rows, **options(device),
         )  # fmt: skip
         if who.most_items > who.n_decode:
-            kernels.merge_kernel[(who.n_decode, h)](
-                items.part, items.stat, items.base, who.rows_R, out_THd, scale * LOG2E, H=h, d=d, D2=d2, num_warps=1,
-                **rows, **options(device),
+            heads = min(8, power(h))
+            kernels.merge_kernel[(who.n_decode, -(-h // heads))](
+                items.part, items.stat, items.base, who.rows_R, out_THd, scale * LOG2E, H=h, d=d, D2=d2, HM=heads,
+                num_warps=4, **rows, **options(device),
             )  # fmt: skip
     if who.tiles is not None:
         bm = max(16, tile_rows(h, g, d) * group)
         kernels.prefill_kernel[(g, len(who.tiles))](
             q_THd, k_CZGd, v_CZGd, table_SB, who.sequence_T, who.position_T, who.tiles, out_THd, scale * LOG2E, b,
             HG2=bm // tile_rows(h, g, d), BM=bm, num_warps=8 if bm >= 128 else 4,
-            num_stages=2 if overlaps(device) and d2 <= 128 else 1, **sizes,
+            num_stages=1 if d2 > 128 else 3 if overlaps(device) else 2, **sizes,
         )  # fmt: skip
     return out_THd

@@ -112,6 +112,6 @@ def rotary_write(
         rotary.rotary_write_kernel[(t,)](
             qkv_TX, q_THd, k_CZGd, v_CZGd, slot_T, cos_TR, sin_TR, q_norm, k_norm, eps, H=h, G=g, d=d,
             R=cos_TR.shape[1], D2=d2, HEADS2=heads2, NORM=0 if q_norm is None else 1 if len(q_norm) == d else 2,
-            num_warps=4 if heads2 * d2 <= 8192 else 8, **options(qkv_TX.device),
+            num_warps=4 if heads2 * d2 <= 4096 else 8, **options(qkv_TX.device),
         )  # fmt: skip
     return q_THd

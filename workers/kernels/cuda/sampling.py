@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.kernels.cuda.compiled.sampling import draw_kernel
+from workers.kernels.cuda.launch import power
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ def draw(logits_TV: Tensor, draws: Draws, last: Tensor) -> Tensor:
     if n_rows:
         draw_kernel[(n_rows,)](
             logits_TV, draws.row_R, work_RV, draws.temperature_R, draws.top_k_R, draws.top_p_R, draws.min_p_R,
-            draws.seed_R, draws.position_R, token_R, draws.slot_R, last, vocab, BLOCK=8192, num_warps=16,
+            draws.seed_R, draws.position_R, token_R, draws.slot_R, last, vocab,
+            BLOCK=min(8192, power(vocab)), num_warps=16,
         )  # fmt: skip
     return token_R

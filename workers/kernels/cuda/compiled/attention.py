@@ -153,29 +153,31 @@ def decode_kernel(
 @triton.jit
 def merge_kernel(
     part_ptr, stat_ptr, base_ptr, row_ptr, out_ptr, scale, H: tl.constexpr, d: tl.constexpr, D2: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    HM: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one row that decodes: its splits, in order. A row of one split is there already."""
-    r, h, c = tl.program_id(0), tl.program_id(1), tl.arange(0, D2)
+    """HM query heads of one row that decodes: its splits, in order. A row of one split is there already."""
+    r, h, c = tl.program_id(0), tl.program_id(1) * HM + tl.arange(0, HM), tl.arange(0, D2)
     if PDL:
         tl.extra.cuda.gdc_wait()
     begin, end = tl.load(base_ptr + r), tl.load(base_ptr + r + 1)
     if end - begin < 2:
         return
-    top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, D2], tl.float32)
+    top, total = tl.full([HM], float("-inf"), tl.float32), tl.zeros([HM], tl.float32)
+    acc = tl.zeros([HM, D2], tl.float32)
+    inside = (h < H)[:, None] & (c < d)[None, :]
     for item in range(begin, end):
-        at = (item * H + h + tl.arange(0, 1)).to(tl.int64)
-        part = tl.load(part_ptr + at[:, None] * d + c[None, :], mask=(c < d)[None, :], other=0.0)
-        its_top, its_total = tl.load(stat_ptr + at * 2), tl.load(stat_ptr + at * 2 + 1)
+        at = (item * H + h).to(tl.int64)
+        part = tl.load(part_ptr + at[:, None] * d + c[None, :], mask=inside, other=0.0)
+        its_top = tl.load(stat_ptr + at * 2, mask=h < H, other=0.0)
+        its_total = tl.load(stat_ptr + at * 2 + 1, mask=h < H, other=1.0)
         top, total, acc = merge(top, total, acc, its_top, its_total, part, scale)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    row = r + tl.arange(0, 1)
+    row = r
     if ROWS:
-        row = tl.load(row_ptr + row)
+        row = tl.load(row_ptr + r)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (row.to(tl.int64) * H + h)[:, None] * d + c[None, :], out, mask=(c < d)[None, :])
+    tl.store(out_ptr + (row * H + h).to(tl.int64)[:, None] * d + c[None, :], out, mask=inside)
 
 
 @triton.jit(do_not_specialize=["B"])

@@ -67,6 +67,10 @@ def add_norm_kernel(
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D2)
     inside = d < D
+    norm = tl.load(norm_ptr + d, mask=inside, other=0.0)  # weights: nothing that is waited for writes them
+    if GATE:
+        e = tl.arange(0, E2)
+        gate = tl.load(gate_ptr + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & inside[None, :], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
     r = tl.load(residual_ptr + t * D + d, mask=inside, other=0.0)
@@ -82,14 +86,12 @@ def add_norm_kernel(
         tl.store(residual_ptr + t * D + d, r, mask=inside)
     f = r.to(tl.float32)
     f = f * tl.rsqrt(tl.sum(f * f, 0) / D + eps)
-    x = (f.to(r.dtype).to(tl.float32) * tl.load(norm_ptr + d, mask=inside, other=0.0).to(tl.float32)).to(r.dtype)
+    x = (f.to(r.dtype).to(tl.float32) * norm.to(tl.float32)).to(r.dtype)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(x_ptr + t * D + d, x, mask=inside)
     x = x.to(tl.float32)
     if GATE:
-        e = tl.arange(0, E2)
-        gate = tl.load(gate_ptr + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & inside[None, :], other=0.0)
         logits = tl.sum(gate.to(tl.float32) * x[None, :], 1)
         is_row = True
         if LIVE:

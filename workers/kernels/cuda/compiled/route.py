@@ -47,6 +47,7 @@ def route_kernel(
     pair, expert = tl.arange(0, P2), tl.arange(0, E2)
     slot_E = tl.load(slot_ptr + expert, mask=expert < E, other=-1)
     ids = tl.load(ids_ptr + pair, mask=pair < P, other=-1).to(tl.int32)
+    known_E = tl.load(count_ptr + expert, mask=expert < E, other=0)
     is_its = ((ids[:, None] == expert[None, :]) & (slot_E >= 0)[None, :]).to(tl.int32)
     rank = tl.sum(is_its * (tl.cumsum(is_its, 0) - 1), 1)
     count_E = tl.sum(is_its, 0)
@@ -59,8 +60,7 @@ def route_kernel(
     tl.store(place_ptr + pair, tl.where(here, place, -1), mask=pair < P)
     tl.store(order_ptr + place, pair, mask=here)
     write_blocks(first_E, end_E, (count_E + BM - 1) // BM, slot_E, block_ptr, M, 0, M2, BM)
-    known = tl.load(count_ptr + expert, mask=expert < E, other=0)
-    tl.store(count_ptr + expert, known + count_E, mask=expert < E)
+    tl.store(count_ptr + expert, known_E + count_E, mask=expert < E)
 
 
 @triton.jit(do_not_specialize=["P"])
