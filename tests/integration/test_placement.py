@@ -182,4 +182,6 @@ def test_the_command_line_says_what_was_done_and_why_not(fleet: RunningCluster) 
         assert refused.returncode == 1 and reason in refused.stderr, (arguments, refused.stderr)
     assert "replicas to load" in fleet.command("rebalance", "--dry-run").stdout
     receipts = json.loads(fleet.command("placement", "receipts").stdout)
-    assert receipts[-1]["action"].startswith("move layer 1, expert 3") and not receipts[-1]["error"]
+    errors = {receipt["action"]: receipt["error"] for receipt in receipts}
+    assert errors[f"move layer 1, expert 3 to {target}"] == ""
+    assert "there is no expert worker expert-9" in errors["move layer 1, expert 3 to expert-9"]
