@@ -133,13 +133,15 @@ class ExpertShard:
     def fixed(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         """The unweighted rows of all pairs whose expert is held, [n, D], and where each pair's row is, int32 [T * K].
 
-        ids_TK: int32 or int64; a pair whose expert is below 0 has place -1. Shapes depend on T and K alone.
+        ids_TK: int32 or int64; a pair whose expert is not held, or below 0, has place -1. Where `only_launches`, shapes
+        depend on T and K alone.
         """
         if self.only_launches:
             y_PD, place_TK, _ = unsummed(self._ops.experts_combined(self._layers[layer], x_TD, ids_TK, ids_TK))
             return y_PD, place_TK.flatten()
         ids_P = ids_TK.flatten()
-        pair_P = torch.nonzero(ids_P >= 0).flatten()
+        held = torch.tensor(sorted(self._layers[layer].held), dtype=ids_P.dtype, device=ids_P.device)
+        pair_P = torch.nonzero(torch.isin(ids_P, held)).flatten()
         pair_P = pair_P[torch.argsort(ids_P[pair_P], stable=True)]
         y_PD = self.forward(layer, x_TD, pair_P // ids_TK.shape[1], ids_P[pair_P])
         place_P = torch.full(ids_P.shape, -1, dtype=torch.int32, device=ids_P.device)

@@ -103,14 +103,18 @@ def take_kernel(
 @triton.jit
 def give_kernel(
     y_ptr,  # [n, D]: rows of pairs
-    place_ptr,  # int32 [P]: the row of each pair, -1: not ours
+    place_ptr,  # int32 [P]: the row of each pair, -1: there is none
+    ids_ptr,  # int32 [P]: the expert of each pair that is ours, -1: not ours
+    status_ptr,  # int64: above 0, the step is void
     out_ptr,  # out [P, D], the router's
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program a pair."""
+    """One program a pair. If its expert is not held the step is void: the router would add up whatever lies there."""
     p = tl.program_id(0)
     place = tl.load(place_ptr + p)
+    if (place < 0) & (tl.load(ids_ptr + p) >= 0):
+        tl.atomic_xchg(status_ptr, 1)
     if place >= 0:
         for first in range(0, D, BD):
             d = first + tl.arange(0, BD)

@@ -109,10 +109,20 @@ class HostLaunch:
         x_TD.copy_(rows.x_TD[: len(x_TD)])
 
     def give(
-        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, y_PD: Tensor, place_P: Tensor
+        self,
+        rows: StepRows,
+        step: Tensor,
+        status: Tensor,
+        layer: int,
+        worker: int,
+        y_PD: Tensor,
+        place_P: Tensor,
+        ids_P: Tensor,
     ) -> None:
         """See `Launch`."""
         here_P = place_P >= 0
+        if bool((ids_P[~here_P] >= 0).any()):
+            status.fill_(1)
         rows.y_PD[: len(place_P)][here_P] = y_PD[place_P[here_P].long()]
         _signal(rows.done[worker, 0], step, status, layer)
 

@@ -43,9 +43,18 @@ class Launch(Protocol):
         """Until the router has asked; then its rows and, of its choices, the experts of `worker`, -1 elsewhere."""
 
     def give(
-        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, y_PD: Tensor, place_P: Tensor
+        self,
+        rows: StepRows,
+        step: Tensor,
+        status: Tensor,
+        layer: int,
+        worker: int,
+        y_PD: Tensor,
+        place_P: Tensor,
+        ids_P: Tensor,
     ) -> None:
-        """The rows of the pairs that have a place, and the word that they are there."""
+        """The rows of the pairs that have a place, and the word that they are there; not if one that `ids_P` names has
+        none, which makes the step void."""
 
 
 class CudaLaunch:
@@ -96,10 +105,20 @@ class CudaLaunch:
         )  # fmt: skip
 
     def give(
-        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, y_PD: Tensor, place_P: Tensor
+        self,
+        rows: StepRows,
+        step: Tensor,
+        status: Tensor,
+        layer: int,
+        worker: int,
+        y_PD: Tensor,
+        place_P: Tensor,
+        ids_P: Tensor,
     ) -> None:
         d = rows.layout.hidden_size
-        self._kernels.give_kernel[(len(place_P),)](y_PD, place_P, rows.y_PD, D=d, BD=_block(d), num_warps=4)
+        self._kernels.give_kernel[(len(place_P),)](
+            y_PD, place_P, ids_P, status, rows.y_PD, D=d, BD=_block(d), num_warps=4
+        )
         self._kernels.signal_kernel[(1,)](rows.done[worker], step, status, layer, num_warps=1)
 
 

@@ -72,6 +72,7 @@ class StepWorker:
             y_PD, place_P = self._shard.fixed(layer, x_TD, ids_TK)
             for at, number in enumerate(numbers):
                 rows, me = routers[number]
+                part = slice(at * n_rows, (at + 1) * n_rows)
                 pairs = slice(at * n_rows * self._top_k, (at + 1) * n_rows * self._top_k)
                 step = self._step_M[number : number + 1]
-                self._launch.give(rows, step, self.status, layer + 1, me, y_PD, place_P[pairs])
+                self._launch.give(rows, step, self.status, layer + 1, me, y_PD, place_P[pairs], ids_TK[part].flatten())

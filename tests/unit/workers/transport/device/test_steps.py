@@ -144,6 +144,10 @@ def test_sums_do_not_depend_on_where_experts_live_and_survive_a_kill(workers: Wo
     way.offer("b")  # its stream broke, and is opened anew
     assert not way.ready(moved.workers, owners(moved))
 
+    wrong = Placement(3, ("a", "c"), tuple(tuple((1,) for _ in range(6)) for _ in range(3)))
+    wait_ready(way, wrong)
+    assert step(way, first) is None, "an expert was asked of a worker that does not hold it"
+
     rest = Placement(3, ("a", "c"), tuple(tuple((int(e % 3 == 1),) for e in range(6)) for _ in range(3)))
     wait_ready(way, rest)  # the two that live hold all experts; they were left in a void step
     given = batch(MODEL, 7, seed=5)
