@@ -27,6 +27,7 @@ TARGETS = {"sm_80": ((8, 0), ("A100",)), "sm_89": ((8, 9), ("L40S", "")), "sm_90
 SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}  # bytes a program may have
 
 found: dict[str, int] = {}
+failed: list[str] = []
 
 
 class NamesTheTarget:
@@ -49,9 +50,11 @@ def compile_only(run: Any) -> Any:
     """A launch that compiles and notes how much shared memory the kernel takes."""
 
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         name = f"{self.__name__} {kwargs}"
-        found[name] = kernel.metadata.shared
+        try:
+            found[name] = run(self, *args, grid=grid, warmup=True, **kwargs).metadata.shared
+        except Exception as error:
+            failed.append(f"{name}: {error}")
 
     return compiled
 
@@ -123,8 +126,8 @@ def main(target: str) -> None:
         for name in names:
             everything(name, capability)
     large = {name: shared for name, shared in found.items() if shared > SHARED[target]}
-    print(f"{target}: {len(found)} kernels; too much shared memory: {large or 'none'}")
-    sys.exit(bool(large))
+    print(f"{target}: {len(found)} kernels; too much shared memory: {large or 'none'}; failed: {failed or 'none'}")
+    sys.exit(bool(large or failed))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.placement.placement import Placement, striped
+from cluster.router.exchange import Exchange
 from tests.contract.model import Batch, Model, batch
 from tests.unit.workers.transport.device.device_worker import LIMIT_S, serve
 from workers.transport.device.offer import Offer, Shape
 from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import DeviceWay
+from workers.transport.local import LocalTransport
 
 MODEL = Model(n_layers=3)
 CPU = torch.device("cpu")
@@ -224,3 +226,31 @@ def test_an_offer_that_does_not_fit_is_declined_with_a_reason(workers: Workers) 
         what, said = pipe.recv()
         assert what == "declined"
         assert re.search(reason, said), said
+
+
+def test_an_exchange_counts_the_rows_of_whole_steps_and_says_which_were_void(workers: Workers) -> None:
+    placement = striped(MODEL.n_layers, MODEL.n_experts, ("f", "g"))
+    workers.start(placement)
+    way = DeviceWay(SHAPE, CPU, LIMIT_S, NO_ROWS)
+    workers.join(way, placement)
+    wait_ready(way, placement)
+    exchange = Exchange(placement, {}, LocalTransport({}), reply_timeout_s=1, rejoin_timeout_s=1, step_way=way)
+    given, experts = batch(MODEL, 6, seed=3), exchange.steps
+    assert experts is not None
+
+    def whole_step() -> bool:
+        for layer in range(MODEL.n_layers):
+            experts.combine(experts.dispatch(layer, given.x_TD, given.ids_TK, given.weights_TK))
+        return exchange.end_steps()
+
+    assert exchange.begin_steps(6)
+    assert whole_step()
+    chosen_E = given.ids_TK.flatten().bincount(minlength=MODEL.n_experts).numpy()
+    assert (exchange.counters.rows_LE == chosen_E).all()
+    assert sum(exchange.counters.worker_rows.values()) == MODEL.n_layers * given.ids_TK.numel()
+    assert exchange.begin_steps(6)
+    workers.kill("g")
+    assert not whole_step()
+    assert (exchange.counters.captured_steps, exchange.counters.void_steps) == (1, 1)
+    assert exchange.counters.rows_LE.sum() == MODEL.n_layers * given.ids_TK.numel(), "a void step was counted"
+    assert exchange.epoch == placement.epoch, "an epoch is held for ever"
