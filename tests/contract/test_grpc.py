@@ -146,9 +146,9 @@ def test_what_several_routers_wait_for_is_one_batch_by_layer(workers: GrpcWorker
     calls: list[tuple[int, int]] = []
     forward = shard.forward
 
-    def counting(layer: int, x_TD: torch.Tensor, token_P: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
+    def counting(layer: int, x_TD: torch.Tensor, token_P: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         calls.append((layer, len(token_P)))
-        return forward(layer, x_TD, token_P, expert_P)
+        return forward(layer, x_TD, token_P, *rest)
 
     shard.forward = counting  # type: ignore[method-assign]
     shard.answer = lambda message: None  # type: ignore[method-assign]
