@@ -193,6 +193,7 @@ class _Link:
         self.stream.close()
         if self._pair is not None:
             self._pair.close()
+            self._pair = None  # or its memory would stay as long as the circle of stream and link
         self._withdraw()
 
     def _greet(self) -> None:

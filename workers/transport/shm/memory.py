@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import weakref
 from contextlib import suppress
 
 import numpy as np
@@ -36,13 +37,14 @@ class OwnMemory:
     def __init__(self, n_bytes: int) -> None:
         """Raises NotShared where the system has no such memory."""
         try:
-            self._file = os.memfd_create(RING_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            file = os.memfd_create(RING_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except (OSError, AttributeError) as error:
             raise NotShared(f"this system makes no memory to share: {error}") from None
+        self._close = weakref.finalize(self, os.close, file)
         try:
-            os.ftruncate(self._file, n_bytes)
-            self.map = mmap.mmap(self._file, n_bytes)
-            fcntl.fcntl(self._file, _ADD_SEALS, _SEALS)
+            os.ftruncate(file, n_bytes)
+            self.map = mmap.mmap(file, n_bytes)
+            fcntl.fcntl(file, _ADD_SEALS, _SEALS)
         except OSError as error:
             self.forget_file()
             raise NotShared(f"this system makes no memory to share: {error}") from None
@@ -50,13 +52,11 @@ class OwnMemory:
         nonce = secrets.token_bytes(_NONCE_BYTES)
         self.map[:_NONCE_BYTES] = nonce
         #: What the peer needs to open it.
-        self.name = f"{os.getpid()} {self._file} {nonce.hex()}"
+        self.name = f"{os.getpid()} {file} {nonce.hex()}"
 
     def forget_file(self) -> None:
         """The peer has opened it, or never will. The mapping stays."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._close()
 
 
 class PeerMemory:

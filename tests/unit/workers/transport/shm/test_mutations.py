@@ -56,6 +56,7 @@ class HostileRouter:
         lane = ShmAcceptor(Batcher(SHARD)).accept(self.ring.memory.name, "hostile", self._end)
         assert isinstance(lane, Lane)
         self.lane, self.replies = lane, InRing(lane.text)
+        self.ring.memory.forget_file()
         lane.start()
 
     def ask(self, content: bytes, spoil: Callable[[int], None] = lambda begin: None) -> bytes | None:
@@ -80,6 +81,7 @@ class HostileRouter:
 
     def close(self) -> None:
         self.lane.close()
+        del self.lane  # which knows this router: a circle, that would keep descriptors until they are collected
 
     def _end(self, reason: str) -> None:
         self.ends.append(reason)
