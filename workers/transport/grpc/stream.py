@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -14,6 +15,9 @@ from workers.transport.grpc.credentials import Credentials, Metadata
 from workers.transport.grpc.handshake import EXCHANGE_METHOD, Hello
 from workers.transport.grpc.serving import channel_options, text_values
 from workers.wire import FRAME_BYTES, Frame
+
+
+_LAST_WORDS_S = 1.0
 
 
 class StreamBroken(Exception):
@@ -42,6 +46,7 @@ class Stream:
         self._hello = hello
         self._on_end = on_end
         self._cancelled: str | None = None
+        self._over = threading.Event()
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         secured, options = credentials.for_channel(), channel_options(FRAME_BYTES)
         if secured is None:
@@ -62,7 +67,8 @@ class Stream:
             values = {}
         other = Hello.from_metadata(values)
         if not other.worker:
-            self._call.cancel()  # unless it is over already, and says why
+            if not self._over.wait(_LAST_WORDS_S):  # a refusal comes after the metadata that it has none of
+                self._call.cancel()
             raise StreamBroken(self._reason())
         if (objection := other.objection(self._hello)) is not None:
             self.cancel(f"{self.address}: {objection}")
@@ -104,5 +110,6 @@ class Stream:
 
     def _ended(self) -> None:
         self.broken = self._reason()
+        self._over.set()
         self._outbox.put(None)  # ends the thread of grpc's that waits for the next frame
         self._on_end(self.broken)
