@@ -16,7 +16,6 @@ from workers.transport.grpc.handshake import EXCHANGE_METHOD, Hello
 from workers.transport.grpc.serving import channel_options, text_values
 from workers.wire import FRAME_BYTES, Frame
 
-
 _LAST_WORDS_S = 1.0
 
 
