@@ -6,7 +6,6 @@ Sizes are no powers of two, experts are missing, rows are padding: what a mask t
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import replace
 from typing import Any
@@ -15,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 pytest.importorskip("triton", reason="needs Triton")
 
 from workers.gate_spec import GateSpec
