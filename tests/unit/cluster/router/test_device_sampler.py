@@ -56,25 +56,24 @@ def on_device(sampler: DeviceSampler, logits: torch.Tensor, rows: list[Sequence]
     return sampler.start(logits.to(DEVICE), [Draw(i, sequence) for i, sequence in enumerate(rows)]).result()
 
 
-def test_ten_thousand_draws() -> None:
-    n, rounds = 500, 20
-    device = DeviceSampler(VOCAB, torch.zeros(n, dtype=torch.int32, device=DEVICE))
-    host = Sampler(VOCAB)
-    for seed in range(rounds):
-        logits = torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
-        logits[:, :20] = logits[:, :20].round()  # ties
-        rows = sequences(n, seed)
-        kept = logits.clone()
-        drawn = on_device(device, logits, rows)
-        assert torch.equal(logits, kept), "the logits were written to"
-        assert [each.token for each in drawn] == host.sample(logits.numpy(), rows)
-        for each, sequence, logits_V in zip(drawn, rows, logits.numpy(), strict=True):
-            n_top = sequence.params.logprobs
-            assert (each.logprobs is None) == (n_top is None)
-            if each.logprobs is not None and n_top is not None and isinstance(each.token, int):
-                want = token_logprobs(logits_V, each.token, n_top)
-                assert [token for token, _ in each.logprobs.top] == [token for token, _ in want.top]
-                np.testing.assert_allclose(each.logprobs.logprob, want.logprob, atol=1e-5)
+@pytest.mark.parametrize("seed", range(20))
+def test_draws_are_those_of_the_host(seed: int) -> None:
+    """Ten thousand in all."""
+    n = 500
+    logits = torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+    logits[:, :20] = logits[:, :20].round()  # ties
+    rows = sequences(n, seed)
+    kept = logits.clone()
+    drawn = on_device(DeviceSampler(VOCAB, torch.zeros(n, dtype=torch.int32, device=DEVICE)), logits, rows)
+    assert torch.equal(logits, kept), "the logits were written to"
+    assert [each.token for each in drawn] == Sampler(VOCAB).sample(logits.numpy(), rows)
+    for each, sequence, logits_V in zip(drawn, rows, logits.numpy(), strict=True):
+        n_top = sequence.params.logprobs
+        assert (each.logprobs is None) == (n_top is None)
+        if each.logprobs is not None and n_top is not None and isinstance(each.token, int):
+            want = token_logprobs(logits_V, each.token, n_top)
+            assert [token for token, _ in each.logprobs.top] == [token for token, _ in want.top]
+            np.testing.assert_allclose(each.logprobs.logprob, want.logprob, atol=1e-5)
 
 
 def test_the_token_stays_on_the_device_for_the_next_step() -> None:
