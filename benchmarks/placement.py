@@ -60,8 +60,9 @@ def placement(
 def zipf(n_layers: int, n_experts: int, exponent: float, rng: np.random.Generator) -> Floats:
     """Rows of each expert, [L, E]: another order in each layer."""
     weights = np.arange(1.0, n_experts + 1) ** -exponent
-    loads_LE = np.stack([rng.permutation(weights) for _ in range(n_layers)])
-    return 1e5 * loads_LE * np.exp(rng.normal(0, 0.05, loads_LE.shape))
+    loads_LE: Floats = np.stack([rng.permutation(weights) for _ in range(n_layers)])
+    noisy_LE: Floats = 1e5 * loads_LE * np.exp(rng.normal(0, 0.05, loads_LE.shape))
+    return noisy_LE
 
 
 def lower_bound(loads_LE: Floats, n_workers: int, n_slots: int) -> Floats:

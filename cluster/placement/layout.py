@@ -46,7 +46,7 @@ def replicate_and_pack(loads_LE: Floats, worker_S: Ints, speed_W: Floats) -> Lay
     n_slots, n_workers = len(worker_S), len(speed_W)
     layer_L = np.arange(n_layers)
     count_LE = np.ones((n_layers, n_experts), np.int64)
-    expert_LS = np.full((n_layers, n_slots), FREE)
+    expert_LS: Ints = np.full((n_layers, n_slots), FREE)
     expert_LS[:, :n_experts] = np.arange(n_experts)
     each_LE = loads_LE.copy()
     for slot in range(n_experts, n_slots):
@@ -100,9 +100,9 @@ def fill_exactly(loads_LE: Floats, worker_S: Ints, speed_W: Floats, time_L: Floa
     slots_W = np.bincount(worker_S, minlength=len(speed_W))
     out_LS, rows_LS = np.full((n_layers, len(worker_S)), FREE), np.zeros((n_layers, len(worker_S)))
     layer_L1 = np.arange(n_layers)[:, None]
-    id_LE = np.argsort(loads_LE, axis=1, kind="stable")
-    rest_LE = np.take_along_axis(loads_LE, id_LE, 1)
-    here_LE = np.ones((n_layers, n_experts), bool)  # sorted: those with something left come first
+    id_LE: Ints = np.argsort(loads_LE, axis=1, kind="stable")
+    rest_LE: Floats = np.take_along_axis(loads_LE, id_LE, 1)
+    here_LE: NDArray[np.bool_] = np.ones((n_layers, n_experts), bool)  # sorted: those with something left come first
     slot = 0
     for n_slots, speed in zip(slots_W.tolist(), speed_W.tolist(), strict=True):
         n_L = here_LE.sum(1)

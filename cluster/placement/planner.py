@@ -174,7 +174,7 @@ def _interleaved(workers: Sequence[Worker]) -> list[Worker]:
 def _slots(fleet: Sequence[Worker], n_layers: int, n_experts: int) -> list[tuple[Ints, Ints]]:
     """Layers that have the same slots, and how many each worker has for one of them: every worker's are spread evenly,
     the rest of a worker going on with the layer where that of the one before it ended."""
-    slots_LW = np.zeros((n_layers, len(fleet)), np.int64)
+    slots_LW: Ints = np.zeros((n_layers, len(fleet)), np.int64)
     at = 0
     for w, worker in enumerate(fleet):
         base, rest = divmod(min(worker.slots, n_layers * n_experts), n_layers)

@@ -202,10 +202,11 @@ def _strengths(seen: Items[tuple[int, Sequence]]) -> tuple[list[_Floats], list[_
     """Repetition, frequency and presence penalty of every entry."""
     lengths = [len(state.ids_N) for _, sequence in seen if (state := sequence.sampling.seen) is not None]
     every = [(s.params.repetition_penalty, s.params.frequency_penalty, s.params.presence_penalty) for _, s in seen]
-    repetition, frequency, presence = (
+    columns: list[list[_Floats]] = [
         [np.full(n, value, np.float32) for n, value in zip(lengths, column, strict=True)]
         for column in zip(*every, strict=True)
-    )
+    ]
+    repetition, frequency, presence = columns
     return repetition, frequency, presence
 
 

@@ -62,8 +62,8 @@ class SeenTokens:
     def __init__(self, prompt_ids: Sequence[int], emitted_ids: Sequence[int]) -> None:
         distinct = dict.fromkeys(prompt_ids)
         self._index = {token: i for i, token in enumerate(distinct)}
-        self._ids = np.zeros(len(distinct) + 64, np.int64)
-        self._counts = np.zeros(len(distinct) + 64, np.float32)
+        self._ids: NDArray[np.int64] = np.zeros(len(distinct) + 64, np.int64)
+        self._counts: NDArray[np.float32] = np.zeros(len(distinct) + 64, np.float32)
         self._ids[: len(distinct)] = list(distinct)
         for token in emitted_ids:
             self.add(token)
