@@ -14,7 +14,7 @@ from starlette.responses import Response
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
 from cluster.gateway.parsers.message_parser import MessageParser
-from cluster.gateway.parsers.parts import Part
+from cluster.gateway.parsers.parts import Content, Part
 from cluster.gateway.sampling import Streaming
 from cluster.gateway.sequence_text import Delta, FinishReason, ScoredToken, SequenceText
 from cluster.gateway.sse import EventStream, JsonAnswer
@@ -187,6 +187,13 @@ async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice,
     finally:
         metrics.open_sequences.dec()
         metrics.tokens.inc(text.n_tokens)
+
+
+def parts_of(choice: Choice, delta: Delta) -> Sequence[Part]:
+    """What `delta` adds, taken apart: all of it is content where nothing else is looked for."""
+    if choice.parser is not None:
+        return delta.parts
+    return (Content(delta.text),) if delta.text else ()
 
 
 def _parse(parser: MessageParser, delta: Delta) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -93,6 +94,11 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
     if path[0] in _WANTED:
         return _invalid(f"'{path[0]}' must be {_WANTED[path[0]]}", "invalid_value", str(path[0]))
     return _invalid(f"'{param}': {error['msg']}", "invalid_value", param)
+
+
+def refusal_of(error: ValidationError) -> RequestError:
+    """One RequestError for a body that was translated into another which is not valid."""
+    return explain([{**item, "loc": ("body", *item["loc"])} for item in error.errors()], {})
 
 
 def _invalid(message: str, code: str, param: str) -> RequestError:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
-from cluster.gateway.generation import Answer, Choice, Usage
+from cluster.gateway.generation import Answer, Choice, Usage, parts_of
 from cluster.gateway.messages.errors import envelope
-from cluster.gateway.parsers.parts import CallArguments, CallStart, Content, Part, Reasoning
+from cluster.gateway.parsers.parts import CallArguments, CallStart, Part, Reasoning
 from cluster.gateway.parsers.written import Written
 from cluster.gateway.sequence_text import Delta
 from cluster.gateway.sse import dump
@@ -45,7 +45,7 @@ class MessageForm:
         return _event("message_start", {"message": message}) + _event("ping", {})
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
-        data = b"".join(self._part(part) for part in _parts(choice, delta))
+        data = b"".join(self._part(part) for part in parts_of(choice, delta))
         if delta.finish is not None:
             data += self._close()
             self._stop = _stop(choice, delta.finish)
@@ -103,12 +103,6 @@ class MessageForm:
         self._open = None
         self._n_blocks += 1
         return _event("content_block_stop", {"index": self._n_blocks - 1})
-
-
-def _parts(choice: Choice, delta: Delta) -> Iterable[Part]:
-    if choice.parser is not None:
-        return delta.parts
-    return (Content(delta.text),) if delta.text else ()
 
 
 def _stop(choice: Choice, finish: str | None) -> dict[str, str | None]:

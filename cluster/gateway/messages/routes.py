@@ -10,7 +10,7 @@ from cluster.gateway import response_bodies
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import converse, render
 from cluster.gateway.generation import respond
-from cluster.gateway.http_errors import explain
+from cluster.gateway.http_errors import refusal_of
 from cluster.gateway.messages import errors
 from cluster.gateway.messages.form import MessageForm
 from cluster.gateway.messages.schemas import CountRequest, MessagesRequest
@@ -52,4 +52,4 @@ def _translated(body: CountRequest) -> ChatRequest:
     try:
         return chat_request(body)
     except ValidationError as error:
-        raise explain([{**item, "loc": ("body", *item["loc"])} for item in error.errors()], {}) from error
+        raise refusal_of(error) from error

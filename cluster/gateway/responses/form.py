@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
-from cluster.gateway.generation import Answer, Choice, Usage
+from cluster.gateway.generation import Answer, Choice, Usage, parts_of
 from cluster.gateway.parsers.parts import CallArguments, CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import call_id
 from cluster.gateway.responses.schemas import NamedFunctionTool, ResponsesRequest
@@ -62,7 +62,7 @@ class ResponseForm:
         )
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
-        data = b"".join(event for part in _parts(choice, delta) for event in self._part(part))
+        data = b"".join(event for part in parts_of(choice, delta) for event in self._part(part))
         if delta.finish is not None:
             self._finish = delta.finish
             data += b"".join(self._close())
@@ -168,9 +168,3 @@ def _scores(kind: str) -> Item:
 
 def _choice(choice: str | NamedFunctionTool | None) -> Any:
     return choice.model_dump() if isinstance(choice, NamedFunctionTool) else choice or "auto"
-
-
-def _parts(choice: Choice, delta: Delta) -> Sequence[Part]:
-    if choice.parser is not None:
-        return delta.parts
-    return (Content(delta.text),) if delta.text else ()

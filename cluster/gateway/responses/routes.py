@@ -13,7 +13,7 @@ from cluster.gateway import response_bodies
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import converse
 from cluster.gateway.generation import respond
-from cluster.gateway.http_errors import explain
+from cluster.gateway.http_errors import refusal_of
 from cluster.gateway.responses.form import Item, ResponseForm
 from cluster.gateway.responses.schemas import ResponsesRequest
 from cluster.gateway.responses.store import ResponseStore, Stored
@@ -34,7 +34,7 @@ def response_routes(gateway: Gateway) -> APIRouter:
         try:
             request, told = chat_request(body, past)
         except ValidationError as error:
-            raise explain([{**item, "loc": ("body", *item["loc"])} for item in error.errors()], {}) from error
+            raise refusal_of(error) from error
         try:
             conversation = await converse(gateway, request)
         except RequestError as error:
