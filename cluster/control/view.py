@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.control.goal import NO_GOAL, Goal
 from cluster.placement.load import Load
 from cluster.placement.placement import Placement
 from workers.probe import Probe
 from workers.transport.collective.group import Group
 
+GATEWAYS = "gateways"  # those of Ray Serve, in `View.failures`
 Role = Literal["gateway", "router", "expert", "controller"]
 State = Literal["starting", "ready", "draining", "lost"]
 
@@ -40,6 +42,7 @@ class Member:
     group: Group | None = None  # the one it was told last
     broken: int = 0  # number of the newest group that broke under it
     told: int = 0  # epoch of the newest placement it has heard of
+    aims: int = 0  # revision of the newest goal it has heard of
     slots: int = 0  # of an expert worker: experts it has memory for, those it holds among them; 0: not known
     bytes_per_s: int = 0  # of an expert worker: what its memory gives, which is what decoding takes; 0: not known
     detail: dict[str, object] = field(default_factory=dict)  # numbers for people: experts held, blocks free
@@ -57,7 +60,9 @@ class View:
     placement: Placement
     next: Placement | None = None  # the one being prepared: workers load what it adds, nobody routes by it
     acknowledged: bool = True  # every live router works with `placement`: workers unload what it does not name
-    wanted: tuple[str, ...] = ()  # the expert workers there are to be; empty: as many as there are
+    goal: Goal = NO_GOAL
+    failures: Mapping[str, str] = field(default_factory=dict)  # why a process of the goal does not start, by its id
+    serving: bool = False  # the gateways take requests
     group: Group | None = None  # None: there is none yet, or the last one broke; those in it leave it
     draining: bool = False  # the cluster is being stopped: finish what is open, take nothing new
 

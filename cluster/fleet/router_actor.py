@@ -205,7 +205,12 @@ class Router:
 
         Workers of a cluster that is being stopped still answer, and a router restarted then has requests to finish.
         """
-        if self._service is None or self._view is None or self._service.state != "starting":
+        if self._service is None or self._view is None:
+            return
+        if self._id in self._view.goal.leaving and self._service.state == "ready":
+            await self._service.set_state("draining")
+            self._membership.tell()
+        if self._service.state != "starting":
             return
         if self._collective is not None and not self._collective.ready:
             return
@@ -235,7 +240,7 @@ class Router:
             return {}
         from workers.device import describe
 
-        numbers = {} if self._service is None else self._service.numbers()
+        numbers = {} if self._service is None else self._service.numbers() | {"open": self._service.n_open}
         if self._exchange is not None and self._exchange.steps is not None:
             counters = self._exchange.counters
             numbers |= {"captured_steps": counters.captured_steps, "void_steps": counters.void_steps}

@@ -1,0 +1,26 @@
+"""How a controller is to do what it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.control.rebalancer import RebalanceOptions
+
+
+@dataclass(frozen=True, slots=True)
+class AdminOptions:
+    """Where the admin API listens, and what it asks for."""
+
+    host: str  # "": the address of its node that Ray uses
+    port: int  # 0: any free one
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Those of one cluster."""
+
+    admin: AdminOptions
+    rebalance: RebalanceOptions = field(default_factory=RebalanceOptions)
+    expert_bytes: int = 0  # of one replica
+    drain_timeout_s: float = 30.0  # for a router that leaves to finish what it has
