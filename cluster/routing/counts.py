@@ -38,7 +38,7 @@ class RoutingCounts:
         return int(self.first_LE.sum(1).max(initial=0))
 
     def count(self, layer: int, q_start: tuple[int, ...] | None, ids_TK: Choices) -> None:
-        """Add the choices of a layer. q_start: rows q_start[s]:q_start[s + 1] are consecutive tokens; None: none are."""
+        """Add the choices of a layer. Rows q_start[s]:q_start[s + 1] are consecutive tokens; None: none are."""
         n_experts = self.first_LE.shape[1]
         self.first_LE[layer] += np.bincount(ids_TK[:, 0], minlength=n_experts)
         self.chosen_LE[layer] += np.bincount(ids_TK.ravel(), minlength=n_experts)
