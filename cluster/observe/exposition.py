@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from prometheus_client import disable_created_metrics, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from cluster.observe.distribution import Distribution
 from cluster.observe.series.base import OWN_LABEL, Series
-
-disable_created_metrics()
 
 
 class Reading(NamedTuple):

@@ -88,7 +88,7 @@ SPLIT: Final = Series(
     "seconds",
     "router",
     (),
-    "Time spent on sorting rows by worker",
+    "Time spent sorting rows by worker",
 )
 COMBINE: Final = Series(
     "expertmesh_exchange_combine_seconds_total", "counter", "seconds", "router", (), "Time spent on summing rows up"

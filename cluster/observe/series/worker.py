@@ -30,7 +30,7 @@ LOADED: Final = Series(
     "",
     "expert worker",
     (),
-    "Experts loaded, at the start and later",
+    "Experts loaded, then and later",
 )
 LOAD: Final = Series(
     "expertmesh_worker_load_seconds_total", "counter", "seconds", "expert worker", (), "Time spent loading experts"

@@ -1,5 +1,5 @@
-"""Would catch: a series that Prometheus or its linter refuses, `_created` series, buckets that do not add up, a scrape of
-several processes in which a family stands twice, two processes of a machine at one port."""
+"""Would catch: a series that Prometheus or its linter refuses, `_created` series, buckets that do not add up, a scrape
+of several processes in which a family stands twice, two processes of a machine at one port."""
 
 from __future__ import annotations
 
