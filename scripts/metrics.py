@@ -32,7 +32,7 @@ def table() -> str:
         text += "| name | type | unit | labels | what |\n|---|---|---|---|---|\n"
         text += "".join(_row(series) for series in TABLE if series.set_by == setter)
     text += "\n## How many samples\n\n"
-    text += f"`--per-expert-metrics auto` leaves those per expert out above {MOST_EXPERTS} experts (layers times experts).\n\n"
+    text += f"`--per-expert-metrics auto` leaves those per expert out above {MOST_EXPERTS} experts in all layers.\n\n"
     text += "| cluster | per expert: on | off |\n|---|---|---|\n"
     for name, cluster in _SIZES:
         text += f"| {name} | {cluster.samples(True):,} | {cluster.samples(False):,} |\n"
