@@ -6,6 +6,7 @@ norms and gates are all distinct and large enough to matter.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,9 @@ def save_random(
     case = CASES[family]
     values = BASE | case.base | sizes
     config = {case.keys.get(key, key): value for key, value in values.items() if key in case.keys or key not in _OWN}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=torch.float32).eval()
+    # A copy: transformers writes into `rope_parameters`, which the shapes share.
+    settings = AutoConfig.for_model(family, **copy.deepcopy(config))
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
     _plain(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

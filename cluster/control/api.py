@@ -17,7 +17,8 @@ from pydantic import BaseModel, Field
 
 from cluster.control.admin_options import AdminOptions
 from cluster.control.membership import Membership
-from cluster.control.operator import Operator, Receipt
+from cluster.control.observation import observe, receipt_shown
+from cluster.control.operator import Operator
 from cluster.control.rebalancer import Rebalancer
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement
@@ -136,6 +137,11 @@ def create_app(membership: Membership, operator: Operator, rebalancer: Rebalance
         operator.undrain(worker)
         return {"drained": sorted(operator.drained)}
 
+    @app.get("/observation")
+    async def observation(known_epoch: int = 0, known_event: int = 0) -> dict[str, Any]:
+        """The cluster at a glance; the placement of another epoch than the known one, events after the known one."""
+        return observe(membership, operator, rebalancer, known_epoch, known_event)
+
     @app.get("/rebalancer")
     async def rebalancer_health() -> dict[str, Any]:
         """What the rebalancer decided last and why, how long it has been acting, when it last succeeded."""
@@ -147,14 +153,6 @@ def create_app(membership: Membership, operator: Operator, rebalancer: Rebalance
         return [receipt_shown(receipt, membership) for receipt in operator.receipts]
 
     return app
-
-
-def receipt_shown(receipt: Receipt, membership: Membership) -> dict[str, Any]:
-    """A receipt as JSON, with what has come of it until now."""
-    shown = asdict(receipt)
-    del shown["rows_then"]
-    load = membership.load
-    return shown | {"imbalance_since": None if load is None else receipt.realised(dict(load.total))}
 
 
 def _shown(membership: Membership, operator: Operator) -> dict[str, Any]:
