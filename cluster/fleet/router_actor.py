@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     import torch
 
     from cluster.router.engine import Engine
-    from cluster.router.exchange import Exchange
+    from cluster.router.exchange.exchange import Exchange
     from cluster.router.service import GenerationService
     from cluster.routing.recorder import RoutingTrace
     from workers.checkpoint import Checkpoint
@@ -93,7 +93,7 @@ class Router:
 
     def _build(self) -> Engine:
         from cluster.router.build import build_engine
-        from cluster.router.exchange import Exchange
+        from cluster.router.exchange.exchange import Exchange
         from workers.checkpoint import Checkpoint
         from workers.device import compute_dtype, pick
         from workers.kernels.threads import set_threads

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Items
 from cluster.router.compute import Computed, Draw, HostCompute
 from cluster.router.device_compute import OnDevice
 from cluster.router.device_sampler import DeviceSampler
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from cluster.routing.recorder import RoutingTrace
 from workers.model.batch import Batch
 from workers.model.decode_graphs import DecodeGraphs
