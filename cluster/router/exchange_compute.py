@@ -10,6 +10,7 @@ from cluster.router.compute import Computed, Draw, HostCompute
 from cluster.router.device_compute import OnDevice
 from cluster.router.device_sampler import DeviceSampler
 from cluster.router.exchange import Exchange
+from workers.device import to_host
 from workers.model.batch import Batch
 from workers.model.decode_graphs import DecodeGraphs
 from workers.model.decoder import Decoder
@@ -39,7 +40,8 @@ class ExchangeCompute(HostCompute):
         scores = any(draw.sequence.wants_prompt_logprobs for draw in draws)
         if not scores and self._graphs.takes(batch) and self._exchange.begin_steps(batch.n_rows):
             logits_RV = self._graphs.run(batch, [self._n_seats] * batch.n_rows)
+            routing_RLK = to_host(self._graphs.routing(batch.n_rows)) if batch.routing else None
             pending = self._device_sampler.start(logits_RV, draws)
             if self._exchange.end_steps():
-                return OnDevice(pending, None)
+                return OnDevice(pending, None, routing_RLK)
         return super().start(step, batch, seats, draws)

@@ -21,6 +21,7 @@ from workers.model.kv_cache import KVCache
 from workers.model.layer import Asked, DecoderLayer
 from workers.model.micro_batch import MicroBatch
 from workers.model.rope import Rope
+from workers.model.routing import stacked
 from workers.spec import ModelSpec
 
 
@@ -42,6 +43,7 @@ class Decoder:
         ]
         self._norm_D = dense.norm_D.to(cache.device)
         self._captured = CapturedSteps(self._ops)
+        self._routed: list[MicroBatch] = []  # the micro-batches of the last step, if its routing is wanted
         self._head = self._ops.matrix(dense.head_VD)
 
     @torch.no_grad()
@@ -51,10 +53,12 @@ class Decoder:
         While the experts compute one micro-batch, the attention of the next one runs. A sequence may lie in several
         micro-batches, in the order of its rows.
         """
+        routing = any(batch.routing for batch in batches)
         begun = [self._begin(batch) for batch in batches]
         steps = [self._captured.step(batch, number) for number, batch in enumerate(begun)]
         if len(steps) == 1 and (whole := steps[0]) is not None and self.experts.by(self._ops) is not None:
             delta = whole.run("layers", lambda ops: self._through_layers(ops, self.experts.by(ops), whole.batch))
+            self._routed = [whole.batch] if routing else []
             return self._logits(self._ops, whole.batch, delta)
         flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
         for layer in self._layers:
@@ -62,10 +66,25 @@ class Decoder:
                 if (asked := self._attend(layer, batch, step)) is None:
                     continue
                 batch.handle = self.experts.dispatch(layer.index, *asked)
+                if routing:
+                    self._note(batch, layer.index, asked[1])
                 if layer.ffn is not None:  # while the experts compute
                     self._feed_forward(layer, batch, step, asked[0])
         logits = [self._logits(self._ops, batch, _combine(self.experts, batch)) for batch, _ in flights]
+        self._routed = [batch for batch, _ in flights] if routing else []
         return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
+
+    def routing(self) -> Tensor:
+        """The experts of the rows whose logits the last `forward` gave, int16 [R, L, K]; see `routing.stacked`.
+
+        Where its batches asked for it, in a model that has experts; before the next `forward`.
+        """
+        return torch.cat([stacked(batch.expert_ids, self.spec.n_layers) for batch in self._routed])
+
+    def _note(self, batch: MicroBatch, layer: int, ids_TK: Tensor) -> None:
+        """Keep the choices of the rows that give logits; the last layer has no others."""
+        rows_R = None if layer == self.spec.n_layers - 1 else batch.logit_rows_R
+        batch.expert_ids[layer] = ids_TK if rows_R is None else ids_TK.index_select(0, rows_R)
 
     @torch.no_grad()
     def compute(
@@ -75,13 +94,17 @@ class Decoder:
         metadata: AttentionMetadata,
         logit_rows_R: Tensor | None = None,
         experts: Experts | None = None,
+        expert_ids: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """One micro-batch by `ops`, layer after layer: the wanted logits, float32 [R, V]. Everything is on the
         device, so that all of it only launches where the experts do.
 
-        token_T: int64. logit_rows_R: None means all rows. experts: None means the model's.
+        token_T: int64. logit_rows_R: None means all rows. experts: None means the model's. expert_ids: where the
+        choices of all rows are put, [T, K], by layer.
         """
         batch = self._micro_batch(token_T, metadata, logit_rows_R)
+        if expert_ids is not None:
+            batch.expert_ids = expert_ids
         return self._logits(ops, batch, self._through_layers(ops, experts or self.experts, batch))
 
     def _through_layers(self, ops: Ops, experts: Experts | None, batch: MicroBatch) -> Delta | None:
@@ -91,6 +114,7 @@ class Decoder:
             if (asked := layer.attend(ops, batch, _combine(experts, batch))) is None:
                 continue
             batch.handle = experts.dispatch(layer.index, *asked)
+            batch.expert_ids[layer.index] = asked[1]  # a graph's own memory: written by every replay
             if layer.ffn is not None:
                 layer.feed_forward(ops, batch, asked[0])
         return _combine(experts, batch)
