@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,5 +20,3 @@ class MicroBatch:
     sin_Tr: Tensor
     logit_rows_R: Tensor | None  # None: all rows
     handle: Any = None  # of the exchange in flight
-    #: By layer, the experts of the rows that give logits, [R, K]: of captured steps, and where they will be asked for.
-    expert_ids: dict[int, Tensor] = field(default_factory=dict)
