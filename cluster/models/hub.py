@@ -33,7 +33,7 @@ def fetch(hub_id: str, revision: str | None = None, into: Path | None = None) ->
 
     try:
         # By the commit, so that index and weights are of one version.
-        commit = revision if into is None else HfApi().model_info(hub_id, revision=revision).sha
+        commit = revision if into is None else HfApi().model_info(hub_id, revision=revision or "main").sha
         directory = Path(snapshot_download(hub_id, revision=commit, allow_patterns=list(_READ), local_dir=into))
         weights = [glob.escape(file) for file in _weight_files(directory)]
         commit = directory.name if into is None else commit

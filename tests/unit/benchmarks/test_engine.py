@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.child import Child, ChildRunner
-from benchmarks.engine import CLUSTER, OURS, REFERENCE, ratios
+from benchmarks.engine import CLUSTER, OURS, OVER_GRPC, REFERENCE, ratios
 from benchmarks.gguf_file import interleaved
 from cluster.bench.common import alternate
 from cluster.errors import StartError
@@ -58,12 +58,14 @@ def test_runs_take_turns_and_the_first_turn_does_not_count() -> None:
     assert order == ["a", "b"] * 4
 
 
-def test_ratios_are_ours_by_transformers_and_cluster_by_ours() -> None:
+def test_ratios_are_ours_by_transformers_and_the_clusters_by_ours() -> None:
     figures = {
-        "decode_1": {OURS: 40.0, REFERENCE: 20.0, CLUSTER: 30.0, "vllm": 32.0},
-        "prefill_512": {OURS: 1500.0, REFERENCE: 1000.0, CLUSTER: 900.0},
+        "decode_1": {OURS: 40.0, REFERENCE: 20.0, CLUSTER: 30.0, OVER_GRPC: 10.0, "vllm": 32.0},
+        "prefill_512": {OURS: 1500.0, REFERENCE: 1000.0, CLUSTER: 900.0, OVER_GRPC: 900.0},
     }
-    assert ratios(figures) == {"decode_1": 2.0, "prefill_512": 1.5, "cluster_decode_1": 0.75}
+    assert ratios(figures) == {
+        "decode_1": 2.0, "prefill_512": 1.5, "cluster_decode_1": 0.75, "grpc_cluster_decode_1": 0.25,
+    }  # fmt: skip
 
 
 def test_rotary_pairs_become_neighbours_head_by_head() -> None:
