@@ -56,8 +56,8 @@ def placement(
         [
             (
                 f"{row['shape']}; {row['loads']}", f"{row['bound']:.4f}", f"{row['equal']:.4f}",
-                f"{row['planner']:.4f}", f"{row['seconds']:.2f}", f"{row['drifted_equal']:.4f}", f"{row['drifted_planner']:.4f}",
-                str(row["moves"]), str(row["fresh_moves"]),
+                f"{row['planner']:.4f}", f"{row['seconds']:.2f}", f"{row['drifted_equal']:.4f}",
+                f"{row['drifted_planner']:.4f}", str(row["moves"]), str(row["fresh_moves"]),
             )
             for row in rows
         ],
