@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Generator, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +68,17 @@ class Fleet:
         return self.membership.epochs.placement.homes()
 
 
+class _Ready:
+    """Awaits that a process is ready; unlike a coroutine it may be left alone."""
+
+    def __init__(self, launcher: FakeLauncher, process: str) -> None:
+        self._launcher = launcher
+        self._process = process
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._launcher.ready(self._process).__await__()
+
+
 class FakeLauncher:
     """Processes that are ready as soon as they are started, but for those in `broken`, which say why they are not."""
 
@@ -84,9 +96,9 @@ class FakeLauncher:
         if process not in self.running:
             self.log.append(f"start {process}")
         self.running.add(process)
-        return self._ready(process)
+        return _Ready(self, process)
 
-    async def _ready(self, process: str) -> None:
+    async def ready(self, process: str) -> None:
         await asyncio.sleep(0)
         if process in self.broken:
             raise RuntimeError(self.broken[process])

@@ -145,7 +145,7 @@ def test_one_that_hangs_is_given_up_at_its_deadline() -> None:
         await asyncio.sleep(3600)
 
     async def scale() -> None:
-        launcher._ready = forever  # type: ignore[method-assign]
+        launcher.ready = forever  # type: ignore[method-assign]
         with pytest.raises(PlacementError, match="expert-3 did not start within"):
             await fleet.scaler.scale(workers=4, timeout_s=0.05)
 
