@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -57,6 +58,14 @@ class Homes(BaseModel):
     homes: list[list[dict[str, float]]] = Field(description="by layer and expert: worker -> share of its rows")
 
 
+class Loads(BaseModel):
+    """What to plan for."""
+
+    loads: list[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]] = Field(
+        description="rows of each expert, by layer"
+    )
+
+
 class Scale(BaseModel):
     """How many processes there are to be."""
 
@@ -97,6 +106,14 @@ def create_app(membership: Membership, operator: Operator, rebalancer: Rebalance
     async def plan() -> dict[str, Any]:
         """What `rebalance` would do, with its forecast."""
         made = await asyncio.to_thread(operator.plan)
+        return {"forecast": asdict(made.forecast), "homes": made.placement.homes()}
+
+    @app.post("/placement/plan")
+    async def plan_for(body: Loads) -> dict[str, Any]:
+        """What `rebalance` would do if these were the loads."""
+        if len({len(row) for row in body.loads}) > 1:
+            raise PlacementError("every layer of `loads` needs as many experts")
+        made = await asyncio.to_thread(operator.plan, loads_LE=np.array(body.loads, ndmin=2))
         return {"forecast": asdict(made.forecast), "homes": made.placement.homes()}
 
     @app.post("/placement/replicate")

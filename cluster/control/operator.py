@@ -19,6 +19,7 @@ from cluster.control.events import Events, Kind
 from cluster.control.membership import Membership
 from cluster.errors import PlacementError
 from cluster.placement import edit
+from cluster.placement.layout import Floats
 from cluster.placement.load import imbalance
 from cluster.placement.placement import Placement
 from cluster.placement.planner import Forecast, Limits, Plan, Worker, balance
@@ -103,11 +104,17 @@ class Operator:
             edit.check(goal, self._membership.slots)
             return await self._reach(goal, "apply a placement")
 
-    def plan(self, limits: Limits | None = None, without: Iterable[str] = ()) -> Plan:
-        """What `rebalance` would do. PlacementError when the workers that there are cannot hold all experts."""
+    def plan(self, limits: Limits | None = None, without: Iterable[str] = (), loads_LE: Floats | None = None) -> Plan:
+        """What `rebalance` would do for the recent load, or for `loads_LE`, rows of each expert. PlacementError when
+        the workers that there are cannot hold all experts, or the model has others than `loads_LE`."""
         load = self._membership.load
         now = self._placement
-        loads_LE = np.zeros((now.n_layers, now.n_experts)) if load is None else load.recent_LE
+        if loads_LE is None:
+            loads_LE = np.zeros((now.n_layers, now.n_experts)) if load is None else load.recent_LE
+        if loads_LE.shape != (now.n_layers, now.n_experts):
+            raise PlacementError(
+                f"the model has {now.n_layers} layers of {now.n_experts} experts; these loads are of another"
+            )
         return balance(loads_LE, self._workers(without), now, limits or Limits(expert_bytes=self._expert_bytes))
 
     async def rebalance(self, limits: Limits | None = None, action: str = "rebalance") -> Receipt:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     from cluster.router.engine import Engine
     from cluster.router.exchange.exchange import Exchange
     from cluster.router.service import GenerationService
+    from cluster.routing.recorder import RoutingTrace
     from workers.checkpoint import Checkpoint
     from workers.transport.base import FastWay, Transport
     from workers.transport.collective.client import CollectiveTransport
@@ -101,7 +102,7 @@ class Router:
         self._device = pick(self._config.router_device, self._gpu_ids)
         self._source = source = Checkpoint(self._checkpoint, self._device, finite=self._config.check_weights)
         if self._config.transport == "local":
-            return build_engine(self._config, source)
+            return build_engine(self._config, source, trace=self._make_trace(source))
         assert self._view is not None
         dtype = compute_dtype(self._config.dtype, source.spec.dtype, self._device, self._config.expert_device)
         way = self._make_step_way(source, dtype)
@@ -115,7 +116,23 @@ class Router:
             dtype=dtype,
             step_way=way,
         )
-        return build_engine(self._config, source, exchange)
+        return build_engine(self._config, source, exchange, self._make_trace(source))
+
+    def _make_trace(self, source: Checkpoint) -> RoutingTrace | None:
+        """The file in which a sample of what the gates choose is counted, where one is asked for."""
+        from cluster.routing.recorder import RoutingTrace
+        from cluster.routing.trace import Header
+
+        config, spec = self._config, source.spec
+        if config.routing_trace is None or not spec.top_k:
+            return None
+        header = Header(source.path.name, spec.n_layers, spec.n_experts, spec.top_k, config.routing_trace_sample)
+        path = config.routing_trace / f"{self._id}.jsonl.gz"
+        try:
+            return RoutingTrace(path, self._id, header)
+        except OSError as error:
+            log.error("no routing trace is written: %s", error)
+            return None
 
     def _make_step_way(self, source: Checkpoint, dtype: torch.dtype) -> DeviceWay | None:
         """Captured steps through device memory, where routers and workers are on GPUs and rows may take that way."""
