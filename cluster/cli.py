@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from cluster.analyze.command import analyze
 from cluster.bench.lazy import LazyGroup
 from cluster.config_load import FIELDS, HINTS, Loaded, flag, load
 from cluster.errors import ExpertMeshError
@@ -154,6 +155,7 @@ def config(loaded: Loaded, as_json: Json = False) -> None:
 
 
 app.command()(generate)
+app.command()(analyze)
 app.command()(plan)
 app.command()(rebalance)
 app.command()(scale)
