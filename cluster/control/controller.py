@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import ray
 
+from cluster.control.chaos import Chaos
 from cluster.control.client import NAME
 from cluster.control.epochs import Change
 from cluster.control.events import Events
@@ -24,6 +25,7 @@ from cluster.control.observation import observe
 from cluster.control.operator import Operator
 from cluster.control.options import AdminOptions, Options
 from cluster.control.rebalancer import Rebalancer
+from cluster.control.rescue import Rescuer
 from cluster.control.scaling import Scaler
 from cluster.control.view import Member, View
 from cluster.errors import PlacementError
@@ -52,15 +54,18 @@ class Controller:
         self._processes: dict[str, psutil.Process] = {}  # of this node, by member: psutil tells a recycled pid apart
         self._node = ray.get_runtime_context().get_node_id()
         self._events = Events()
-        self._operator = Operator(self._membership, self.change, options.expert_bytes, self._events)
+        least = 1 + options.spare_replicas
+        self._operator = Operator(self._membership, self.change, options.expert_bytes, self._events, least)
         self._scaler = Scaler(self._membership, self._operator, options.drain_timeout_s, options.expert_bytes)
         self._rebalancer = Rebalancer(self._operator, options.rebalance, options.expert_bytes)
+        self._chaos = Chaos(self._membership, self._events, options.allow_chaos)
         self._fleet = Fleet(self._membership, launcher)
+        rescuer = Rescuer(self._membership, self._operator, self._changed, least)
         self._admin_address = ""
-        self._tasks = [
-            asyncio.get_event_loop().create_task(task)
-            for task in (self._bring_about(), self._rebalancer.run(), self._sweep(), self._serve_admin(options.admin))
-        ]
+        tasks = (
+            self._bring_about(), self._rebalancer.run(), rescuer.run(), self._sweep(), self._serve_admin(options.admin)
+        )  # fmt: skip
+        self._tasks = [asyncio.get_event_loop().create_task(task) for task in tasks]
 
     async def sync(self, member: Member, known_version: int, heard: View | None = None) -> View | None:
         """Register, live, acknowledge `member.epoch`, and hear of the others.
@@ -127,7 +132,9 @@ class Controller:
             self._admin_address = address
 
         options = replace(options, host=options.host or str(ray.util.get_node_ip_address()))  # type: ignore[no-untyped-call]
-        app = api.create_app(self._membership, self._operator, self._scaler, self._rebalancer, options.token)
+        app = api.create_app(
+            self._membership, self._operator, self._scaler, self._rebalancer, options.token, self._chaos
+        )
         while True:
             try:
                 await api.serve(app, options, listening)

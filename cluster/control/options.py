@@ -23,4 +23,6 @@ class Options:
     admin: AdminOptions
     rebalance: RebalanceOptions = field(default_factory=RebalanceOptions)
     expert_bytes: int = 0  # of one replica
+    spare_replicas: int = 0
+    allow_chaos: bool = False
     drain_timeout_s: float = 30.0  # for a router that leaves to finish what it has

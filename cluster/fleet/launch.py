@@ -75,13 +75,16 @@ def start_controller(config: Config, plan: Plan, url: str, credentials: Credenti
     )
     launcher = RayLauncher(config, plan.checkpoint, *_kinds(config, plan), url, model, credentials)
     holders = plan.workers or plan.routers  # with the local transport the router holds its experts itself
-    placement = striped(plan.n_layers, plan.n_experts, holders, dense_layers=plan.dense_layers)
+    spares = min(config.spare_replicas, len(holders) - 1)
+    placement = striped(plan.n_layers, plan.n_experts, holders, dense_layers=plan.dense_layers, spares=spares)
     options = Options(
         admin=AdminOptions(config.admin_host, config.admin_port, admin_token),
         rebalance=RebalanceOptions(
             config.rebalance, config.rebalance_interval_s, config.rebalance_horizon_s, config.rebalance_min_gain
         ),
         expert_bytes=plan.expert_bytes,
+        spare_replicas=config.spare_replicas,
+        allow_chaos=config.allow_chaos,
         drain_timeout_s=config.drain_timeout_s,
     )
     actor: Any = ray.remote(Controller)

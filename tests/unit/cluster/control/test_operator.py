@@ -14,7 +14,7 @@ from cluster.control.api import create_app
 from cluster.control.rebalancer import RebalanceOptions, Rebalancer, decide
 from cluster.errors import PlacementError
 from cluster.placement.planner import Forecast
-from tests.fake_fleet import Fleet
+from tests.fake_fleet import WORKERS, Fleet
 
 
 def test_a_verb_that_fails_half_way_leaves_the_placement_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,9 @@ def test_a_plan_for_other_loads_than_the_recent_ones() -> None:
     fleet = Fleet()
     rebalancer = Rebalancer(fleet.operator, RebalanceOptions(), 10)
     headers = {"Authorization": "Bearer secret"}
-    client = TestClient(create_app(fleet.membership, fleet.operator, rebalancer, "secret"), headers=headers)
+    client = TestClient(
+        create_app(fleet.membership, fleet.operator, fleet.scaler, rebalancer, "secret"), headers=headers
+    )
     # One expert has all rows of a layer: the plan cuts it between all workers, which the recent load does not ask for.
     planned = client.post("/placement/plan", json={"loads": [[0, 0, 0, 900], [300, 300, 300, 300]]}).json()
     assert planned["homes"][0][3] == pytest.approx(dict.fromkeys(WORKERS, 1 / 3), rel=1e-4)
