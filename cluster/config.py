@@ -105,6 +105,11 @@ class Config:
     routing_trace_sample: float = option(
         0.01, "share of the steps that --routing-trace counts", at_least=0.0001, at_most=1
     )
+    weights: Literal["storage", "peer", "auto"] = option(
+        "auto",
+        "where a worker gets an expert from that is moved to it; peer: a worker that holds it, else the model's files; "
+        "auto: the files, a peer where they cannot be read",
+    )
     gpu_memory_utilization: float = option(
         0.9, "share of a GPU's memory that is taken: what weights leave of it is KV cache", at_least=0.05, at_most=1.0
     )
