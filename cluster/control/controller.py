@@ -23,12 +23,16 @@ from cluster.control.goal import Goal, Processes
 from cluster.control.membership import Membership
 from cluster.control.observation import observe
 from cluster.control.operator import Operator
-from cluster.control.options import AdminOptions, Options
+from cluster.control.options import AdminOptions, MetricsOptions, Options
+from cluster.control.readings import ControllerReadings
 from cluster.control.rebalancer import Rebalancer
 from cluster.control.rescue import Rescuer
 from cluster.control.scaling import Scaler
 from cluster.control.view import Member, View
 from cluster.errors import PlacementError
+from cluster.observe import endpoint
+from cluster.observe.exposition import Readings
+from cluster.observe.process import ProcessReadings
 from cluster.placement.placement import Placement
 
 _log = logging.getLogger(__name__)
@@ -62,6 +66,7 @@ class Controller:
         self._fleet = Fleet(self._membership, launcher)
         rescuer = Rescuer(self._membership, self._operator, self._changed, least)
         self._admin_address = ""
+        self._metrics_url = self._serve_metrics(options.metrics, options.expert_bytes)
         tasks = (
             self._bring_about(), self._rebalancer.run(), rescuer.run(), self._sweep(), self._serve_admin(options.admin)
         )  # fmt: skip
@@ -89,7 +94,9 @@ class Controller:
         view = await self._news(known_version)
         load = self._membership.load
         detail: dict[str, object] = {} if load is None else {"imbalance": load.imbalance}
-        myself = Member("controller", NAME, os.getpid(), self._node, "ready", self._admin_address, detail=detail)
+        myself = Member(
+            "controller", NAME, os.getpid(), self._node, "ready", self._admin_address, self._metrics_url, detail=detail
+        )
         return replace(view, members=(*view.members, myself))
 
     async def observe(self, known_epoch: int, known_event: int) -> dict[str, Any]:
@@ -124,6 +131,15 @@ class Controller:
         async with self._changed:
             self._changed.notify_all()
 
+    def _serve_metrics(self, options: MetricsOptions, expert_bytes: int) -> str | None:
+        membership = self._membership
+        own = ControllerReadings(membership, self._operator, self._rebalancer, expert_bytes, options.per_expert)
+        process = ProcessReadings("controller", lambda: membership.epochs.placement.epoch)
+        membership.metrics_url = endpoint.serve(
+            Readings(NAME, (own, process)), _host(options.host), options.port, lambda: "ready"
+        )
+        return membership.metrics_url
+
     async def _serve_admin(self, options: AdminOptions) -> None:
         # The members register first: FastAPI takes its time.
         api = await asyncio.to_thread(import_module, "cluster.control.api")
@@ -131,7 +147,7 @@ class Controller:
         def listening(address: str) -> None:
             self._admin_address = address
 
-        options = replace(options, host=options.host or str(ray.util.get_node_ip_address()))  # type: ignore[no-untyped-call]
+        options = replace(options, host=_host(options.host))
         app = api.create_app(
             self._membership, self._operator, self._scaler, self._rebalancer, options.token, self._chaos
         )
@@ -183,3 +199,8 @@ class Controller:
     def _is_dead(self, member: Member) -> bool:
         """Whether a process of this node is gone; those of other nodes are judged by their silence."""
         return member.node == self._node and not psutil.pid_exists(member.pid)
+
+
+def _host(given: str) -> str:
+    """Where a server listens: by default where Ray's of this node do."""
+    return given or str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

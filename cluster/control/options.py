@@ -17,10 +17,20 @@ class AdminOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricsOptions:
+    """Where the controller's series are shown, and how many."""
+
+    host: str  # "": the address of its node that Ray uses
+    port: int  # the first one to try; 0: any
+    per_expert: bool  # whether there are series for each expert and layer
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """Those of one cluster."""
 
     admin: AdminOptions
+    metrics: MetricsOptions
     rebalance: RebalanceOptions = field(default_factory=RebalanceOptions)
     expert_bytes: int = 0  # of one replica
     spare_replicas: int = 0

@@ -14,7 +14,7 @@ from cluster.config import Config
 from cluster.control.client import NAME, NAMESPACE
 from cluster.control.controller import Controller
 from cluster.control.goal import Processes
-from cluster.control.options import AdminOptions, Options
+from cluster.control.options import AdminOptions, MetricsOptions, Options
 from cluster.control.rebalancer import RebalanceOptions
 from cluster.control.view import GATEWAYS, View
 from cluster.errors import RayGone, StartError
@@ -79,6 +79,7 @@ def start_controller(config: Config, plan: Plan, url: str, credentials: Credenti
     placement = striped(plan.n_layers, plan.n_experts, holders, dense_layers=plan.dense_layers, spares=spares)
     options = Options(
         admin=AdminOptions(config.admin_host, config.admin_port, admin_token),
+        metrics=MetricsOptions("", config.metrics_port, config.per_expert_metrics == "on"),
         rebalance=RebalanceOptions(
             config.rebalance, config.rebalance_interval_s, config.rebalance_horizon_s, config.rebalance_min_gain
         ),
