@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from cluster.analyze.command import analyze
 from cluster.bench.lazy import LazyGroup
+from cluster.chaos.command import app as chaos_app
 from cluster.config_load import FIELDS, HINTS, Loaded, flag, load
 from cluster.errors import ExpertMeshError
 from cluster.fleet.operator_cli import drain, placement, rebalance, scale
@@ -162,4 +163,5 @@ app.command()(scale)
 app.command()(drain)
 app.add_typer(placement, name="placement")
 app.add_typer(model_app, name="model")
+app.add_typer(chaos_app, name="chaos")
 app.add_typer(typer.Typer(cls=LazyGroup, no_args_is_help=True, help="Measure a running cluster."), name="bench")

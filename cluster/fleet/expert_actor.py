@@ -13,9 +13,11 @@ import torch
 
 from cluster.config import Config
 from cluster.control.client import ControllerClient
+from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
 from cluster.fleet.shard_keeper import ShardKeeper
+from cluster.fleet.weight_source import WeightSource
 from cluster.placement.placement import Placement
 from cluster.router.sizing import expert_format_of
 from workers.checkpoint import Checkpoint
@@ -32,6 +34,7 @@ from workers.transport.device.server import DeviceServer
 from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import STEP_LIMIT_S
 from workers.transport.grpc.credentials import Credentials
+from workers.transport.grpc.peer_weights import PeerWeights
 from workers.transport.grpc.server import ExpertServer
 from workers.transport.shm.worker import ShmAcceptor
 
@@ -60,6 +63,7 @@ class ExpertWorker:
         self._device = torch.device("cpu")
         self._state: State = "starting"
         self._keeper: ShardKeeper | None = None
+        self._weights: WeightSource | None = None
         self._view: View | None = None
         self._group: Group | None = None
         self._server: ExpertServer | CollectiveServer | None = None
@@ -71,6 +75,10 @@ class ExpertWorker:
         """The address it serves at, once the shard is loaded; raises what went wrong, CheckpointError above all."""
         return await asyncio.shield(self._started)
 
+    async def inflict(self, fault: Fault) -> None:
+        """Do to this process what `expertmesh chaos` wants."""
+        inflict(fault, os.getpid())
+
     async def _start(self) -> str:
         await self._first_view.wait()
         assert self._view is not None
@@ -78,7 +86,8 @@ class ExpertWorker:
         shard, source = await asyncio.to_thread(self._load, placement)
         self._server = server = await asyncio.to_thread(self._make_server, shard, source)
         await asyncio.to_thread(server.start)
-        self._keeper = ShardKeeper(self._worker, shard, source, placement.epoch, self._membership.tell)
+        self._weights = self._make_weights(shard, source)
+        self._keeper = ShardKeeper(self._worker, shard, self._weights, placement.epoch, self._membership.tell)
         self._source = None
         self._state = "ready"
         self._on_view(self._view)  # which may have changed meanwhile
@@ -111,6 +120,13 @@ class ExpertWorker:
         return CollectiveServer(
             shard, self._worker, host, deadline_s=config.collective_deadline_s, on_change=self._membership.tell
         )
+
+    def _make_weights(self, shard: ExpertShard, source: Checkpoint) -> WeightSource:
+        """Where the weights of further experts come from. Workers ask each other over gRPC."""
+        peers = None
+        if self._config.transport != "collective":
+            peers = PeerWeights(self._worker, source.fingerprint(shard.dtype), self._credentials)
+        return WeightSource(self._config.weights, source, peers)
 
     def _ways(self, shard: ExpertShard) -> tuple[Callable[[Batcher], Acceptor], ...]:
         """The faster ways that routers may offer."""
@@ -148,13 +164,17 @@ class ExpertWorker:
             slots=self._slots(),
             bytes_per_s=self._capacity.bytes_per_s,
             preparation=None if self._keeper is None else self._keeper.preparation,
-            detail=describe(self._device) | loading(self._source) | ({} if server is None else server.numbers()),
+            detail=({} if self._weights is None else {"replicas_from_peers": self._weights.from_peers})
+            | describe(self._device)
+            | loading(self._source)
+            | ({} if server is None else server.numbers()),
         )
 
     def _slots(self) -> int:
-        """Experts it has room for: as configured, as its GPU has memory, or half more than an equal share of all."""
+        """Experts it has room for: as configured, as its GPU has memory, or half more than an equal share."""
         config = self._config
         if config.expert_slots or self._capacity.slots or self._view is None:
             return config.expert_slots or self._capacity.slots
-        placement = self._view.placement
-        return -(-3 * placement.n_layers * placement.n_experts // (2 * max(1, config.expert_workers or 1)))
+        placement, n_workers = self._view.placement, max(1, config.expert_workers or 1)
+        n_replicas = placement.n_layers * placement.n_experts * (1 + config.spare_replicas)
+        return -(-3 * n_replicas // (2 * n_workers))
