@@ -157,6 +157,20 @@ class Config:
     state_dir: Path | None = option(  # noqa: RUF009
         None, "directory for caches, models, Ray's token and the notes of running clusters; default: where XDG has them"
     )
+    metrics_port: int = option(
+        0,
+        "port of a process's own metrics, /health and /ready; those of one machine take it and the next ones; 0: any",
+        at_least=0,
+        at_most=65000,
+    )
+    per_expert_metrics: Literal["auto", "on", "off"] = option(
+        "auto", "series for each expert of each layer; auto: of models that have at most 4096"
+    )
+    vllm_metrics: bool = option(False, "also show vLLM's names of the series that vLLM has")
+    cluster_name: str | None = option(
+        None, "label `cluster` that Prometheus discovers; default: host name and port of the gateway"
+    )
+    prometheus: bool = option(False, "start the Prometheus that is installed here, on all processes of the cluster")
     allow_chaos: bool = option(
         False,
         "let `expertmesh chaos` kill, stop, slow and cut off processes; routers reach workers through a proxy",

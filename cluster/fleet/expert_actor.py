@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
@@ -16,8 +17,11 @@ from cluster.control.client import ControllerClient
 from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.fleet.metrics import serve_metrics
 from cluster.fleet.shard_keeper import ShardKeeper
 from cluster.fleet.weight_source import WeightSource
+from cluster.fleet.worker_readings import Loads, WorkerReadings
+from cluster.observe.exposition import Reading
 from cluster.placement.placement import Placement
 from cluster.router.sizing import expert_format_of
 from workers.checkpoint import Checkpoint
@@ -67,6 +71,12 @@ class ExpertWorker:
         self._view: View | None = None
         self._group: Group | None = None
         self._server: ExpertServer | CollectiveServer | None = None
+        self._loads = Loads()
+        self._shard: ExpertShard | None = None
+        self._metrics_url = serve_metrics(
+            config, worker, "expert", self._readings, epoch=self._epoch, state=lambda: self._state,
+            device=lambda: describe(self._device),
+        )  # fmt: skip
         self._first_view = asyncio.Event()
         self._membership = ControllerClient(controller, self._member, self._on_view)
         self._started = start_or_end(self._start(), worker)
@@ -87,7 +97,9 @@ class ExpertWorker:
         self._server = server = await asyncio.to_thread(self._make_server, shard, source)
         await asyncio.to_thread(server.start)
         self._weights = self._make_weights(shard, source)
-        self._keeper = ShardKeeper(self._worker, shard, self._weights, placement.epoch, self._membership.tell)
+        tell = self._membership.tell
+        self._keeper = ShardKeeper(self._worker, shard, self._weights, placement.epoch, tell, self._loads)
+        self._shard = shard
         self._source = None
         self._state = "ready"
         self._on_view(self._view)  # which may have changed meanwhile
@@ -99,7 +111,9 @@ class ExpertWorker:
         self._device = device = pick(config.expert_device, self._gpu_ids)
         self._source = source = Checkpoint(self._checkpoint, device, finite=config.check_weights)
         dtype = compute_dtype(config.dtype, source.spec.dtype, device, config.router_device)
+        began = time.perf_counter()
         shard = load_shard(source, placement.shard(self._worker), dtype, expert_format_of(config, device, dtype))
+        self._loads.add(shard.n_held, time.perf_counter() - began)
         share = config.gpus_per_expert_worker * config.gpu_memory_utilization
         self._capacity = capacity(device, share, shard.expert_bytes)
         return shard, source
@@ -112,7 +126,7 @@ class ExpertWorker:
                 self._worker,
                 node_address(),
                 model=source.fingerprint(shard.dtype),
-                epoch=lambda: 0 if self._keeper is None else self._keeper.epoch,
+                epoch=self._epoch,
                 credentials=self._credentials,
                 ways=self._ways(shard),
             )
@@ -158,7 +172,8 @@ class ExpertWorker:
             node=self._node,
             state=self._state,
             address="" if server is None else server.address,
-            epoch=0 if self._keeper is None else self._keeper.epoch,
+            metrics_url=self._metrics_url,
+            epoch=self._epoch(),
             group=self._group,
             broken=server.broken if isinstance(server, CollectiveServer) else 0,
             slots=self._slots(),
@@ -169,6 +184,15 @@ class ExpertWorker:
             | loading(self._source)
             | ({} if server is None else server.numbers()),
         )
+
+    def _readings(self) -> Iterable[Reading]:
+        """For the scrape's thread."""
+        if self._shard is None or self._server is None:
+            return ()
+        return WorkerReadings(self._shard, self._server.batcher, self._loads, self._slots)()
+
+    def _epoch(self) -> int:
+        return 0 if self._keeper is None else self._keeper.epoch
 
     def _slots(self) -> int:
         """Experts it has room for: as configured, as its GPU has memory, or half more than an equal share."""

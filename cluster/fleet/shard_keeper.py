@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 
 from cluster.control.view import Preparation, View
 from cluster.fleet.weight_source import WeightSource
+from cluster.fleet.worker_readings import Loads
 from cluster.router.memory import check_memory
 from workers.kernels.memory import give_back
 from workers.probe import Probe, probe
@@ -26,13 +28,21 @@ class ShardKeeper:
     """
 
     def __init__(
-        self, worker: str, shard: ExpertShard, source: WeightSource, epoch: int, on_change: Callable[[], None]
+        self,
+        worker: str,
+        shard: ExpertShard,
+        source: WeightSource,
+        epoch: int,
+        on_change: Callable[[], None],
+        loads: Loads | None = None,
     ) -> None:
+        """`loads`: counts what is loaded."""
         self.epoch = epoch  # of the newest placement of which everything is here
         self.preparation: Preparation | None = None
         self._worker = worker
         self._shard = shard
         self._source = source
+        self._loads = loads or Loads()
         self._on_change = on_change
         self._view: View | None = None
         self._changed = asyncio.Event()
@@ -96,7 +106,9 @@ class ShardKeeper:
             for layer, expert in missing:
                 holders = view.placement.holders(layer, expert)
                 others = {w: addresses[w] for w in holders if w != self._worker and w in addresses}
+                began = time.perf_counter()
                 self._source.load(self._shard, layer, expert, others)
+                self._loads.add(1, time.perf_counter() - began)
         finally:
             if missing:
                 self._source.rest()

@@ -102,8 +102,9 @@ class Session:
         return any(stream.state == "ready" and not stream.retired for stream in self._streams)
 
     def stats(self) -> SessionStats:
-        streams = tuple(StreamStats(each.router, each.address, each.state, each.n_open) for each in self._streams)
-        waiting = sum(entry.expiry is not None for entry in self._open.values())
+        """From any thread."""
+        streams = tuple(StreamStats(each.router, each.address, each.state, each.n_open) for each in list(self._streams))
+        waiting = sum(entry.expiry is not None for entry in list(self._open.values()))
         return SessionStats(streams, len(self._open), waiting, self._requests, self._tokens, self._fail_overs)
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[StepOutput, None]:

@@ -72,6 +72,11 @@ class ExpertServer:
             self._loop.close()
             raise OSError(f"expert worker {worker} {error}") from None
 
+    @property
+    def batcher(self) -> Batcher:
+        """What computes, and counts that."""
+        return self._batcher
+
     def start(self) -> None:
         """Take requests from now on; the shard is loaded."""
         self._loop.run(self._start())
