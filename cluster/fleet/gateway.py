@@ -21,6 +21,7 @@ from cluster.control.view import Member, View
 from cluster.fleet.actor import node_address
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
+from cluster.fleet.page_source import ControllerSource
 from cluster.fleet.request_id import OneRequestId
 from cluster.gateway.context import ModelCard
 from workers.transport.grpc.credentials import Credentials
@@ -46,7 +47,7 @@ class Gateway:
         self._session = Session(credentials, rejoin_timeout_s=config.rejoin_timeout_s)
         tokenizer = await asyncio.to_thread(Tokenizer, Path(model.path))
         self._metrics = Metrics(self._id)
-        app = create_app(config, model, tokenizer, self._session, self._metrics)
+        app = create_app(config, model, tokenizer, self._session, self._metrics, ControllerSource(controller))
         self._drain = Drain(app, lambda: self._membership.tell())
         self._membership = ControllerClient(controller, self._member, self._on_view)
 
@@ -69,6 +70,8 @@ class Gateway:
     def _member(self) -> Member:
         ready = not self._drain.draining and self._session.ready()
         stats = self._session.stats()
+        detail: dict[str, object] = {"open": self._drain.open, "requests": stats.requests, "tokens": stats.tokens}
+        detail |= {"first_token_s": stats.first_token_s, "next_token_s": stats.next_token_s}
         return Member(
             role="gateway",
             id=self._id,
@@ -77,7 +80,7 @@ class Gateway:
             state="draining" if self._drain.draining else "ready" if ready else "starting",
             address=self._url,
             metrics_url=self._metrics_url,
-            detail={"open": self._drain.open, "requests": stats.requests, "tokens": stats.tokens},
+            detail=detail,
         )
 
 
