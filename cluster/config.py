@@ -83,6 +83,11 @@ class Config:
         "off",
         "move and replicate experts by their load; advise: only say what it would do",
     )
+    spare_replicas: int = option(
+        0,
+        "further replicas of every expert, each on another worker: no loss of so many workers waits for a load",
+        at_least=0,
+    )
     rebalance_interval_s: float = option(30.0, "between two looks of the rebalancer at the load", at_least=0.1)
     rebalance_horizon_s: float = option(
         600.0, "a move has to save more of the experts' time within this than loading takes", at_least=1
@@ -91,7 +96,7 @@ class Config:
     expert_slots: int = option(
         0,
         "experts that each expert worker has room for, over all layers; 0: what its GPU holds, on a CPU half more than "
-        "an equal share",
+        "an equal share of all replicas",
         at_least=0,
     )
     routing_trace: Path | None = option(  # noqa: RUF009
@@ -147,5 +152,9 @@ class Config:
     ray_address: str | None = option(None, "running Ray cluster to join; default: RAY_ADDRESS, else start Ray here")
     state_dir: Path | None = option(  # noqa: RUF009
         None, "directory for caches, models, Ray's token and the notes of running clusters; default: where XDG has them"
+    )
+    allow_chaos: bool = option(
+        False,
+        "let `expertmesh chaos` kill, stop, slow and cut off processes; routers reach workers through a proxy",
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "log level of every process")

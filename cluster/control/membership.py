@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from cluster.control.epochs import Change, Epochs
 from cluster.control.groups import regroup
+from cluster.control.reach import Isolation, away
 from cluster.control.view import Member, View
 from cluster.placement.edit import check
 from cluster.placement.load import Load, merged
@@ -38,6 +39,8 @@ class Membership:
         self._heard: dict[str, float] = {}
         self._hung_at: dict[str, float] = {}  # of members that have started: loading may keep a process busy
         self._swept = now
+        self._isolation = Isolation()
+        self._isolated: tuple[str, ...] = ()
         self._group: Group | None = None
         self._newest_group = 0
         self._regroup_at = now
@@ -93,15 +96,29 @@ class Membership:
         return [self._members[member_id] for member_id in hung]
 
     def advance(self, now: float) -> None:
-        """Let a change of the placement take the next step that is possible."""
+        """Let a change of the placement take the next step that is possible, and see who is cut off from whom."""
         before = self.epochs.version
-        self.epochs.advance(self._members, now)
+        self.epochs.advance(self._members, now, self.away)
+        isolated = self._isolation.look(self.epochs.placement, self._members.values(), now)
+        if self.epochs.version != before or isolated != self._isolated:
+            self._isolated = isolated
+            self._changed()
+
+    @property
+    def away(self) -> frozenset[str]:
+        """Expert workers that cannot be asked, see `reach`."""
+        return away(self._members.values())
+
+    def give_way(self, reason: str, now: float) -> None:
+        """A change of the placement that is not published yet is given up for something more urgent."""
+        before = self.epochs.version
+        self.epochs.give_way(reason, now)
         if self.epochs.version != before:
             self._changed()
 
     def propose(self, placement: Placement, reason: str, now: float, timeout_s: float) -> Change:
         """Begin a change of the placement. PlacementError when it cannot be made."""
-        check(placement, self.slots)
+        check(placement, self.slots, self.epochs.placement)
         change = self.epochs.propose(placement, reason, now, timeout_s)
         self._changed()
         self.advance(now)
@@ -162,7 +179,7 @@ class Membership:
             self._view = View(
                 self._version, self._sorted(), self.epochs.placement, self.epochs.next, self.epochs.acknowledged,
                 self._wanted,
-                self._group, self._draining,
+                self._group, self._isolated, self._draining,
             )  # fmt: skip
         return self._view
 

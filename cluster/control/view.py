@@ -12,7 +12,8 @@ from workers.probe import Probe
 from workers.transport.collective.group import Group
 
 Role = Literal["gateway", "router", "expert", "controller"]
-State = Literal["starting", "ready", "draining", "lost"]
+# isolated: a router that cannot reach an expert worker which others reach. Its requests go on elsewhere.
+State = Literal["starting", "ready", "isolated", "draining", "lost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Member:
     store: str = ""  # of a router that takes part in collective groups: host:port of the store it hosts, once loaded
     group: Group | None = None  # the one it was told last
     broken: int = 0  # number of the newest group that broke under it
+    unreachable: tuple[str, ...] = ()  # of a router: expert workers that do not answer it
     told: int = 0  # epoch of the newest placement it has heard of
     slots: int = 0  # of an expert worker: experts it has memory for, those it holds among them; 0: not known
     bytes_per_s: int = 0  # of an expert worker: what its memory gives, which is what decoding takes; 0: not known
@@ -59,6 +61,7 @@ class View:
     acknowledged: bool = True  # every live router works with `placement`: workers unload what it does not name
     wanted: tuple[str, ...] = ()  # the expert workers there are to be; empty: as many as there are
     group: Group | None = None  # None: there is none yet, or the last one broke; those in it leave it
+    isolated: tuple[str, ...] = ()  # routers that are to serve nobody for now, see `reach`
     draining: bool = False  # the cluster is being stopped: finish what is open, take nothing new
 
     def addresses(self, role: Role) -> Mapping[str, str]:

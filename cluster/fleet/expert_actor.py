@@ -13,6 +13,7 @@ import torch
 
 from cluster.config import Config
 from cluster.control.client import ControllerClient
+from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
 from cluster.fleet.shard_keeper import ShardKeeper
@@ -70,6 +71,10 @@ class ExpertWorker:
     async def ready(self) -> str:
         """The address it serves at, once the shard is loaded; raises what went wrong, CheckpointError above all."""
         return await asyncio.shield(self._started)
+
+    async def inflict(self, fault: Fault) -> None:
+        """Do to this process what `expertmesh chaos` wants."""
+        inflict(fault, os.getpid())
 
     async def _start(self) -> str:
         await self._first_view.wait()
@@ -152,9 +157,10 @@ class ExpertWorker:
         )
 
     def _slots(self) -> int:
-        """Experts it has room for: as configured, as its GPU has memory, or half more than an equal share of all."""
+        """Experts it has room for: as configured, as its GPU has memory, or half more than an equal share."""
         config = self._config
         if config.expert_slots or self._capacity.slots or self._view is None:
             return config.expert_slots or self._capacity.slots
-        placement = self._view.placement
-        return -(-3 * placement.n_layers * placement.n_experts // (2 * max(1, config.expert_workers or 1)))
+        placement, n_workers = self._view.placement, max(1, config.expert_workers or 1)
+        n_replicas = placement.n_layers * placement.n_experts * (1 + config.spare_replicas)
+        return -(-3 * n_replicas // (2 * n_workers))

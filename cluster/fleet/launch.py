@@ -102,6 +102,8 @@ def start_actors(config: Config, plan: Plan, url: str, credentials: Credentials,
         RebalanceOptions(
             config.rebalance, config.rebalance_interval_s, config.rebalance_horizon_s, config.rebalance_min_gain
         ),
+        config.spare_replicas,
+        config.allow_chaos,
     )
     by_name = ControllerByName()
     actors: dict[str, Any] = {}

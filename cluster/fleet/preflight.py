@@ -68,7 +68,8 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     if spec.experts and config.max_batch_tokens > (most := wire.most_tokens(spec.hidden_size, spec.top_k, dtype)):
         raise StartError(f"--max-batch-tokens {config.max_batch_tokens}: rows of this model travel {most} at most")
     replica = expert_bytes(opened, dtype, config.expert_device, config)
-    experts = replica * len(spec.experts)
+    n_replicas = len(spec.experts) * (1 + config.spare_replicas)
+    experts = replica * n_replicas
     dense = dense_bytes(opened, dtype, config.router_device)
     block = bytes_per_block(spec, config.block_size, dtype)
     work = step_bytes(config, spec, dtype) if config.router_device == "cuda" else _STEP_BYTES
@@ -76,6 +77,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     config, uses = arrange(config, found, needs)
     transport = choose(config, has_experts=bool(spec.experts))
     n_workers = config.expert_workers if config.expert_workers and transport.transport != "local" else 0
+    check_spares(config, n_workers, n_replicas)
     n_blocks = pool_blocks(config, spec, dtype)
     wanted = {"processes": _PROCESS_BYTES * (config.routers + n_workers) + _RAY_BYTES}
     if (config.expert_device if n_workers else config.router_device) == "cpu":
@@ -107,6 +109,22 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         memory=wanted,
         load_bytes=opened.stored_bytes(routers=config.routers),
     )
+
+
+def check_spares(config: Config, n_workers: int, n_replicas: int) -> None:
+    """StartError unless so many workers can hold the replicas that `--spare-replicas` asks for."""
+    if not config.spare_replicas:
+        return
+    if n_workers <= config.spare_replicas:
+        raise StartError(
+            f"--spare-replicas {config.spare_replicas} needs {config.spare_replicas + 1} expert workers or more; "
+            f"there are {n_workers}"
+        )
+    if 0 < config.expert_slots * n_workers < n_replicas + n_workers:  # one slot each stays free for moves
+        raise StartError(
+            f"--spare-replicas {config.spare_replicas} makes {n_replicas} replicas, which need --expert-slots "
+            f"{-(-n_replicas // n_workers) + 1} on {n_workers} expert workers"
+        )
 
 
 def model_name(config: Config, checkpoint: Path) -> str:

@@ -12,8 +12,10 @@ import ray
 
 from cluster.config import Config
 from cluster.control.client import ControllerClient
+from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.fleet.fault_proxy import FaultProxy
 from workers.transport.grpc.credentials import Credentials
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class Router:
         self._first_view = asyncio.Event()
         self._changes: set[asyncio.Task[None]] = set()
         self._exchange: Exchange | None = None
+        self._proxy = FaultProxy() if config.allow_chaos else None
         self._collective: CollectiveTransport | None = None
         self._store: object = None  # of the groups whose first router this one is; lives as long as the process
         self._store_address = ""
@@ -66,6 +69,13 @@ class Router:
     async def ready(self) -> str:
         """The address it serves at, once the model is loaded; raises what went wrong."""
         return await asyncio.shield(self._started)
+
+    async def inflict(self, fault: Fault) -> None:
+        """Do to this process what `expertmesh chaos` wants. Raises KeyError for a worker that it does not know."""
+        if fault.kind != "partition":
+            inflict(fault, os.getpid())
+        elif self._proxy is not None:
+            await asyncio.to_thread(self._proxy.partition, fault.peer, fault.seconds)
 
     async def _start(self) -> str:
         await self._first_view.wait()
@@ -108,7 +118,7 @@ class Router:
         way = self._make_step_way(source, dtype)
         self._exchange = exchange = Exchange(
             self._view.placement,
-            self._view.addresses("expert"),
+            self._addresses(self._view),
             self._make_transport(source, way),
             reply_timeout_s=self._config.reply_timeout_s,
             rejoin_timeout_s=self._config.rejoin_timeout_s,
@@ -133,6 +143,11 @@ class Router:
         except OSError as error:
             log.error("no routing trace is written: %s", error)
             return None
+
+    def _addresses(self, view: View) -> dict[str, str]:
+        """Where this router finds the expert workers."""
+        addresses = dict(view.addresses("expert"))
+        return addresses if self._proxy is None else self._proxy.through(addresses)
 
     def _make_step_way(self, source: Checkpoint, dtype: torch.dtype) -> DeviceWay | None:
         """Captured steps through device memory, where routers and workers are on GPUs and rows may take that way."""
@@ -171,7 +186,8 @@ class Router:
             if config.transport == "shm":
                 ways = (ShmWay(),)
             model = source.fingerprint(dtype)
-            return GrpcTransport(self._id, model, self._credentials, epoch=self._epoch, ways=ways)
+            tell = self._membership.tell
+            return GrpcTransport(self._id, model, self._credentials, epoch=self._epoch, ways=ways, on_reach=tell)
         host = bind_address(config.collective_interface, config.trusted_network, self._host)
         self._store, self._store_address = host_store(host)
         self._collective = CollectiveTransport(
@@ -199,7 +215,7 @@ class Router:
         if self._collective is not None:
             self._collective.join(view.group)
         if self._exchange is not None:
-            self._exchange.publish(view.placement, view.addresses("expert"))
+            self._exchange.publish(view.placement, self._addresses(view))
             if self._exchange.epoch < view.placement.epoch:
                 self._begin(self._acknowledge(view.placement.epoch))
         if self._service is not None:
@@ -222,7 +238,15 @@ class Router:
 
         Workers of a cluster that is being stopped still answer, and a router restarted then has requests to finish.
         """
-        if self._service is None or self._view is None or self._service.state != "starting":
+        if self._service is None or self._view is None:
+            return
+        if self._id in self._view.isolated and self._service.state == "ready":
+            await self._service.isolate()
+            self._membership.tell()
+        elif self._id not in self._view.isolated and self._service.state == "isolated":
+            await self._service.set_state("ready")
+            self._membership.tell()
+        if self._service.state != "starting":
             return
         if self._collective is not None and not self._collective.ready:
             return
@@ -243,6 +267,7 @@ class Router:
             store="" if self._service is None else self._store_address,
             group=None if self._view is None else self._view.group,
             broken=0 if self._collective is None else self._collective.broken,
+            unreachable=() if self._exchange is None else tuple(sorted(self._exchange.unreachable)),
             load=None if self._exchange is None else self._exchange.load(),
             detail=self._detail(),
         )

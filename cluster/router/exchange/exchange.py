@@ -77,6 +77,11 @@ class Exchange:
         """The acknowledgement: no rows are, or will be, routed under an older epoch than this one."""
         return self._views.epoch
 
+    @property
+    def unreachable(self) -> frozenset[str]:
+        """Expert workers that do not answer this router, be they gone or not. From any thread."""
+        return self._pool.transport.unreachable
+
     def load(self) -> Load:
         """The rows of experts and workers. From any thread, but always the same one."""
         return self._meter.read()

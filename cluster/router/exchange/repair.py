@@ -15,7 +15,7 @@ from cluster.router.exchange.sender import Part, Sender
 from cluster.router.exchange.split import rows_of
 from workers.errors import WorkerLost
 
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.25
 
 
 def repair(sender: Sender, lost: list[Part], rows_PD: Tensor, timeout_s: float) -> None:

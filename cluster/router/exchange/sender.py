@@ -82,7 +82,8 @@ class Sender:
         name, counters = self.routes.workers[worker], self.counters
         counters.sent_bytes += rows.n_bytes
         counters.worker_rows[name] = counters.worker_rows.get(name, 0) + rows.n_pairs
-        return Part(rows, at, self.pool.send(name, rows, out_PD))
+        has_other = self.routes.has_others(rows.tag.layer, worker)
+        return Part(rows, at, self.pool.send(name, rows, out_PD, has_other))
 
     def receive(self, parts: Iterable[Part], rows_PD: Tensor) -> list[Part]:
         """Wait for the replies and put them in their places; returns the parts that were lost."""

@@ -28,13 +28,15 @@ from workers.wire import FRAME_BYTES, HEADER_BYTES, Frame, Header
 
 _log = logging.getLogger(__name__)
 _MOST_STREAMS = 256
+_SOON_READ_BYTES = 1 << 28  # weights that are read in some ten milliseconds
 
 
 class ExpertServer:
     """Serves one shard to any number of routers: Exchange, Describe and gRPC's health service.
 
-    An asyncio loop in a thread of its own receives and answers. Few rows of a router that is alone are computed there;
-    everything else in one other thread, and what arrives meanwhile is its next batch.
+    An asyncio loop in a thread of its own receives and answers. Few rows of a router that is alone are computed there
+    where the weights they need are soon read; everything else in one other thread, and what arrives meanwhile is its
+    next batch.
     """
 
     def __init__(
@@ -204,7 +206,8 @@ class ExpertServer:
 
     async def _respond(self, header: Header, message: memoryview, is_wanted: Callable[[], bool]) -> Iterable[Frame]:
         """The frames of the reply; none if nobody wants it any more."""
-        if self._streams == 1 and (reply := self._batcher.answer(message)) is not None:
+        is_here = self._streams == 1 and self._is_soon_done(header)
+        if is_here and (reply := self._batcher.answer(message)) is not None:
             return ((reply,),)
         job = self._batcher.enqueue(header, wire.request(header, message[HEADER_BYTES:]), is_wanted)
         result = await self._loop.off_loop(self._batcher.outcome, job)
@@ -214,6 +217,12 @@ class ExpertServer:
             return wire.error_frames(header.tag, result)
         y_PD, compute_ns = result
         return wire.reply_frames(header.tag, header.n_tokens, y_PD, compute_ns)
+
+    def _is_soon_done(self, header: Header) -> bool:
+        """Whether it takes milliseconds: the loop has to say meanwhile that this process lives."""
+        layer = header.tag.layer
+        n_experts = len(self._shard.weights(layer)) if layer < self._shard.n_layers else 0
+        return min(header.n_pairs, n_experts) * self._shard.expert_bytes <= _SOON_READ_BYTES
 
     async def _describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         return pb.DescribeReply(

@@ -129,12 +129,13 @@ def serve(
     max_context: int = 256,
     metrics: Metrics | None = None,
     source: Source | None = None,
+    session: FakeSession | None = None,
     **options: Any,
 ) -> Iterator[Served]:
-    """`vocab_size`: rows of the model's embedding; default: one for each token."""
+    """`vocab_size`: rows of the model's embedding; default: one for each token. `session`: who generates."""
     tokenizer = Tokenizer(path)
     vocab_size = vocab_size or tokenizer.vocab_size
-    session = FakeSession(vocab_size, tokenizer.eos_ids)
+    session = session or FakeSession(vocab_size, tokenizer.eos_ids)
     model = ModelCard(
         "tiny", str(path), max_context=max_context, vocab_size=vocab_size, created=1_700_000_000,
         defaults=read_defaults(path),

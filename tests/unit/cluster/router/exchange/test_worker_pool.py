@@ -43,6 +43,13 @@ class Scripted:
             raise WorkerLost(worker, "down")
         return Received(out_PD.zero_(), 0)
 
+    def answers(self, worker: str) -> bool:
+        return worker in self.connected
+
+    @property
+    def unreachable(self) -> frozenset[str]:
+        return frozenset()
+
     def room(self, worker: str, n_bytes: int) -> None:
         """Anywhere."""
 
