@@ -105,6 +105,11 @@ class Config:
     routing_trace_sample: float = option(
         0.01, "share of the steps that --routing-trace counts", at_least=0.0001, at_most=1
     )
+    weights: Literal["storage", "peer", "auto"] = option(
+        "auto",
+        "where a worker gets an expert from that is moved to it; peer: a worker that holds it, else the model's files; "
+        "auto: the files, a peer where they cannot be read",
+    )
     gpu_memory_utilization: float = option(
         0.9, "share of a GPU's memory that is taken: what weights leave of it is KV cache", at_least=0.05, at_most=1.0
     )
@@ -153,6 +158,20 @@ class Config:
     state_dir: Path | None = option(  # noqa: RUF009
         None, "directory for caches, models, Ray's token and the notes of running clusters; default: where XDG has them"
     )
+    metrics_port: int = option(
+        0,
+        "port of a process's own metrics, /health and /ready; those of one machine take it and the next ones; 0: any",
+        at_least=0,
+        at_most=65000,
+    )
+    per_expert_metrics: Literal["auto", "on", "off"] = option(
+        "auto", "series for each expert of each layer; auto: of models that have at most 4096"
+    )
+    vllm_metrics: bool = option(False, "also show vLLM's names of the series that vLLM has")
+    cluster_name: str | None = option(
+        None, "label `cluster` that Prometheus discovers; default: host name and port of the gateway"
+    )
+    prometheus: bool = option(False, "start the Prometheus that is installed here, on all processes of the cluster")
     allow_chaos: bool = option(
         False,
         "let `expertmesh chaos` kill, stop, slow and cut off processes; routers reach workers through a proxy",

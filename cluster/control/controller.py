@@ -21,12 +21,17 @@ from cluster.control.client import NAME
 from cluster.control.epochs import Change
 from cluster.control.events import Events
 from cluster.control.membership import Membership
+from cluster.control.metrics_options import MetricsOptions
 from cluster.control.observation import observe
 from cluster.control.operator import Operator
+from cluster.control.readings import ControllerReadings
 from cluster.control.rebalancer import RebalanceOptions, Rebalancer
 from cluster.control.rescue import Rescuer
 from cluster.control.view import Member, View
 from cluster.errors import PlacementError
+from cluster.observe import endpoint
+from cluster.observe.exposition import Readings
+from cluster.observe.process import ProcessReadings
 from cluster.placement.placement import Placement, striped
 
 _log = logging.getLogger(__name__)
@@ -54,6 +59,7 @@ class Controller:
         expert_bytes: int = 0,
         admin: AdminOptions | None = None,
         rebalance: RebalanceOptions | None = None,
+        metrics: MetricsOptions | None = None,
         spare_replicas: int = 0,
         allow_chaos: bool = False,
     ) -> None:
@@ -69,6 +75,7 @@ class Controller:
         self._operator = Operator(self._membership, self.change, expert_bytes, self._events, 1 + spare_replicas)
         self._rebalancer = Rebalancer(self._operator, rebalance or RebalanceOptions(), expert_bytes)
         self._admin_address = ""
+        self._metrics_url = None if metrics is None else self._serve_metrics(metrics, expert_bytes)
         self._admin = None if admin is None else asyncio.get_event_loop().create_task(self._serve_admin(admin))
         self._rebalancing = asyncio.get_event_loop().create_task(self._rebalancer.run())
         self._chaos = Chaos(self._membership, self._events, allow_chaos)
@@ -104,7 +111,9 @@ class Controller:
         view = await self._news(known_version)
         load = self._membership.load
         detail: dict[str, object] = {} if load is None else {"imbalance": load.imbalance}
-        myself = Member("controller", NAME, os.getpid(), self._node, "ready", self._admin_address, detail=detail)
+        myself = Member(
+            "controller", NAME, os.getpid(), self._node, "ready", self._admin_address, self._metrics_url, detail=detail
+        )
         return replace(view, members=(*view.members, myself))
 
     async def observe(self, known_epoch: int, known_event: int) -> dict[str, Any]:
@@ -134,6 +143,15 @@ class Controller:
         self._events.see(self._membership.view.members, self._membership.wanted)
         async with self._changed:
             self._changed.notify_all()
+
+    def _serve_metrics(self, options: MetricsOptions, expert_bytes: int) -> str | None:
+        membership = self._membership
+        own = ControllerReadings(membership, self._operator, self._rebalancer, expert_bytes, options.per_expert)
+        process = ProcessReadings("controller", lambda: membership.epochs.placement.epoch)
+        membership.metrics_url = endpoint.serve(
+            Readings(NAME, (own, process)), options.host, options.port, lambda: "ready"
+        )
+        return membership.metrics_url
 
     async def _serve_admin(self, options: AdminOptions) -> None:
         # The members register first: FastAPI takes its time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
@@ -37,6 +38,8 @@ class Membership:
         self._draining = False
         self._members: dict[str, Member] = {}
         self._heard: dict[str, float] = {}
+        self.restarts: Counter[str] = Counter()  # by member, since this controller started
+        self.metrics_url: str | None = None  # of the controller itself
         self._hung_at: dict[str, float] = {}  # of members that have started: loading may keep a process busy
         self._swept = now
         self._isolation = Isolation()
@@ -61,6 +64,8 @@ class Membership:
         member = replace(member, load=None, preparation=None)
         known = self._members.get(member.id)
         self._members[member.id] = member
+        if known is not None:
+            self.restarts[member.id] += known.pid != member.pid
         self._heard[member.id] = now
         if member.state != "starting":
             self._hung_at[member.id] = now + HUNG_AFTER_S
@@ -179,7 +184,7 @@ class Membership:
             self._view = View(
                 self._version, self._sorted(), self.epochs.placement, self.epochs.next, self.epochs.acknowledged,
                 self._wanted,
-                self._group, self._isolated, self._draining,
+                self._group, self._isolated, self._draining, self.metrics_url,
             )  # fmt: skip
         return self._view
 

@@ -17,6 +17,7 @@ import numpy as np
 from cluster.control.epochs import Change
 from cluster.control.events import Events, Kind
 from cluster.control.membership import Membership
+from cluster.control.tally import Tally
 from cluster.errors import PlacementError
 from cluster.placement import edit
 from cluster.placement.layout import Floats
@@ -73,6 +74,7 @@ class Operator:
     ) -> None:
         """`events`: where every action is told of. `least_homes`: replicas that no verb may leave an expert without."""
         self.receipts: deque[Receipt] = deque(maxlen=_RECEIPTS)
+        self.tally = Tally()
         self.drained: set[str] = set()  # expert workers that are to hold nothing
         self._membership = membership
         self._change = change
@@ -287,6 +289,7 @@ class Operator:
             receipt.epoch_after = self._placement.epoch
             load = self._membership.load
             receipt.rows_then = {} if load is None else dict(load.total)
+            self.tally.add(receipt)
             outcome = receipt.error or (
                 f"epoch {receipt.epoch_after} after {receipt.seconds:.2f} s, {receipt.added} replicas loaded, "
                 f"{receipt.removed} unloaded"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.observe.discovery import Target
 from cluster.placement.load import Load
 from cluster.placement.placement import Placement
 from workers.probe import Probe
@@ -63,6 +64,18 @@ class View:
     group: Group | None = None  # None: there is none yet, or the last one broke; those in it leave it
     isolated: tuple[str, ...] = ()  # routers that are to serve nobody for now, see `reach`
     draining: bool = False  # the cluster is being stopped: finish what is open, take nothing new
+    controller_metrics_url: str | None = None
+
+    def targets(self) -> tuple[Target, ...]:
+        """The metrics endpoints of all processes that live."""
+        found = [
+            Target(member.id, member.role, member.metrics_url)
+            for member in self.members
+            if member.state != "lost" and member.metrics_url is not None and member.role != "controller"
+        ]
+        if self.controller_metrics_url is not None:
+            found.append(Target("controller", "controller", self.controller_metrics_url))
+        return tuple(found)
 
     def addresses(self, role: Role) -> Mapping[str, str]:
         """`id -> host:port` of the live members of `role` that have an address."""

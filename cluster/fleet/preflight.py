@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -16,6 +17,7 @@ from cluster.gateway.defaults import SamplingDefaults, read_defaults
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.gateway.vocabulary import check_rows
+from cluster.observe.cardinality import per_expert
 from cluster.router import memory
 from cluster.router.build import dense_bytes, expert_bytes
 from cluster.router.sizing import cluster_dtype, context_limit, pool_blocks, step_bytes
@@ -25,6 +27,7 @@ from workers.device import Gpu, gpus
 from workers.kernels.cores import available_cores
 from workers.kernels.threads import worker_threads
 from workers.model.kv_cache import bytes_per_block
+from workers.spec import ModelSpec
 
 _PROCESS_BYTES = 256 * 2**20  # Python, torch and gRPC in each of our processes
 _RAY_BYTES = 1024 * 2**20  # Ray, Serve and the gateways
@@ -89,7 +92,13 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     cores = available_cores()
     return Plan(
         expert_bytes=replica,
-        config=replace(config, transport=transport.transport),
+        config=replace(
+            config,
+            transport=transport.transport,
+            served_model_name=model_name(config, checkpoint),
+            per_expert_metrics=_per_expert(config, spec),
+            cluster_name=config.cluster_name or f"{socket.gethostname()}:{config.port}",
+        ),
         gpus=found,
         uses=uses,
         transport=transport,
@@ -109,6 +118,11 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         memory=wanted,
         load_bytes=opened.stored_bytes(routers=config.routers),
     )
+
+
+def _per_expert(config: Config, spec: ModelSpec) -> Literal["on", "off"]:
+    layers = spec.n_layers - len(spec.dense_layers)
+    return "on" if per_expert(config.per_expert_metrics, layers, spec.n_experts) else "off"
 
 
 def check_spares(config: Config, n_workers: int, n_replicas: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -16,6 +16,8 @@ from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
 from cluster.fleet.fault_proxy import FaultProxy
+from cluster.fleet.metrics import serve_metrics
+from cluster.observe.exposition import Reading
 from workers.transport.grpc.credentials import Credentials
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,11 @@ class Router:
         self._collective: CollectiveTransport | None = None
         self._store: object = None  # of the groups whose first router this one is; lives as long as the process
         self._store_address = ""
+        self._engine: Engine | None = None
         self._service: GenerationService | None = None
+        self._metrics_url = serve_metrics(
+            config, router_id, "router", self._readings, epoch=self._epoch, state=self._state, device=self._describe
+        )
         self._loop = asyncio.get_event_loop()
         self._membership = ControllerClient(controller, self._member, self._on_view)
         self._started = start_or_end(self._start(), router_id)
@@ -79,7 +85,7 @@ class Router:
 
     async def _start(self) -> str:
         await self._first_view.wait()
-        engine = await asyncio.to_thread(self._build)
+        self._engine = engine = await asyncio.to_thread(self._build)
         from cluster.router.admission import Admission
         from cluster.router.service import GenerationService
 
@@ -260,7 +266,8 @@ class Router:
             id=self._id,
             pid=os.getpid(),
             node=self._node,
-            state=cast(State, "starting" if self._service is None else self._service.state),
+            state=cast(State, self._state()),
+            metrics_url=self._metrics_url,
             address="" if self._service is None else self._service.address,
             epoch=self._epoch(),
             # Before it has loaded it would keep the others waiting.
@@ -272,16 +279,38 @@ class Router:
             detail=self._detail(),
         )
 
-    def _detail(self) -> dict[str, object]:
-        if self._device is None:  # torch is not even imported
+    def _state(self) -> str:
+        return "starting" if self._service is None else self._service.state
+
+    def _readings(self) -> Iterable[Reading]:
+        """For the scrape's thread."""
+        if self._engine is None:
+            return
+        from cluster.router import readings
+
+        yield from readings.of_engine(self._engine)
+        per_expert = self._config.per_expert_metrics == "on"
+        if self._exchange is not None:
+            yield from readings.of_exchange(self._exchange, per_expert)
+        elif per_expert:
+            yield from readings.of_own_experts(self._engine)
+
+    def _describe(self) -> dict[str, object]:
+        """The device; nothing before it is known, when torch is not even imported."""
+        if self._device is None:
             return {}
         from workers.device import describe
 
+        return describe(self._device)
+
+    def _detail(self) -> dict[str, object]:
+        if self._device is None:
+            return {}
         numbers = {} if self._service is None else self._service.numbers()
         if self._exchange is not None and self._exchange.steps is not None:
             counters = self._exchange.counters
             numbers |= {"captured_steps": counters.captured_steps, "void_steps": counters.void_steps}
-        return describe(self._device) | loading(self._source) | numbers
+        return self._describe() | loading(self._source) | numbers
 
     def _epoch(self) -> int:
         if self._exchange is not None:

@@ -46,8 +46,6 @@ class SessionStats:
     requests: int
     tokens: int
     fail_overs: int
-    first_token_s: tuple[float, float] | None  # median and 95th percentile of late
-    next_token_s: tuple[float, float] | None
 
 
 class Session:
@@ -107,12 +105,14 @@ class Session:
         return any(stream.state == "ready" and not stream.retired for stream in self._streams)
 
     def stats(self) -> SessionStats:
-        streams = tuple(StreamStats(each.router, each.address, each.state, each.n_open) for each in self._streams)
-        waiting = sum(entry.expiry is not None for entry in self._open.values())
-        return SessionStats(
-            streams, len(self._open), waiting, self._requests, self._tokens, self._fail_overs,
-            self._first_waits.quantiles(), self._next_waits.quantiles(),
-        )  # fmt: skip
+        """From any thread."""
+        streams = tuple(StreamStats(each.router, each.address, each.state, each.n_open) for each in list(self._streams))
+        waiting = sum(entry.expiry is not None for entry in list(self._open.values()))
+        return SessionStats(streams, len(self._open), waiting, self._requests, self._tokens, self._fail_overs)
+
+    def waits(self) -> dict[str, tuple[float, float] | None]:
+        """Median and 95th percentile of the last seconds' waits for first and following tokens. In the loop only."""
+        return {"first_token_s": self._first_waits.quantiles(), "next_token_s": self._next_waits.quantiles()}
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[StepOutput, None]:
         """Run one request; the last output has `finish`. Closing the generator cancels the request at once.

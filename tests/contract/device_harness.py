@@ -55,6 +55,9 @@ class StepTransport:
         self._ways.pop(worker, None)
         self._replies.pop(worker, None)
 
+    def way(self, worker: str) -> str:
+        return "local"
+
     def answers(self, worker: str) -> bool:
         return worker in self._ways
 

@@ -100,6 +100,9 @@ class Transport(Protocol):
         """Where the next request to `worker`, of so many bytes, may be laid out, so that sending it copies nothing.
         None: anywhere."""
 
+    def way(self, worker: str) -> str:
+        """How rows travel to `worker` now: "local", "grpc", "shm", "device" or "collective"."""
+
     def send(self, worker: str, rows: Rows) -> None:
         """Hand over `rows` and return at once. Raises WorkerLost when the stream is known to be broken."""
 

@@ -26,7 +26,7 @@ def repair(sender: Sender, lost: list[Part], rows_PD: Tensor, timeout_s: float) 
     began = time.monotonic()
     pause_s = _FIRST_PAUSE_S
     while lost:
-        sender.counters.repairs += len(lost)
+        sender.counters.retries.update(part.reply.worker for part in lost)
         sender.follow(lost)
         lost = sender.receive([again for part in lost for again in _resend(sender, part)], rows_PD)
         if not lost:

@@ -31,6 +31,7 @@ class Reply:
     has_other: bool  # whether another replica could give it
     settled: bool = False
     loss: WorkerLost | None = None
+    is_late: bool = False  # it was lost because it did not come in time
     compute_ns: int = 0
 
 
@@ -127,6 +128,7 @@ class WorkerPool:
             try:
                 rows_PD, first.compute_ns = self.transport.receive(first.worker, first.tag, timeout_s, first.out_PD)
             except WorkerLost as loss:
+                first.is_late = time.monotonic() - began >= timeout_s
                 self._failed(first, loss)
             else:
                 patience.came(first.n_rows, time.monotonic() - began)

@@ -95,6 +95,10 @@ class CollectiveTransport:
         """Forget `worker`. What is in flight is lost."""
         self._connected.discard(worker)
 
+    def way(self, worker: str) -> str:
+        """The group of all routers and workers."""
+        return "collective"
+
     def answers(self, worker: str) -> bool:
         """Whether `worker` is in a group that works."""
         mesh = self._mesh

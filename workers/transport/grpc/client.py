@@ -100,6 +100,11 @@ class GrpcTransport:
         link = self._links.get(worker)
         return None if link is None else link.room(n_bytes)
 
+    def way(self, worker: str) -> str:
+        """The faster way that both took, or "grpc"."""
+        link = self._links.get(worker)
+        return "grpc" if link is None else link.way
+
     def send(self, worker: str, rows: Rows) -> None:
         """Hand over `rows`; only the first ones wait, until the worker has said that it is the one.
 
@@ -196,6 +201,7 @@ class _Link:
         self._worker = worker
         self._greet_timeout_s = greet_timeout_s
         self._pair: Pair | None = None
+        self.way = "grpc"
         self._is_greeted = False
         self._in_flight: deque[tuple[Tag, bool]] = deque()  # what was sent, and whether the faster way
         made = ((way.name, way.offer(worker)) for way in ways)
@@ -269,6 +275,7 @@ class _Link:
                 except OSError as error:
                     _log.warning("worker %s: rows go over gRPC, not %s: %s", self._worker, name, error)
                 else:
+                    self.way = name
                     del self._offers[name]
                     break
             elif (why := words.get(key(name, "declined"))) is not None:

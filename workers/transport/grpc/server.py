@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,11 +15,12 @@ import grpc.aio
 import numpy as np
 
 from workers import wire
-from workers.errors import WireError
+from workers.errors import ExpertNotHeld, WireError
 from workers.pb import experts_pb2 as pb
 from workers.shard import ExpertShard
 from workers.transport.base import Accepted, Acceptor, Declined
 from workers.transport.batcher import Batcher, reason
+from workers.transport.grpc import peer_weights
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.handshake import EXPERTS_SERVICE, Hello, key
 from workers.transport.grpc.serving import Context, Server, text_values
@@ -32,7 +33,7 @@ _SOON_READ_BYTES = 1 << 28  # weights that are read in some ten milliseconds
 
 
 class ExpertServer:
-    """Serves one shard to any number of routers: Exchange, Describe and gRPC's health service.
+    """Serves one shard to any number of routers: Exchange, Weights, Describe and gRPC's health service.
 
     An asyncio loop in a thread of its own receives and answers. Few rows of a router that is alone are computed there
     where the weights they need are soon read; everything else in one other thread, and what arrives meanwhile is its
@@ -71,6 +72,11 @@ class ExpertServer:
             self._loop.close()
             raise OSError(f"expert worker {worker} {error}") from None
 
+    @property
+    def batcher(self) -> Batcher:
+        """What computes, and counts that."""
+        return self._batcher
+
     def start(self) -> None:
         """Take requests from now on; the shard is loaded."""
         self._loop.run(self._start())
@@ -104,6 +110,7 @@ class ExpertServer:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             # No serialisers: frames are the bytes on the wire.
             "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
+            "Weights": grpc.unary_stream_rpc_method_handler(self._weights, pb.WeightsRequest.FromString),
             "Describe": grpc.unary_unary_rpc_method_handler(
                 self._describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
             ),
@@ -223,6 +230,20 @@ class ExpertServer:
         layer = header.tag.layer
         n_experts = len(self._shard.weights(layer)) if layer < self._shard.n_layers else 0
         return min(header.n_pairs, n_experts) * self._shard.expert_bytes <= _SOON_READ_BYTES
+
+    async def _weights(self, request: pb.WeightsRequest, context: Context) -> AsyncIterator[bytes]:
+        """One replica, for another worker."""
+        asked = Hello.from_metadata(text_values(context.invocation_metadata()))
+        objection = Hello(self._worker, asked.router, self._model, self._epoch()).objection(asked)
+        if objection is not None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, objection)
+        try:
+            said, tensors = await self._loop.off_loop(peer_weights.words, self._shard, request.layer, request.expert)
+        except ExpertNotHeld as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        await context.send_initial_metadata(said)
+        async for piece in peer_weights.pieces(tensors):
+            yield piece
 
     async def _describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         return pb.DescribeReply(

@@ -43,6 +43,9 @@ class Scripted:
             raise WorkerLost(worker, "down")
         return Received(out_PD.zero_(), 0)
 
+    def way(self, worker: str) -> str:
+        return "local"
+
     def answers(self, worker: str) -> bool:
         return worker in self.connected
 
