@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 
 CLIENTS := .clients
 
-.PHONY: serve test clients check install-check proto tree clean
+.PHONY: serve test clients check install-check dashboards proto tree clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.runtime
@@ -39,9 +39,13 @@ check: $(VENV)/.dev
 	$(BIN)/python scripts/proto.py --check
 	$(BIN)/python scripts/tree.py --check
 	$(BIN)/python scripts/metrics.py --check
+	$(BIN)/python -m scripts.dashboards --check
 
 install-check: $(VENV)/.dev
 	$(BIN)/python scripts/install_check.py $(PYTHON) $(KIND)
+
+dashboards: $(VENV)/.dev
+	$(BIN)/python -m scripts.dashboards
 
 proto: $(VENV)/.dev
 	$(BIN)/python scripts/proto.py

@@ -126,7 +126,7 @@ class Membership:
 
     def propose(self, placement: Placement, reason: str, now: float, timeout_s: float) -> Change:
         """Begin a change of the placement. PlacementError when it cannot be made."""
-        check(placement, self.slots, self.epochs.placement)
+        check(placement, self.most_slots, self.epochs.placement)
         change = self.epochs.propose(placement, reason, now, timeout_s)
         self._changed()
         self.advance(now)
@@ -186,8 +186,16 @@ class Membership:
 
     @property
     def slots(self) -> dict[str, int]:
-        """By live expert worker, how many experts it can hold; 0: not known."""
-        return {m.id: m.slots for m in self._sorted() if m.role == "expert" and m.state in ("starting", "ready")}
+        """By live expert worker, how many experts a plan may give it; 0: not known."""
+        return {m.id: m.slots for m in self._workers()}
+
+    @property
+    def most_slots(self) -> dict[str, int]:
+        """By live expert worker, how many experts it may hold when others are lost; 0: as many as it has memory for."""
+        return {m.id: m.most_slots for m in self._workers()}
+
+    def _workers(self) -> list[Member]:
+        return [m for m in self._sorted() if m.role == "expert" and m.state in ("starting", "ready")]
 
     @property
     def load(self) -> Load | None:

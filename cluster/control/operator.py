@@ -242,6 +242,8 @@ class Operator:
             for placement in way:
                 if self._urgent > urgent:
                     raise PlacementError(f"{action}: gave way to a fail-over")
+                if not urgent:  # a fail-over may need more than what is planned for
+                    edit.check(placement, self._membership.slots, self._placement)
                 change = await self._change(placement, action)
                 reached = placement.epoch
                 receipt.added += len(change.adds)

@@ -83,7 +83,7 @@ class Rescuer:
         members = self._membership.view.members
         able = {member.id for member in members if member.role == "expert" and member.state == "ready"}
         able -= down | self._operator.drained | self._membership.epochs.refusing
-        slots = {worker: n for worker, n in self._membership.slots.items() if worker in able}
+        slots = {worker: n for worker, n in self._membership.most_slots.items() if worker in able}
         after = sheltered(placement, down, slots, least)
         added = after.all_replicas() - placement.all_replicas()
         names = ", ".join(sorted(down & set(placement.workers)))

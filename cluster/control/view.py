@@ -46,7 +46,8 @@ class Member:
     unreachable: tuple[str, ...] = ()  # of a router: expert workers that do not answer it
     told: int = 0  # epoch of the newest placement it has heard of
     aims: int = 0  # revision of the newest goal it has heard of
-    slots: int = 0  # of an expert worker: experts it has memory for, those it holds among them; 0: not known
+    slots: int = 0  # of an expert worker: experts that plans may give it, those it holds among them; 0: not known
+    most_slots: int = 0  # of an expert worker: experts it may hold at most; 0: as many as it finds memory for
     bytes_per_s: int = 0  # of an expert worker: what its memory gives, which is what decoding takes; 0: not known
     detail: dict[str, object] = field(default_factory=dict)  # numbers for people: experts held, blocks free
     # For the controller alone, not shown to the other members:

@@ -177,6 +177,7 @@ class ExpertWorker:
             group=self._group,
             broken=server.broken if isinstance(server, CollectiveServer) else 0,
             slots=self._slots(),
+            most_slots=self._config.expert_slots or self._capacity.slots,
             bytes_per_s=self._capacity.bytes_per_s,
             preparation=None if self._keeper is None else self._keeper.preparation,
             detail=({} if self._weights is None else {"replicas_from_peers": self._weights.from_peers})

@@ -21,6 +21,7 @@ from cluster.fleet.actor import node_address
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
 from cluster.fleet.metrics import aliases_of
+from cluster.fleet.page_source import ControllerSource
 from cluster.fleet.request_id import OneRequestId
 from cluster.gateway.context import ModelCard
 from cluster.observe import endpoint
@@ -55,7 +56,7 @@ class Gateway:
         self._metrics = Metrics(self._id, own, aliases_of(config, self._id))
         self._metrics.cluster = config.cluster_name or ""
         self._epoch = 0
-        app = create_app(config, model, tokenizer, self._session, self._metrics)
+        app = create_app(config, model, tokenizer, self._session, self._metrics, ControllerSource(controller))
         self._drain = Drain(app, lambda: self._membership.tell())
         collector, state = self._metrics.collector, lambda: self._state
         self._metrics_url = endpoint.serve(collector, node_address(), config.metrics_port, state)
@@ -87,6 +88,8 @@ class Gateway:
         self._id = self._rank()
         self._metrics.rename(self._id)
         stats = self._session.stats()
+        detail: dict[str, object] = {"open": self._drain.open, "requests": stats.requests, "tokens": stats.tokens}
+        detail |= self._session.waits()
         return Member(
             role="gateway",
             id=self._id,
@@ -95,7 +98,7 @@ class Gateway:
             state=self._state,
             address=self._url,
             metrics_url=self._metrics_url,
-            detail={"open": self._drain.open, "requests": stats.requests, "tokens": stats.tokens},
+            detail=detail,
         )
 
 

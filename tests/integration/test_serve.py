@@ -3,6 +3,7 @@ kill -9, leaves processes behind, or fails without saying why."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -73,6 +74,8 @@ def test_every_process_shows_its_series_and_is_discovered(cluster: RunningCluste
     assert tokens and sum(map(float, tokens)) > 0
     by_http = httpx.get(f"{cluster.url}/metrics/targets").json()
     assert sorted(group["labels"]["instance"] for group in by_http) == sorted(process["id"] for process in processes)
+    by_file = json.loads(Path(cluster.status()["run_dir"], "prometheus_targets.json").read_text())
+    assert by_file == by_http
 
 
 def test_nothing_listens_beyond_loopback(cluster: RunningCluster) -> None:

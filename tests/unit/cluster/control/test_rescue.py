@@ -124,7 +124,7 @@ def test_with_spares_a_loss_needs_nothing_until_it_lasts() -> None:
 
 def test_where_there_is_no_room_nothing_is_pretended() -> None:
     fleet = Fleet()
-    fleet.say(*(expert(name, slots=len(fleet.placement.shard(name))) for name in WORKERS))
+    fleet.say(*(expert(name, most_slots=len(fleet.placement.shard(name))) for name in WORKERS))
     fleet.say(expert("expert-0", state="lost"))
     fleet.look()
     assert fleet.placement.epoch == 1
