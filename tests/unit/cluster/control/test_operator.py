@@ -21,6 +21,7 @@ from cluster.errors import PlacementError
 from cluster.placement.load import Load
 from cluster.placement.placement import Placement, striped
 from cluster.placement.planner import Forecast
+from tests.loop import until
 
 WORKERS = ("expert-0", "expert-1", "expert-2")
 SKEWED = np.array([[100.0, 10, 10, 10], [5, 5, 5, 500]]) * 100
@@ -158,7 +159,7 @@ def test_advice_changes_nothing_and_a_failure_is_not_repeated_at_once() -> None:
 
     async def a_while() -> None:
         task = asyncio.create_task(auto.run())
-        await asyncio.sleep(0.3)
+        await until(lambda: auto.health.actions > 0)
         task.cancel()
 
     asyncio.run(a_while())

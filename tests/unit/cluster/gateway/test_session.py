@@ -351,3 +351,23 @@ async def test_nothing_leaks_over_500_requests_of_which_half_are_cancelled() -> 
         assert all(stream.requests == 0 for stream in session.stats().streams)
         assert all(not router.service.n_open and router.service.n_gateways == 1 for router in routers)
     await until(lambda: len(asyncio.all_tasks()) == 2)  # the test's own and the limit around it
+
+
+@in_loop
+async def test_requests_of_a_router_that_is_isolated_go_on_elsewhere_and_it_gets_none_until_it_is_ready_again() -> None:
+    params = SamplingParams(max_tokens=100, seed=3)
+    async with cluster(FakeEngine(step_s=0.01), FakeEngine(step_s=0.01)) as (session, routers):
+        tasks = start(session, 6, params)
+        await until(lambda: session.stats().tokens > 60)
+        await routers[0].service.isolate()
+        await assert_undisturbed(tasks, params)
+        assert session.stats().fail_overs == 3
+        before = len(routers[0].engine.submitted)
+        await until(lambda: [each.state for each in session.stats().streams] == ["isolated", "ready"])
+        short = SamplingParams(max_tokens=5, seed=3)
+        await assert_undisturbed(start(session, 4, short), short)
+        assert len(routers[0].engine.submitted) == before
+        await routers[0].service.set_state("ready")
+        await until(lambda: all(each.state == "ready" for each in session.stats().streams))
+        await assert_undisturbed(start(session, 4, short), short)
+        assert len(routers[0].engine.submitted) == before + 2
