@@ -1,6 +1,7 @@
 # make serve   builds everything a fresh machine lacks and serves a model    (MODEL=default, ARGS="--port 8080")
 # make test    all tests, half an hour on two cores                           (TESTS=tests/unit for a part: minutes)
 # make install-check   an empty environment, a chat from it                   (PYTHON=python3.13 KIND=sdist)
+# make clients   agent and extraction frameworks against the gateway, from an environment of their own (.clients)
 # make check   style, types, import directions, generated code
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,9 @@ TESTS  ?= tests
 KIND   ?= wheel
 BIN    := $(VENV)/bin
 
-.PHONY: serve test check install-check proto tree clean
+CLIENTS := .clients
+
+.PHONY: serve test clients check install-check dashboards proto tree clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.runtime
@@ -18,6 +21,15 @@ serve: $(VENV)/.runtime
 test: $(VENV)/.dev
 	@test "$(TESTS)" != tests || echo "All tests: half an hour on two cores. A part: make test TESTS=tests/unit, or ARGS='-k word'."
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/package.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install -q -r tests/clients/requirements.txt
+	mkdir -p $(CLIENTS)/node && cp tests/clients/package.json $(CLIENTS)/node && npm install --silent --prefix $(CLIENTS)/node
+	@touch $@
+
+clients: $(VENV)/.dev $(CLIENTS)/.installed
+	EXPERTMESH_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest tests/clients $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -28,9 +40,13 @@ check: $(VENV)/.dev
 	$(BIN)/python scripts/tree.py --check
 	$(BIN)/python scripts/chart.py --check
 	$(BIN)/python scripts/metrics.py --check
+	$(BIN)/python -m scripts.dashboards --check
 
 install-check: $(VENV)/.dev
 	$(BIN)/python scripts/install_check.py $(PYTHON) $(KIND)
+
+dashboards: $(VENV)/.dev
+	$(BIN)/python -m scripts.dashboards
 
 proto: $(VENV)/.dev
 	$(BIN)/python scripts/proto.py
@@ -65,4 +81,4 @@ tree: $(VENV)/.dev
 	$(BIN)/python scripts/tree.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

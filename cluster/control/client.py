@@ -102,6 +102,11 @@ class ControllerByName:
         """`Controller.sync` of the actor."""
         return _handle().sync
 
+    @property
+    def observe(self) -> Any:
+        """`Controller.observe` of the actor."""
+        return _handle().observe
+
 
 @cache
 def _handle() -> Any:

@@ -16,15 +16,22 @@ import psutil
 import ray
 
 from cluster.control.admin_options import AdminOptions
+from cluster.control.chaos import Chaos
 from cluster.control.client import NAME
 from cluster.control.epochs import Change
 from cluster.control.events import Events
 from cluster.control.membership import Membership
+from cluster.control.metrics_options import MetricsOptions
 from cluster.control.observation import observe
 from cluster.control.operator import Operator
+from cluster.control.readings import ControllerReadings
 from cluster.control.rebalancer import RebalanceOptions, Rebalancer
+from cluster.control.rescue import Rescuer
 from cluster.control.view import Member, View
 from cluster.errors import PlacementError
+from cluster.observe import endpoint
+from cluster.observe.exposition import Readings
+from cluster.observe.process import ProcessReadings
 from cluster.placement.placement import Placement, striped
 
 _log = logging.getLogger(__name__)
@@ -52,20 +59,28 @@ class Controller:
         expert_bytes: int = 0,
         admin: AdminOptions | None = None,
         rebalance: RebalanceOptions | None = None,
+        metrics: MetricsOptions | None = None,
+        spare_replicas: int = 0,
+        allow_chaos: bool = False,
     ) -> None:
         """`workers` hold the first placement, `expected` are all members of a complete cluster."""
         # Nanoseconds: a restarted controller starts above every version it ever gave out.
-        placement = striped(n_layers, n_experts, tuple(workers), dense_layers=dense_layers)
+        spares = min(spare_replicas, max(0, len(workers) - 1))
+        placement = striped(n_layers, n_experts, tuple(workers), dense_layers=dense_layers, spares=spares)
         self._membership = Membership(placement, expected, time.monotonic(), time.time_ns())
         self._changed = asyncio.Condition()
         self._processes: dict[str, psutil.Process] = {}  # of this node, by member: psutil tells a recycled pid apart
         self._node = ray.get_runtime_context().get_node_id()
         self._events = Events()
-        self._operator = Operator(self._membership, self.change, expert_bytes, self._events)
+        self._operator = Operator(self._membership, self.change, expert_bytes, self._events, 1 + spare_replicas)
         self._rebalancer = Rebalancer(self._operator, rebalance or RebalanceOptions(), expert_bytes)
         self._admin_address = ""
+        self._metrics_url = None if metrics is None else self._serve_metrics(metrics, expert_bytes)
         self._admin = None if admin is None else asyncio.get_event_loop().create_task(self._serve_admin(admin))
         self._rebalancing = asyncio.get_event_loop().create_task(self._rebalancer.run())
+        self._chaos = Chaos(self._membership, self._events, allow_chaos)
+        rescuer = Rescuer(self._membership, self._operator, self._changed, 1 + spare_replicas)
+        self._rescuing = asyncio.get_event_loop().create_task(rescuer.run())
         self._sweeper = asyncio.get_event_loop().create_task(self._sweep())
 
     async def sync(self, member: Member, known_version: int, placement: Placement | None = None) -> View | None:
@@ -96,7 +111,9 @@ class Controller:
         view = await self._news(known_version)
         load = self._membership.load
         detail: dict[str, object] = {} if load is None else {"imbalance": load.imbalance}
-        myself = Member("controller", NAME, os.getpid(), self._node, "ready", self._admin_address, detail=detail)
+        myself = Member(
+            "controller", NAME, os.getpid(), self._node, "ready", self._admin_address, self._metrics_url, detail=detail
+        )
         return replace(view, members=(*view.members, myself))
 
     async def observe(self, known_epoch: int, known_event: int) -> dict[str, Any]:
@@ -127,6 +144,15 @@ class Controller:
         async with self._changed:
             self._changed.notify_all()
 
+    def _serve_metrics(self, options: MetricsOptions, expert_bytes: int) -> str | None:
+        membership = self._membership
+        own = ControllerReadings(membership, self._operator, self._rebalancer, expert_bytes, options.per_expert)
+        process = ProcessReadings("controller", lambda: membership.epochs.placement.epoch)
+        membership.metrics_url = endpoint.serve(
+            Readings(NAME, (own, process)), options.host, options.port, lambda: "ready"
+        )
+        return membership.metrics_url
+
     async def _serve_admin(self, options: AdminOptions) -> None:
         # The members register first: FastAPI takes its time.
         api = await asyncio.to_thread(import_module, "cluster.control.api")
@@ -134,7 +160,7 @@ class Controller:
         def listening(address: str) -> None:
             self._admin_address = address
 
-        app = api.create_app(self._membership, self._operator, self._rebalancer, options.token)
+        app = api.create_app(self._membership, self._operator, self._rebalancer, options.token, self._chaos)
         while True:
             try:
                 await api.serve(app, options, listening)

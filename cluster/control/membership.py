@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 from cluster.control.epochs import Change, Epochs
 from cluster.control.groups import regroup
+from cluster.control.reach import Isolation, away
 from cluster.control.view import Member, View
 from cluster.placement.edit import check
 from cluster.placement.load import Load, merged
@@ -36,8 +38,12 @@ class Membership:
         self._draining = False
         self._members: dict[str, Member] = {}
         self._heard: dict[str, float] = {}
+        self.restarts: Counter[str] = Counter()  # by member, since this controller started
+        self.metrics_url: str | None = None  # of the controller itself
         self._hung_at: dict[str, float] = {}  # of members that have started: loading may keep a process busy
         self._swept = now
+        self._isolation = Isolation()
+        self._isolated: tuple[str, ...] = ()
         self._group: Group | None = None
         self._newest_group = 0
         self._regroup_at = now
@@ -58,6 +64,8 @@ class Membership:
         member = replace(member, load=None, preparation=None)
         known = self._members.get(member.id)
         self._members[member.id] = member
+        if known is not None:
+            self.restarts[member.id] += known.pid != member.pid
         self._heard[member.id] = now
         if member.state != "starting":
             self._hung_at[member.id] = now + HUNG_AFTER_S
@@ -93,15 +101,29 @@ class Membership:
         return [self._members[member_id] for member_id in hung]
 
     def advance(self, now: float) -> None:
-        """Let a change of the placement take the next step that is possible."""
+        """Let a change of the placement take the next step that is possible, and see who is cut off from whom."""
         before = self.epochs.version
-        self.epochs.advance(self._members, now)
+        self.epochs.advance(self._members, now, self.away)
+        isolated = self._isolation.look(self.epochs.placement, self._members.values(), now)
+        if self.epochs.version != before or isolated != self._isolated:
+            self._isolated = isolated
+            self._changed()
+
+    @property
+    def away(self) -> frozenset[str]:
+        """Expert workers that cannot be asked, see `reach`."""
+        return away(self._members.values())
+
+    def give_way(self, reason: str, now: float) -> None:
+        """A change of the placement that is not published yet is given up for something more urgent."""
+        before = self.epochs.version
+        self.epochs.give_way(reason, now)
         if self.epochs.version != before:
             self._changed()
 
     def propose(self, placement: Placement, reason: str, now: float, timeout_s: float) -> Change:
         """Begin a change of the placement. PlacementError when it cannot be made."""
-        check(placement, self.slots)
+        check(placement, self.most_slots, self.epochs.placement)
         change = self.epochs.propose(placement, reason, now, timeout_s)
         self._changed()
         self.advance(now)
@@ -136,8 +158,16 @@ class Membership:
 
     @property
     def slots(self) -> dict[str, int]:
-        """By live expert worker, how many experts it can hold; 0: not known."""
-        return {m.id: m.slots for m in self._sorted() if m.role == "expert" and m.state in ("starting", "ready")}
+        """By live expert worker, how many experts a plan may give it; 0: not known."""
+        return {m.id: m.slots for m in self._workers()}
+
+    @property
+    def most_slots(self) -> dict[str, int]:
+        """By live expert worker, how many experts it may hold when others are lost; 0: as many as it has memory for."""
+        return {m.id: m.most_slots for m in self._workers()}
+
+    def _workers(self) -> list[Member]:
+        return [m for m in self._sorted() if m.role == "expert" and m.state in ("starting", "ready")]
 
     @property
     def load(self) -> Load | None:
@@ -162,7 +192,7 @@ class Membership:
             self._view = View(
                 self._version, self._sorted(), self.epochs.placement, self.epochs.next, self.epochs.acknowledged,
                 self._wanted,
-                self._group, self._draining,
+                self._group, self._isolated, self._draining, self.metrics_url,
             )  # fmt: skip
         return self._view
 

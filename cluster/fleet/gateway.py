@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,16 @@ from starlette.types import ASGIApp
 
 from cluster.config import Config
 from cluster.control.client import ControllerClient
-from cluster.control.view import Member, View
+from cluster.control.view import Member, State, View
 from cluster.fleet.actor import node_address
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
+from cluster.fleet.metrics import aliases_of
+from cluster.fleet.page_source import ControllerSource
 from cluster.fleet.request_id import OneRequestId
 from cluster.gateway.context import ModelCard
+from cluster.observe import endpoint
+from cluster.observe.process import ProcessReadings
 from workers.transport.grpc.credentials import Credentials
 
 
@@ -33,51 +36,56 @@ class Gateway:
         self, config: Config, model: ModelCard, url: str, controller: Any, credentials: Credentials
     ) -> None:
         from cluster.gateway.app import create_app
-        from cluster.gateway.metrics import Metrics
+        from cluster.gateway.metrics import Metrics, of_session
         from cluster.gateway.session import Session
         from cluster.gateway.tokenizer import Tokenizer
 
-        self._metrics_url = f"{url}/metrics/own"
         _listen_on_node_address()
-        _tell_when_listening(self._on_listening)
+        _keep_request_ids()
         self._id = f"gateway-{serve.get_replica_context().rank.rank}"
         self._url = url
         self._node = ray.get_runtime_context().get_node_id()
         self._session = Session(credentials, rejoin_timeout_s=config.rejoin_timeout_s)
         tokenizer = await asyncio.to_thread(Tokenizer, Path(model.path))
-        self._metrics = Metrics(self._id)
-        app = create_app(config, model, tokenizer, self._session, self._metrics)
+        process = ProcessReadings("gateway", lambda: self._epoch)
+        own = (lambda: of_session(self._session.stats()), process)
+        self._metrics = Metrics(self._id, own, aliases_of(config, self._id))
+        self._metrics.cluster = config.cluster_name or ""
+        self._epoch = 0
+        app = create_app(config, model, tokenizer, self._session, self._metrics, ControllerSource(controller))
         self._drain = Drain(app, lambda: self._membership.tell())
+        collector, state = self._metrics.collector, lambda: self._state
+        self._metrics_url = endpoint.serve(collector, node_address(), config.metrics_port, state)
         self._membership = ControllerClient(controller, self._member, self._on_view)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._drain
 
-    def _on_listening(self, host: str, port: int) -> None:
-        """This gateway's own server, past the proxy: what it counts is not what the others count."""
-        self._metrics_url = f"http://{host}:{port}/metrics/own"
-
     def _on_view(self, view: View) -> None:
         self._session.update(view.addresses("router"))
-        self._metrics.peers = {
-            member.id: member.metrics_url
-            for member in view.members
-            if member.role == "gateway" and member.id != self._id and member.state != "lost" and member.metrics_url
-        }
+        self._metrics.targets = view.targets()
+        self._epoch = view.placement.epoch
         self._drain.draining |= view.draining  # a controller that was restarted no longer knows
 
+    @property
+    def _state(self) -> State:
+        if self._drain.draining:
+            return "draining"
+        return "ready" if self._session.ready() else "starting"
+
     def _member(self) -> Member:
-        ready = not self._drain.draining and self._session.ready()
         stats = self._session.stats()
+        detail: dict[str, object] = {"open": self._drain.open, "requests": stats.requests, "tokens": stats.tokens}
+        detail |= self._session.waits()
         return Member(
             role="gateway",
             id=self._id,
             pid=os.getpid(),
             node=self._node,
-            state="draining" if self._drain.draining else "ready" if ready else "starting",
+            state=self._state,
             address=self._url,
             metrics_url=self._metrics_url,
-            detail={"open": self._drain.open, "requests": stats.requests, "tokens": stats.tokens},
+            detail=detail,
         )
 
 
@@ -115,18 +123,13 @@ def _listen_on_node_address() -> None:
     )
 
 
-def _tell_when_listening(told: Callable[[str, int], None]) -> None:
-    """Call `told` with host and port once Serve has opened this replica's own HTTP server, as it does for HAProxy.
-
-    The port is drawn after the constructor, and a replica is not told it.
-    """
+def _keep_request_ids() -> None:
+    """Of the HTTP server that Serve opens for this replica: of two request ids in an answer ours stays."""
     replica = import_module("ray.serve._private.replica")
     original = replica.start_asgi_http_server
 
     async def start(app: ASGIApp, options: Any, *args: Any, **kwargs: Any) -> Any:
         options.middlewares.append(Middleware(OneRequestId))  # around Serve's own
-        server = await original(app, options, *args, **kwargs)
-        told(options.host, options.port)
-        return server
+        return await original(app, options, *args, **kwargs)
 
     replica.__dict__["start_asgi_http_server"] = start

@@ -17,6 +17,7 @@ from cluster.config import Config
 from cluster.control.admin_options import AdminOptions
 from cluster.control.client import NAME, NAMESPACE, ControllerByName
 from cluster.control.controller import Controller
+from cluster.control.metrics_options import MetricsOptions
 from cluster.control.rebalancer import RebalanceOptions
 from cluster.control.view import View
 from cluster.errors import ExpertMeshError, RayGone, StartError
@@ -102,6 +103,9 @@ def start_actors(config: Config, plan: Plan, url: str, credentials: Credentials,
         RebalanceOptions(
             config.rebalance, config.rebalance_interval_s, config.rebalance_horizon_s, config.rebalance_min_gain
         ),
+        MetricsOptions(node_address(), config.metrics_port, config.per_expert_metrics == "on"),
+        config.spare_replicas,
+        config.allow_chaos,
     )
     by_name = ControllerByName()
     actors: dict[str, Any] = {}

@@ -36,6 +36,7 @@ class RunState:
     model: str
     transport: str
     transport_reason: str
+    cluster: str = ""  # its name, in the labels of its metrics
 
     @property
     def alive(self) -> bool:

@@ -17,9 +17,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from cluster.config import Config
 from cluster.config_load import tls_files
 from cluster.errors import ExpertMeshError, RayGone
-from cluster.fleet import local_ray, preflight, ray_logs, snapshot
+from cluster.fleet import local_ray, preflight, prometheus, ray_logs, snapshot
 from cluster.fleet.mps import Mps
 from cluster.fleet.open_files import raise_limit
+from cluster.fleet.prometheus import Prometheus
 from cluster.fleet.ray_token import ensure_token
 from cluster.fleet.run_state import RunDirectory, RunState, credentials_path, make_admin_token
 from cluster.fleet.signals import Signals, Stopped
@@ -46,6 +47,8 @@ def serve(config: Config, console: Console) -> None:
         open_files = raise_limit()
         if config.ray_address is None:
             preflight.check_port(config.host, config.port)
+        if config.prometheus:
+            prometheus.check_installed()
         checkpoint = resolve(config.model)
         with console.status(f"checking {checkpoint}"):
             plan = preflight.plan(config, checkpoint)
@@ -89,9 +92,10 @@ def _run(config: Config, plan: preflight.Plan, run: RunDirectory, signals: Signa
         model=plan.model_name,
         transport=plan.transport.transport,
         transport_reason=plan.transport.reason,
+        cluster=plan.config.cluster_name or "",
     )
     state.write()
-    mps = Mps(run.path)
+    mps, metrics = Mps(run.path), Prometheus(run.path)
 
     def give_up() -> None:
         console.print("stopped", style="dim")
@@ -119,9 +123,13 @@ def _run(config: Config, plan: preflight.Plan, run: RunDirectory, signals: Signa
             console.print(f"Ray at {address}", style="dim", highlight=False)
             state = replace(state, ray_address=address)
             state.write()
+            if config.prometheus:
+                metrics.start(signals.check)
+                console.print(f"Prometheus at {metrics.url}", style="dim", highlight=False)
             _serve(config, plan, state, run, signals, console, began)
         finally:
             with console.status("stopping"):
+                metrics.stop()
                 local_ray.stop(config)
                 mps.stop()
             state.remove()

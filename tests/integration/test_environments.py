@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -130,6 +131,13 @@ def test_as_whoever_a_container_makes_us(
         shutil.rmtree(state, ignore_errors=True)
 
 
+def answered(scrape: str) -> str:
+    """The gateway that answered a scrape."""
+    found = re.search(r'expertmesh_process_scraped{gateway="([^"]+)"', scrape)
+    assert found is not None
+    return found[1]
+
+
 def test_two_gateways_are_one_scrape(tmp_path: Path, tiny_checkpoint: Path) -> None:
     """Whichever gateway the port leads to, the answer holds the series of both; and an answer has one request id.
 
@@ -144,9 +152,9 @@ def test_two_gateways_are_one_scrape(tmp_path: Path, tiny_checkpoint: Path) -> N
         scrapes = [client.get("/metrics").text for _ in range(8)]
         for text in scrapes:
             for name in ("gateway-0", "gateway-1"):
-                assert f'expertmesh_gateway_up{{gateway="{name}"}} 1.0' in text
-                assert f'process_resident_memory_bytes{{gateway="{name}"}}' in text
-        tokens = [line for line in scrapes[-1].splitlines() if line.startswith("expertmesh_gateway_tokens_total")]
+                assert f'expertmesh_process_scraped{{gateway="{answered(text)}",process="{name}"}} 1.0' in text
+                assert f'expertmesh_process_resident_bytes{{process="{name}"}}' in text
+        tokens = [line for line in scrapes[-1].splitlines() if line.startswith("expertmesh_generation_tokens_total")]
         assert sum(float(line.split()[-1]) for line in tokens) == 16
 
         asked = client.get("/version", headers={"x-request-id": "mine-1"})

@@ -80,7 +80,7 @@ def test_two_gateways_count_for_themselves(tmp_path: Path, tiny_checkpoint: Path
         urls = [process["metrics_url"] for process in cluster.status()["processes"] if process["role"] == "gateway"]
         pids = {
             line.split()[-1] for url in urls for line in httpx.get(url).text.splitlines()
-            if line.startswith("process_start_time_seconds{")
+            if line.startswith("expertmesh_process_start_time_seconds{")
         }  # fmt: skip
         assert len(pids) == 2
         answer = chat(cluster, "hello", max_tokens=8)

@@ -109,7 +109,11 @@ RETRIES: Final = Series(
 )  # fmt: skip
 DEADLINES: Final = Series(
     "expertmesh_exchange_deadlines_missed_total", "counter", "", "router", ("worker",),
-    "Replies that did not come in time",
+    "Replies that did not come in time, of experts without another replica",
+)  # fmt: skip
+HEDGES: Final = Series(
+    "expertmesh_exchange_hedges_total", "counter", "", "router", ("worker",),
+    "Replies that took longer than such replies do, so that another replica was asked",
 )  # fmt: skip
 FENCED: Final = Series(
     "expertmesh_exchange_fenced_replies_total", "counter", "", "router", (),

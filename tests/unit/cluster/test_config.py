@@ -62,6 +62,8 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "state_dir": str(tmp_path),
         "tool_call_parser": "hermes",
         "rebalance": "off",
+        "weights": "peer",
+        "per_expert_metrics": "on",
         "routing_trace": str(tmp_path),
         "routing_trace_sample": "0.5",
         "rebalance_min_gain": "0.2",

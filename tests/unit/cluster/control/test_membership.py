@@ -84,10 +84,10 @@ def test_a_controller_that_stood_still_itself_ends_nobody() -> None:
 
 def test_a_change_that_no_worker_has_room_for_is_refused() -> None:
     m = membership()
-    m.report(replace(EXPERT, slots=8), 0.0)
+    m.report(replace(EXPERT, most_slots=8), 0.0)
     with pytest.raises(PlacementError, match="there is no expert worker expert-9; there are expert-0"):
         m.propose(replicate(m.view.placement, 0, 0, "expert-9"), "a test", 0.0, 1.0)
-    m.report(replace(EXPERT, slots=7), 0.0)
+    m.report(replace(EXPERT, most_slots=7), 0.0)
     with pytest.raises(PlacementError, match="room for 7 experts and would hold 8"):
         m.propose(m.view.placement.numbered(2), "a test", 0.0, 1.0)
 

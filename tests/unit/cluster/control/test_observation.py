@@ -40,7 +40,7 @@ def test_one_imbalance_everywhere_equal_to_one_computed_by_hand() -> None:
     membership.report(Member("router", "router-0", 1, "n", "ready", "x:1", epoch=1, load=load), 0.0)
     seen = observe(membership, operator, rebalancer)
     assert seen["imbalance"] == 1.5  # 300 / ((300 + 100 + 200) / 3)
-    assert seen["layer_imbalance"] == [None, 1.0, 3.0]  # 240 / ((240 + 80) / 4)
+    assert seen["layer_skew"] == [None, 1.0, 3.0]  # 240 / ((240 + 80) / 4)
     client = TestClient(create_app(membership, operator, rebalancer, "t"), headers={"Authorization": "Bearer t"})
     assert client.get("/placement").json()["imbalance"] == 1.5
     assert client.get("/observation").json()["imbalance"] == 1.5

@@ -43,6 +43,16 @@ class Scripted:
             raise WorkerLost(worker, "down")
         return Received(out_PD.zero_(), 0)
 
+    def way(self, worker: str) -> str:
+        return "local"
+
+    def answers(self, worker: str) -> bool:
+        return worker in self.connected
+
+    @property
+    def unreachable(self) -> frozenset[str]:
+        return frozenset()
+
     def room(self, worker: str, n_bytes: int) -> None:
         """Anywhere."""
 
