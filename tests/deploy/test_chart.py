@@ -90,6 +90,8 @@ def test_what_is_referred_to_is_there(name: str) -> None:
     for group, template in rendered.templates():
         spec = template["spec"]
         assert spec["serviceAccountName"] in accounts, group
+        assert spec["automountServiceAccountToken"] is (group == "head"), "the head's is for Ray's autoscaler"
+        assert spec["enableServiceLinks"] is False
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
         assert len(volumes) == len(spec["volumes"]), f"{group}: a volume twice"
         for volume in volumes.values():

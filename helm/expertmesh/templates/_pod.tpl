@@ -7,6 +7,15 @@ whatever changes here replaces the cluster. */}}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 {{- end -}}
 
+{{- define "expertmesh.podEnv" -}}
+{{ include "expertmesh.ownEnv" .root }}
+- {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
+- {name: EXPERTMESH_ADMIN_TOKEN_FILE, value: /etc/expertmesh/admin/admin-token}
+{{- if eq .pool.role "head" }}
+- {name: EXPERTMESH_ADMIN_URL, value: "http://127.0.0.1:8100"} # for `expertmesh scale` and the like in this pod
+{{- end }}
+{{- end -}}
+
 {{- define "expertmesh.volumes" -}}
 - {{ include "expertmesh.model.volume" .root | nindent 2 | trim }}
 - {name: tmp, emptyDir: {}}
@@ -148,7 +157,7 @@ spec:
       ports:
         {{- include "expertmesh.ports" (dict "root" $root "pool" $pool) | trim | nindent 8 }}
       env:
-        {{- include "expertmesh.ownEnv" $root | nindent 8 }}
+        {{- include "expertmesh.podEnv" (dict "root" $root "pool" $pool) | nindent 8 }}
         {{- with concat $root.Values.extraEnv $pool.env }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
