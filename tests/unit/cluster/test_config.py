@@ -53,6 +53,7 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "log_level": "debug",
         "max_body_bytes": "2048",
         "api_keys_file": str(keys),
+        "admin_token_file": str(keys),
         "tls_cert": str(pem),
         "tls_key": str(pem),
         "tls_ca": str(pem),
