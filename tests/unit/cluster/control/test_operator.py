@@ -14,8 +14,8 @@ from cluster.control.api import create_app
 from cluster.control.rebalancer import RebalanceOptions, Rebalancer, decide
 from cluster.errors import PlacementError
 from cluster.placement.planner import Forecast
-from tests.loop import until
 from tests.fake_fleet import WORKERS, Fleet
+from tests.loop import until
 
 
 def test_a_verb_that_fails_half_way_leaves_the_placement_before(monkeypatch: pytest.MonkeyPatch) -> None:
