@@ -1,8 +1,8 @@
 """What a newcomer does: build the packages, install one into an empty environment, and chat from an empty directory.
 
-`python scripts/install_check.py [PYTHON ...] [--kind wheel|sdist]`: interpreters of the new environments, by default one
-of each version from 3.11 to 3.13 that is at hand (on PATH, or pyenv's). The environments are uv's, so without pip, and
-hold what the package asks for and nothing else: that is gigabytes, once.
+`python scripts/install_check.py [PYTHON ...] [--kind wheel|sdist]`: interpreters of the new environments, by default
+one of each version from 3.11 to 3.13 that is at hand (on PATH, or pyenv's). The environments are uv's, so without pip,
+and hold what the package asks for and nothing else: that is gigabytes, once.
 """
 
 from __future__ import annotations
