@@ -72,11 +72,11 @@ def install(venv: Path, python: str, package: Path) -> Path:
 
 def chat(expertmesh: Path, scratch: Path) -> str:
     """One answer of a cluster that is started for it in an empty directory, and ended."""
-    empty, model, state = (Path(tempfile.mkdtemp(dir=scratch), name) for name in ("empty", "tiny", "state"))
+    empty, model = (Path(tempfile.mkdtemp(dir=scratch), name) for name in ("empty", "tiny"))
     empty.mkdir()
     subprocess.run([expertmesh, "model", "random", str(model)], cwd=empty, check=True, stdout=subprocess.DEVNULL)
     port = free_port()
-    options = ["--port", str(port), "--kv-cache-mb", "16", "--state-dir", str(state)]
+    options = ["--port", str(port), "--kv-cache-mb", "16"]
     process = subprocess.Popen([str(expertmesh), "serve", str(model), *options], cwd=empty, stdout=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"

@@ -18,6 +18,7 @@ import pytest
 from tests.cluster_fixture import (
     alive,
     chat,
+    lend_kernels,
     private_environ,
     running_cluster,
 )
@@ -73,7 +74,7 @@ def test_two_gateways_are_one_scrape(tmp_path: Path, tiny_checkpoint: Path) -> N
 def refused(environ: dict[str, str], *arguments: str, **options: object) -> str:
     """The one line on standard error of a start that fails."""
     command = [str(Path(sys.executable).with_name("expertmesh")), "serve", *arguments]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
     assert done.returncode == 1, done.stdout
     assert "Traceback" not in done.stderr
     (line,) = done.stderr.strip().splitlines()
@@ -107,6 +108,7 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path, tiny_checkpoint: Pa
 def test_a_start_of_ray_that_fails_says_the_cause_and_leaves_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
     """Ray itself says only that a core worker has been shut down."""
     state = tmp_path / "state"
+    lend_kernels(state)
     before = set(Path("/tmp").glob("em-*"))
     environ = private_environ(tmp_path / "run") | {"RAY_USE_TLS": "1", "RAY_TLS_SERVER_CERT": "/nonexistent"}
     line = refused(environ, str(tiny_checkpoint), "--state-dir", str(state))

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster_fixture import RunningCluster, alive, chat, free_port, private_environ, wait_until
+from tests.cluster_fixture import RunningCluster, alive, chat, free_port, lend_kernels, private_environ, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -167,6 +167,7 @@ def test_installed_for_one_user_with_few_files(wheel: Path, tiny_checkpoint: Pat
     of HAProxy's words after Ray had started, means fewer clients. Kubernetes' variables do not hurt."""
     python = Path(sys.base_exec_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
     environ = private_environ(tmp_path / "run") | {"HOME": str(tmp_path), "PIP_BREAK_SYSTEM_PACKAGES": "1"}
+    environ.pop("XDG_CACHE_HOME", None)
     pip = [python, "-m", "pip", "install", "--user", "--quiet", "--no-deps", "--no-index", wheel]
     installed = subprocess.run(pip, env=environ, capture_output=True, text=True, check=False)
     if "No module named pip" in installed.stderr:
@@ -174,6 +175,7 @@ def test_installed_for_one_user_with_few_files(wheel: Path, tiny_checkpoint: Pat
     assert installed.returncode == 0, installed.stderr
     packages = subprocess.run([python, "-m", "site", "--user-site"], env=environ, capture_output=True, text=True)
     lend_dependencies(Path(packages.stdout.strip()))
+    lend_kernels(tmp_path / ".cache")
     command = [tmp_path / ".local" / "bin" / "expertmesh"]
     environ |= {"EXPERTMESH_PORT": "tcp://10.96.0.12:8000"}
     with served(command, tiny_checkpoint, tmp_path / "log", environ, preexec_fn=few_files) as cluster:
