@@ -16,7 +16,7 @@ from cluster.gateway.conversation import Conversation, converse, echoed
 from cluster.gateway.generation import Answer, Choice, RunningUsage, Usage, respond
 from cluster.gateway.parsers.parts import CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import Written, call_id
-from cluster.gateway.schemas import ChatRequest
+from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken
 from cluster.gateway.sse import DONE, TextEvents, error_event, event
 from cluster.gateway.token_fields import TokenFields
@@ -54,7 +54,7 @@ class ChatForm:
         streaming: sampling.Streaming,
     ):
         self._names = gateway.names.by_id if request.return_tokens_as_token_ids else gateway.names
-        self._fields = TokenFields(gateway.names, ids=request.return_token_ids, scores=request.prompt_logprobs)
+        self._fields = TokenFields(gateway.names, request)
         self._echo = echoed(request)
         self._legacy = conversation.tools.legacy
         self._ends_with_calls = (
@@ -132,7 +132,7 @@ class ChatForm:
         return message
 
     def _parts(self, choice: Choice, delta: Delta) -> bytes:
-        """A chunk for each part; the first has the log-probabilities."""
+        """A chunk for each part; the first has the log-probabilities, the last what else is said of the tokens."""
         data, scored = b"", list(delta.scored)
         for part in delta.parts:
             if (content := self._delta_of(part)) is not None:
@@ -140,6 +140,8 @@ class ChatForm:
                 scored = []
         if scored:
             data += event(self._chunk(choice.index, {"content": ""}, self._scores(scored)))
+        if more := self._fields.chunk(delta):
+            data += event(self._chunk(choice.index, {"content": ""}, more=more))
         return data
 
     def _delta_of(self, part: Part) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -13,12 +12,13 @@ from starlette.responses import Response
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
+from cluster.gateway.metrics import SequenceMeter
 from cluster.gateway.parsers.message_parser import MessageParser
 from cluster.gateway.parsers.parts import Content, Part
 from cluster.gateway.sampling import Streaming
 from cluster.gateway.sequence_text import Delta, FinishReason, ScoredToken, SequenceText
 from cluster.gateway.sse import EventStream, JsonAnswer
-from cluster.router.params import SamplingParams, TokenLogprobs
+from cluster.router.params import Routing, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Answer:
     text: str = ""
     parts: list[Part] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    routing: list[Routing] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
@@ -116,6 +117,8 @@ async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) ->
             answer.text += delta.text
             answer.parts += delta.parts
             answer.token_ids += delta.token_ids
+            if delta.routing is not None:
+                answer.routing.append(delta.routing)
             answer.scored += delta.scored
             answer.finish = delta.finish
             answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
@@ -163,30 +166,29 @@ async def _echo(choice: Choice) -> AsyncGenerator[tuple[Choice, Delta], None]:
 
 
 async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice, Delta], None]:
-    metrics, text = gateway.metrics, choice.text
-    metrics.prompt_tokens.inc(len(choice.prompt_ids))
-    metrics.open_sequences.inc()
-    last, histogram = time.perf_counter(), metrics.first_token
+    text, reason = choice.text, "abort"
+    meter = SequenceMeter(gateway.metrics, len(choice.prompt_ids))
     try:
         async with aclosing(gateway.session.generate(choice.prompt_ids, choice.params)) as outputs:
             async for output in outputs:
-                now = time.perf_counter()
-                histogram.observe(now - last)
-                last, histogram = now, metrics.next_token
+                meter.output()
                 if output.finish == "error" or output.finish == "cancelled":
                     raise output.error or RequestError("The sequence was ended", code="internal_error", status=500)
                 choice.cached_tokens += output.cached_tokens
                 delta = text.feed(output)
-                delta.token_ids = output.token_ids
+                delta.token_ids, delta.routing = output.token_ids, output.routing
                 if choice.parser is not None:
                     _parse(choice.parser, delta)
+                reason = delta.finish or reason
                 yield choice, delta
                 if delta.finish is not None:
                     return
         raise RequestError("The sequence broke off", code="internal_error", status=500)
+    except RequestError as error:
+        reason = "error" if error.status >= 500 else "refused"
+        raise
     finally:
-        metrics.open_sequences.dec()
-        metrics.tokens.inc(text.n_tokens)
+        meter.end(text.n_tokens, reason)
 
 
 def parts_of(choice: Choice, delta: Delta) -> Sequence[Part]:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from cluster.errors import RequestError
 from cluster.gateway.messages import errors as messages
-from cluster.gateway.schemas import NEUTRAL
+from cluster.gateway.schemas.known import NEUTRAL
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ _WANTED = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids; no list may be empty",
     "stop": "a text or a list of texts, none of them empty or too long",
 }
+
+
+ERROR_CODE = "expertmesh.error_code"  # in the ASGI scope of a request that was refused
 
 
 def envelope(error: RequestError) -> dict[str, Any]:
@@ -51,21 +54,25 @@ def install(app: FastAPI) -> None:
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
-        return error_response(error, request.url.path)
+        return refuse(request, error)
+
+    def refuse(request: Request, error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
+        request.scope[ERROR_CODE] = error.code
+        return error_response(error, request.url.path, headers)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(explain(error.errors(), error.body), request.url.path)
+        return refuse(request, explain(error.errors(), error.body))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
         refusal = RequestError(error.detail, code=code, status=error.status_code)
-        return error_response(refusal, request.url.path, error.headers)
+        return refuse(request, refusal, error.headers)
 
     async def unforeseen(request: Request, _error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path)
-        return error_response(internal_error(), request.url.path)
+        return refuse(request, internal_error())
 
     app.add_exception_handler(RequestError, refused)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -16,10 +16,13 @@ from cluster.router.logprobs import token_logprobs
 from cluster.router.params import TokenLogprobs
 from cluster.router.sampler import Sampler
 from cluster.router.sequence import Sequence
+from cluster.routing.recorder import RoutingTrace
 from workers.model.batch import Batch
 from workers.model.decoder import Decoder
+from workers.model.observer import RoutingObserver
 
 Logits = NDArray[np.float32]
+Experts = NDArray[np.int16]
 
 
 class Draw(NamedTuple):
@@ -45,6 +48,9 @@ class Computed(Protocol):
     def logits(self, begin: int, end: int) -> Logits:
         """Rows of the wanted logits, [n, V]. Of steps that score prompts only."""
 
+    def routing(self, begin: int, end: int) -> Experts:
+        """The experts that computed these rows, [n, L, K]; after `drawn`. Of steps whose batch asks for it only."""
+
 
 class Compute(Protocol):
     """Starts steps. Not thread-safe: one step loop owns it."""
@@ -57,32 +63,49 @@ class Compute(Protocol):
 
 
 class HostCompute:
-    """Logits to the host, tokens drawn there."""
+    """Logits to the host, tokens drawn there. What the gates choose goes to `trace` where there is one."""
 
     runs_ahead = False
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, trace: RoutingTrace | None = None) -> None:
         self._model = model
+        self._trace = trace
         self._sampler = Sampler(model.spec.vocab_size)
 
     def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
         """Computes it all."""
+        return self._by_layers(step, batch, draws, self._observer())
+
+    def _observer(self) -> RoutingObserver | None:
+        """Who is told of this step's choices; None: it is not one of the sample."""
+        return None if self._trace is None else self._trace.observer()
+
+    def _by_layers(self, step: int, batch: Batch, draws: Items[Draw], observer: RoutingObserver | None) -> Computed:
         experts = self._model.experts
         experts.begin_step(step)
         batches = batch.split(experts.micro_batches(batch.n_rows))
-        return _OnHost(self._model.forward(batches).cpu().numpy(), draws, self._sampler)
+        logits_RV = self._model.forward(batches, observer).cpu().numpy()
+        routing_RLK = self._model.routing().cpu().numpy() if batch.routing else None
+        return _OnHost(logits_RV, draws, self._sampler, routing_RLK)
 
 
 class _OnHost:
     """Logits that are complete."""
 
-    def __init__(self, logits_RV: Logits, draws: Items[Draw], sampler: Sampler) -> None:
+    def __init__(
+        self, logits_RV: Logits, draws: Items[Draw], sampler: Sampler, routing_RLK: Experts | None = None
+    ) -> None:
         self._logits_RV = logits_RV
+        self._routing_RLK = routing_RLK
         self._draws = draws
         self._sampler = sampler
 
     def logits(self, begin: int, end: int) -> Logits:
         return self._logits_RV[begin:end]
+
+    def routing(self, begin: int, end: int) -> Experts:
+        assert self._routing_RLK is not None, "no routing was asked for"
+        return self._routing_RLK[begin:end]
 
     def drawn(self) -> list[Drawn]:
         if not self._draws:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,6 +25,7 @@ from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogpr
 from cluster.router.scheduler import Chunk, Scheduler
 from cluster.router.sequence import Sequence, State
 from cluster.router.sizing import context_limit
+from cluster.router.step_counters import StepCounters
 from workers.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class _Flight:
     chunks: list[Chunk]
     wanted_S: list[int]
     completes_S: list[bool]
+    first_S: list[int]  # the position of each chunk's first row
+    began: float  # time.monotonic()
     computed: Computed | None = None
 
     @property
@@ -107,7 +111,7 @@ class Engine:
         # Held while the scheduler's state is looked at or changed, and not while the model computes. Blocks that are
         # freed meanwhile are still written by that step; nobody can get them before it has ended.
         self._lock = threading.Lock()
-        self._steps = self._tokens = self._rows = self._cached = 0
+        self.counters = StepCounters()
 
     def submit(
         self, request_id: str, prompt_ids: Items[int], params: SamplingParams, emitted_ids: Items[int] = ()
@@ -175,16 +179,17 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             free_blocks=self._blocks.n_free,
             total_blocks=self._blocks.n_blocks,
-            steps=self._steps,
-            tokens=self._tokens,
-            rows=self._rows,
+            steps=self.counters.steps,
+            tokens=self.counters.tokens,
+            rows=self.counters.rows,
             preemptions=self._scheduler.preemptions,
-            cached_tokens=self._cached,
+            cached_tokens=self.counters.cached,
         )
 
     def _start(self, outputs: list[StepOutput]) -> _Flight | None:
         """The next step, under way; None: there is nothing to compute, or it failed."""
         chunks: list[Chunk] = []
+        began = time.monotonic()
         try:
             with self._lock:
                 outputs += [self._end(each, "error", self._overdue()) for each in self._scheduler.overdue()]
@@ -195,11 +200,12 @@ class Engine:
                     return None
                 wanted_S = [logits_wanted(chunk) for chunk in chunks]
                 batch = make_batch(chunks, wanted_S, self._blocks.block_size)
-                flight = _Flight(chunks, wanted_S, [chunk.completes for chunk in chunks])
+                completes_S = [chunk.completes for chunk in chunks]
+                first_S = [chunk.sequence.computed for chunk in chunks]
+                flight = _Flight(chunks, wanted_S, completes_S, first_S, began)
                 seats = [chunk.sequence.ahead for chunk in chunks]
-            self._steps += 1
-            self._rows += batch.n_rows
-            flight.computed = self._compute.start(self._steps, batch, seats, flight.draws)
+            self.counters.started(batch.n_rows)
+            flight.computed = self._compute.start(self.counters.steps, batch, seats, flight.draws)
             return flight
         except Exception as error:
             with self._lock:
@@ -240,9 +246,11 @@ class Engine:
 
         Those that were cancelled while the model computed get nothing any more.
         """
-        end = 0
+        end, now = 0, time.monotonic()
+        self.counters.seconds.add(now - flight.began)
         tokens = iter(drawn)
-        for chunk, wanted, completes in zip(flight.chunks, flight.wanted_S, flight.completes_S, strict=True):
+        steps = zip(flight.chunks, flight.wanted_S, flight.completes_S, flight.first_S, strict=True)
+        for chunk, wanted, completes, first in steps:
             sequence = chunk.sequence
             end += wanted
             given = next(tokens) if completes and sequence.params.max_tokens > 0 else None
@@ -250,8 +258,11 @@ class Engine:
                 continue
             if sequence.wants_prompt_logprobs and sequence.prompt_logprobs is not None:
                 score_prompt(sequence, sequence.prompt_logprobs, computed.logits(end - wanted, end))
+            if sequence.params.routing and wanted and self.model.spec.n_experts:
+                experts_NLK = computed.routing(end - wanted, end)
+                sequence.note_routing(first + chunk.n - wanted, experts_NLK)
             if given is not None:
-                outputs.append(self._emit(sequence, given))
+                outputs.append(self._emit(sequence, given, now))
             elif completes:  # only the scores of its prompt were wanted
                 outputs.append(self._end(sequence, "length"))
 
@@ -266,20 +277,22 @@ class Engine:
                 sequence.sampling.grammar.wait(_GRAMMAR_WAIT_S)
                 return
 
-    def _emit(self, sequence: Sequence, given: Drawn) -> StepOutput:
+    def _emit(self, sequence: Sequence, given: Drawn, now: float) -> StepOutput:
         """Commit a token, and end the sequence with it if it is the last."""
         if isinstance(given.token, RequestError):
             return self._end(sequence, "error", given.token)
         scores = sequence.take_prompt_logprobs()
         sequence.append(given.token)
-        self._tokens += 1
+        cached = self.counters.emitted(sequence, now)
         finish = sequence.finish()
         if finish is not None:
+            self.counters.ended(sequence, now)
             self._close(sequence.request_id)
         logprobs = () if given.logprobs is None else (given.logprobs,)
-        cached = sequence.cached if sequence.n_emitted == 1 else 0
-        self._cached += cached
-        return StepOutput(sequence.request_id, (given.token,), logprobs, scores, finish, cached_tokens=cached)
+        routing = sequence.take_routing() if sequence.params.routing else None
+        return StepOutput(
+            sequence.request_id, (given.token,), logprobs, scores, finish, cached_tokens=cached, routing=routing
+        )
 
     def _end(self, sequence: Sequence, finish: Finish, error: RequestError | None = None) -> StepOutput:
         """End a sequence without a further token."""

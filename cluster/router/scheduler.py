@@ -99,7 +99,7 @@ class Scheduler:
     def overdue(self) -> list[Sequence]:
         """Those who have waited too long, of whom nothing was computed yet, here or elsewhere."""
         latest = time.monotonic() - self.max_wait_s
-        return [each for each in self.waiting if each.arrived < latest and not each.admitted and not each.n_emitted]
+        return [each for each in self.waiting if each.arrived < latest and not each.admitted_at and not each.n_emitted]
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, with blocks for all of them. Empty only when there is nothing to do."""
@@ -156,7 +156,8 @@ class Scheduler:
         sequence.computed = len(found) * self.blocks.block_size
         if not sequence.n_emitted:
             sequence.cached = sequence.computed
-        sequence.state, sequence.admitted = State.RUNNING, True
+        sequence.state = State.RUNNING
+        sequence.admitted_at = sequence.admitted_at or time.monotonic()
         self.running.append(sequence)
         return sequence
 
@@ -170,11 +171,12 @@ class Scheduler:
 
     def _find(self, sequence: Sequence) -> list[int]:
         """The blocks in the cache that hold what the sequence begins with, all but its last token: that one's logits
-        are wanted. None of a prompt that is to be scored: every row of it is."""
+        are wanted. None of a prompt that is to be scored: every row of it is. Nor tokens whose experts are wanted."""
         if not self._shares_prefixes or sequence.prompt_logprobs is not None:
             return []
         size = self.blocks.block_size
-        return self.blocks.share(sequence.keys((len(sequence.tokens) - 1) // size, size))
+        last = sequence.routed if sequence.params.routing else len(sequence.tokens)
+        return self.blocks.share(sequence.keys(min(last, len(sequence.tokens) - 1) // size, size))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take all blocks of the last of the running back; it is computed anew when it is its turn again."""

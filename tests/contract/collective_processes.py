@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from cluster.placement.placement import Placement
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from tests.contract.model import Model
 from workers.transport.collective.client import CollectiveTransport
 from workers.transport.collective.group import Group, host_store

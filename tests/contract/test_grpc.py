@@ -16,7 +16,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.placement.placement import Placement, striped
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from tests.contract.harness import MODEL_NAME, GrpcWorkers
 from tests.contract.model import Model, batch
 from tests.contract.test_results import exchange_over, run
@@ -251,10 +251,10 @@ def test_a_worker_that_stops_answers_what_has_arrived(workers: GrpcWorkers, chan
     assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     gate.clear()
     transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
-    time.sleep(0.3)
+    time.sleep(0.15)  # not long: a closed gate holds up the loop that answers whether the process lives
     stopping = threading.Thread(target=server.stop, args=(20,))
     stopping.start()
-    time.sleep(0.3)
+    time.sleep(0.15)
     gate.set()
     out_PD = torch.empty(1, 32)
     transport.receive("a", TAG, 20, out_PD)

@@ -53,6 +53,7 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "log_level": "debug",
         "max_body_bytes": "2048",
         "api_keys_file": str(keys),
+        "admin_token_file": str(keys),
         "tls_cert": str(pem),
         "tls_key": str(pem),
         "tls_ca": str(pem),
@@ -62,6 +63,10 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "state_dir": str(tmp_path),
         "tool_call_parser": "hermes",
         "rebalance": "off",
+        "weights": "peer",
+        "per_expert_metrics": "on",
+        "routing_trace": str(tmp_path),
+        "routing_trace_sample": "0.5",
         "rebalance_min_gain": "0.2",
     }
     default = {f.name: "true" if HINTS[f.name] is bool else "7" for f in fields(Config)}

@@ -42,7 +42,7 @@ OPERATIONS = {
     ("get", "/ready"),
     ("get", "/version"),
     ("get", "/metrics"),
-    ("get", "/metrics/own"),
+    ("get", "/metrics/targets"),
 }
 CASES = [
     (mode, method, path)
