@@ -37,6 +37,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/proto.py --check
 	$(BIN)/python scripts/tree.py --check
+	$(BIN)/python scripts/chart.py --check
 	$(BIN)/python scripts/metrics.py --check
 	$(BIN)/python -m scripts.dashboards --check
 
