@@ -13,9 +13,12 @@ from cluster.gateway.hosts import Hosts
 from cluster.gateway.http_errors import ERROR_CODE, error_response
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.metrics import Metrics
+from cluster.gateway.page import routes as page_routes
 
 # Probes, scrapers and the description of the API ask for no key; they show nothing of a request or an answer.
-OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json", "/docs"})
+OPEN_PATHS = page_routes.OPEN_PATHS | frozenset(
+    {"/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json", "/docs"}
+)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 CLIENT_GONE = 499
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -12,6 +13,7 @@ from typing import Self
 
 from cluster.errors import RequestError
 from cluster.gateway.journal import Entry
+from cluster.gateway.latency import Waits
 from cluster.gateway.router_stream import RouterStream
 from cluster.router.codec import decode_output, decode_refusal, encode_cancel
 from cluster.router.params import SamplingParams, StepOutput
@@ -20,9 +22,9 @@ from workers.transport.grpc.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
-# A request that was on this many routers in a row when they died, without a token between, is probably why they did.
+#: A request that was on this many routers in a row when they died, without a token between, is probably why they did.
 # Many, because routers that die for another reason can do so again while a long prompt is computed anew.
-_MAX_LOSSES = 32
+MAX_LOSSES = 32
 _FULL_RETRY_S = 0.25  # a continued request that finds every queue full asks again after this
 
 
@@ -63,6 +65,7 @@ class Session:
         self._ids = count()
         self._open: dict[str, Entry] = {}  # by request id, oldest first; each says where it runs, or that it waits
         self._requests = self._tokens = self._fail_overs = 0
+        self._first_waits, self._next_waits = Waits(), Waits()
         self.update(routers or {})
 
     async def __aenter__(self) -> Self:
@@ -107,6 +110,10 @@ class Session:
         waiting = sum(entry.expiry is not None for entry in list(self._open.values()))
         return SessionStats(streams, len(self._open), waiting, self._requests, self._tokens, self._fail_overs)
 
+    def waits(self) -> dict[str, tuple[float, float] | None]:
+        """Median and 95th percentile of the last seconds' waits for first and following tokens. In the loop only."""
+        return {"first_token_s": self._first_waits.quantiles(), "next_token_s": self._next_waits.quantiles()}
+
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[StepOutput, None]:
         """Run one request; the last output has `finish`. Closing the generator cancels the request at once.
 
@@ -118,10 +125,15 @@ class Session:
         self._open[entry.request_id] = entry
         try:
             self._place(entry)
+            last, waits = time.perf_counter(), self._first_waits
             while True:
                 output = await entry.outputs.get()
                 if isinstance(output, RequestError):
                     raise output
+                if output.token_ids:
+                    now = time.perf_counter()
+                    waits.add(now - last)
+                    last, waits = now, self._next_waits
                 yield output
                 if output.finish is not None:
                     return
@@ -240,7 +252,7 @@ class Session:
         entry.losses += 1
         entry.full.clear()
         self._fail_overs += 1
-        if entry.losses >= _MAX_LOSSES:
+        if entry.losses >= MAX_LOSSES:
             log.error("request %s lost %d routers in a row; given up", entry.request_id, entry.losses)
             message = f"{entry.losses} routers in a row were lost while they worked on this request"
             entry.fail(RequestError(message, code="internal_error", status=500))
