@@ -22,9 +22,9 @@ from workers.transport.grpc.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
-# A request that was on this many routers in a row when they died, without a token between, is probably why they did.
+#: A request that was on this many routers in a row when they died, without a token between, is probably why they did.
 # Many, because routers that die for another reason can do so again while a long prompt is computed anew.
-_MAX_LOSSES = 32
+MAX_LOSSES = 32
 _FULL_RETRY_S = 0.25  # a continued request that finds every queue full asks again after this
 
 
@@ -252,7 +252,7 @@ class Session:
         entry.losses += 1
         entry.full.clear()
         self._fail_overs += 1
-        if entry.losses >= _MAX_LOSSES:
+        if entry.losses >= MAX_LOSSES:
             log.error("request %s lost %d routers in a row; given up", entry.request_id, entry.losses)
             message = f"{entry.losses} routers in a row were lost while they worked on this request"
             entry.fail(RequestError(message, code="internal_error", status=500))

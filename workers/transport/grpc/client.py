@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -91,9 +91,9 @@ class GrpcTransport:
         return link is not None and link.is_whole and pulse is not None and pulse.answers is True
 
     @property
-    def unreachable(self) -> frozenset[str]:
-        """Workers whose process does not answer. From any thread."""
-        return frozenset(worker for worker, pulse in list(self._pulses.items()) if pulse.answers is False)
+    def unreachable(self) -> Mapping[str, str]:
+        """Workers whose process does not answer, and at which address. From any thread."""
+        return {worker: pulse.address for worker, pulse in list(self._pulses.items()) if pulse.answers is False}
 
     def room(self, worker: str, n_bytes: int) -> memoryview | None:
         """Where the faster way to `worker` wants its next request."""

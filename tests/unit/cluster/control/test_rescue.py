@@ -84,6 +84,10 @@ def test_what_a_lost_worker_held_alone_goes_to_survivors_until_it_is_back(how: s
         fleet.say(router("r0", "expert-0"), router("r1", "expert-0"))
     else:
         fleet.say(expert("expert-0", state="lost" if how == "lost" else "starting"))
+    if how == "unreachable":
+        fleet.look()
+        assert fleet.placement.epoch == 1, "it may only have had no core for a moment"
+        fleet.now += 0.5
     fleet.look()
     assert fleet.placement.epoch == 2
     for layer, index in before.shard("expert-0"):
