@@ -14,6 +14,7 @@ from cluster.config import Config
 from cluster.control.client import ControllerClient
 from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
+from cluster.errors import TraceError
 from cluster.fleet.actor import loading, node_address, start_or_end
 from cluster.fleet.fault_proxy import FaultProxy
 from cluster.fleet.metrics import serve_metrics
@@ -140,13 +141,13 @@ class Router:
         from cluster.routing.trace import Header
 
         config, spec = self._config, source.spec
-        if config.routing_trace is None or not spec.top_k:
+        if config.routing_trace is None or not spec.experts:
             return None
         header = Header(source.path.name, spec.n_layers, spec.n_experts, spec.top_k, config.routing_trace_sample)
         path = config.routing_trace / f"{self._id}.jsonl.gz"
         try:
             return RoutingTrace(path, self._id, header)
-        except OSError as error:
+        except (OSError, TraceError) as error:
             log.error("no routing trace is written: %s", error)
             return None
 
