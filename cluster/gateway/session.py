@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -12,6 +13,7 @@ from typing import Self
 
 from cluster.errors import RequestError
 from cluster.gateway.journal import Entry
+from cluster.gateway.latency import Waits
 from cluster.gateway.router_stream import RouterStream
 from cluster.gateway.suspects import MAX_LOSSES, Suspects
 from cluster.router.codec import decode_output, decode_refusal, encode_cancel
@@ -62,6 +64,7 @@ class Session:
         self._suspects = Suspects()
         self._open: dict[str, Entry] = {}  # by request id, oldest first; each says where it runs, or that it waits
         self._requests = self._tokens = self._fail_overs = 0
+        self._first_waits, self._next_waits = Waits(), Waits()
         self.update(routers or {})
 
     async def __aenter__(self) -> Self:
@@ -101,9 +104,14 @@ class Session:
         return any(stream.state == "ready" and not stream.retired for stream in self._streams)
 
     def stats(self) -> SessionStats:
-        streams = tuple(StreamStats(each.router, each.address, each.state, each.n_open) for each in self._streams)
-        waiting = sum(entry.expiry is not None for entry in self._open.values())
+        """From any thread."""
+        streams = tuple(StreamStats(each.router, each.address, each.state, each.n_open) for each in list(self._streams))
+        waiting = sum(entry.expiry is not None for entry in list(self._open.values()))
         return SessionStats(streams, len(self._open), waiting, self._requests, self._tokens, self._fail_overs)
+
+    def waits(self) -> dict[str, tuple[float, float] | None]:
+        """Median and 95th percentile of the last seconds' waits for first and following tokens. In the loop only."""
+        return {"first_token_s": self._first_waits.quantiles(), "next_token_s": self._next_waits.quantiles()}
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[StepOutput, None]:
         """Run one request; the last output has `finish`. Closing the generator cancels the request at once.
@@ -116,10 +124,15 @@ class Session:
         self._open[entry.request_id] = entry
         try:
             self._place(entry)
+            last, waits = time.perf_counter(), self._first_waits
             while True:
                 output = await entry.outputs.get()
                 if isinstance(output, RequestError):
                     raise output
+                if output.token_ids:
+                    now = time.perf_counter()
+                    waits.add(now - last)
+                    last, waits = now, self._next_waits
                 yield output
                 if output.finish is not None:
                     return

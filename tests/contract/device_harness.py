@@ -55,6 +55,16 @@ class StepTransport:
         self._ways.pop(worker, None)
         self._replies.pop(worker, None)
 
+    def way(self, worker: str) -> str:
+        return "local"
+
+    def answers(self, worker: str) -> bool:
+        return worker in self._ways
+
+    @property
+    def unreachable(self) -> Mapping[str, str]:
+        return {}
+
     def room(self, worker: str, n_bytes: int) -> None:
         return None
 

@@ -62,7 +62,7 @@ class CapturedSteps:
             return False
         counters.captured_steps += 1
         counters.rows_LE += rows_LE
-        rows_W = np.bincount(placed_LE.ravel(), rows_LE.ravel(), len(workers))
-        for worker, rows in zip(workers, rows_W.tolist(), strict=True):
-            counters.worker_rows[worker] = counters.worker_rows.get(worker, 0) + int(rows)
+        for layer, (rows_E, placed_E) in enumerate(zip(rows_LE, placed_LE, strict=True)):
+            for worker, rows in zip(workers, np.bincount(placed_E, rows_E, len(workers)).tolist(), strict=True):
+                counters.add_rows(worker, layer, int(rows))
         return True

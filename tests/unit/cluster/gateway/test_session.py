@@ -11,7 +11,6 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 import pytest
 
 from cluster.errors import RequestError
-from cluster.gateway import session as session_module
 from cluster.gateway.journal import Entry
 from cluster.gateway.session import Session
 from cluster.gateway.suspects import MAX_LOSSES
@@ -239,8 +238,7 @@ async def test_a_full_queue_sends_a_request_to_the_next_router_and_then_refuses_
 
 
 @in_loop
-async def test_a_continued_request_waits_for_room_instead_of_being_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "_FULL_RETRY_S", 0.01)
+async def test_a_continued_request_waits_for_room_instead_of_being_refused() -> None:
     params = SamplingParams(max_tokens=60)
     async with cluster(FakeEngine(step_s=0.002), FakeEngine(max_queue=0)) as (session, routers):
         tasks = start(session, 4, params)
@@ -305,7 +303,10 @@ async def test_a_request_that_takes_routers_down_is_given_up_and_no_other_is() -
                 await until(lambda router=router: not router.service.n_open or victim.done())  # type: ignore[misc]
                 router.engine.gate.clear()
                 continue
-            await router.service._server.stop()
+            stopping = asyncio.create_task(router.service.stop())
+            await until(lambda router=router: not router.service.n_open)  # type: ignore[misc]
+            router.engine.gate.set()  # the step that it held up belongs to nobody any more
+            await stopping
             dead += 1
             router = Router(f"router-{dead}", engines[dead])
             await router.service.start()
@@ -369,3 +370,23 @@ async def test_nothing_leaks_over_500_requests_of_which_half_are_cancelled() -> 
         assert all(stream.requests == 0 for stream in session.stats().streams)
         assert all(not router.service.n_open and router.service.n_gateways == 1 for router in routers)
     await until(lambda: len(asyncio.all_tasks()) == 2)  # the test's own and the limit around it
+
+
+@in_loop
+async def test_requests_of_a_router_that_is_isolated_go_on_elsewhere_and_it_gets_none_until_it_is_ready_again() -> None:
+    params = SamplingParams(max_tokens=100, seed=3)
+    async with cluster(FakeEngine(step_s=0.01), FakeEngine(step_s=0.01)) as (session, routers):
+        tasks = start(session, 6, params)
+        await until(lambda: session.stats().tokens > 60)
+        await routers[0].service.isolate()
+        await assert_undisturbed(tasks, params)
+        assert session.stats().fail_overs == 3
+        before = len(routers[0].engine.submitted)
+        await until(lambda: [each.state for each in session.stats().streams] == ["isolated", "ready"])
+        short = SamplingParams(max_tokens=5, seed=3)
+        await assert_undisturbed(start(session, 4, short), short)
+        assert len(routers[0].engine.submitted) == before
+        await routers[0].service.set_state("ready")
+        await until(lambda: all(each.state == "ready" for each in session.stats().streams))
+        await assert_undisturbed(start(session, 4, short), short)
+        assert len(routers[0].engine.submitted) == before + 2

@@ -247,7 +247,7 @@ def test_an_exchange_counts_the_rows_of_whole_steps_and_says_which_were_void(wor
     assert whole_step()
     chosen_E = given.ids_TK.flatten().bincount(minlength=MODEL.n_experts).numpy()
     assert (exchange.counters.rows_LE == chosen_E).all()
-    assert sum(exchange.counters.worker_rows.values()) == MODEL.n_layers * given.ids_TK.numel()
+    assert sum(exchange.counters.worker_rows().values()) == MODEL.n_layers * given.ids_TK.numel()
     assert exchange.begin_steps(6)
     workers.kill("g")
     assert not whole_step()
