@@ -73,9 +73,20 @@ class Config:
     gpus_per_expert_worker: float = option(
         0.0, "share of a GPU of each expert worker; 0: a whole one, less where there are too few", at_least=0, at_most=1
     )
+    require_node_roles: bool = option(
+        False,
+        "start routers and expert workers only on Ray nodes with the custom resources expertmesh_router and "
+        "expertmesh_expert; without, those are used where a node has them",
+    )
+    cpus_per_router: float = option(0.0, "CPUs that Ray sets aside for each router", at_least=0)
+    cpus_per_expert_worker: float = option(0.0, "CPUs that Ray sets aside for each expert worker", at_least=0)
+    admin_host: str = option("", "address of the admin API, on Ray's head node; default: the one that Ray uses")
+    admin_token_file: Path | None = option(  # noqa: RUF009
+        None, "file with the token that the admin API asks for; default: a new one, in the run directory"
+    )
     admin_port: int = option(
         0,
-        "port of the admin API (placement, receipts), on the address that Ray uses; 0: any free one",
+        "port of the admin API (placement, scaling, receipts); 0: any free one",
         at_least=0,
         at_most=65535,
     )

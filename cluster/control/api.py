@@ -16,13 +16,14 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 
-from cluster.control.admin_options import AdminOptions
 from cluster.control.chaos import Chaos
 from cluster.control.faults import Fault
 from cluster.control.membership import Membership
 from cluster.control.observation import observe, receipt_shown
 from cluster.control.operator import Operator
+from cluster.control.options import AdminOptions
 from cluster.control.rebalancer import Rebalancer
+from cluster.control.scaling import START_TIMEOUT_S, Scaler
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement
 
@@ -69,10 +70,12 @@ class Loads(BaseModel):
 
 
 class Scale(BaseModel):
-    """How many processes there are to be."""
+    """How many processes there are to be; null: as many as there are."""
 
-    expert_workers: int = Field(ge=1)
-    timeout_s: float = Field(300.0, gt=0, description="for new ones to be ready; after it there are as many as before")
+    expert_workers: int | None = Field(None, ge=1)
+    routers: int | None = Field(None, ge=1)
+    gateways: int | None = Field(None, ge=1)
+    timeout_s: float = Field(START_TIMEOUT_S, gt=0, description="for new ones to be ready; after it all is as before")
 
 
 class Inflict(BaseModel):
@@ -100,7 +103,12 @@ class Rebalance(BaseModel):
 
 
 def create_app(
-    membership: Membership, operator: Operator, rebalancer: Rebalancer, token: str, chaos: Chaos | None = None
+    membership: Membership,
+    operator: Operator,
+    scaler: Scaler,
+    rebalancer: Rebalancer,
+    token: str,
+    chaos: Chaos | None = None,
 ) -> FastAPI:
     """The application. All paths ask for `Authorization: Bearer TOKEN`; what cannot be done is 409 with the reason."""
 
@@ -180,8 +188,15 @@ def create_app(
 
     @app.post("/scale")
     async def scale(body: Scale) -> dict[str, Any]:
-        """More expert workers, which take experts over, or fewer, whose experts go to the others first."""
-        return receipt_shown(await operator.scale(body.expert_workers, body.timeout_s), membership)
+        """More expert workers, which take experts over, or fewer, whose experts go to the others first; more or fewer
+        routers and gateways, which finish what they have before they end."""
+        receipt = await scaler.scale(body.expert_workers, body.routers, body.gateways, body.timeout_s)
+        return receipt_shown(receipt, membership)
+
+    @app.get("/fleet")
+    async def fleet() -> dict[str, Any]:
+        """The processes that there are to be, what is under way, and why one does not start."""
+        return asdict(membership.goal) | {"failures": membership.view.failures}
 
     @app.post("/workers/{worker}/drain")
     async def drain(worker: str) -> dict[str, Any]:

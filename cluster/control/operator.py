@@ -31,7 +31,6 @@ _log = logging.getLogger(__name__)
 
 _STEP = 64  # replicas that are added under one epoch, about
 _RECEIPTS = 100
-_POLL_S = 0.1
 
 MakeChange = Callable[[Placement, str], Awaitable[Change]]
 
@@ -75,43 +74,47 @@ class Operator:
         """`events`: where every action is told of. `least_homes`: replicas that no verb may leave an expert without."""
         self.receipts: deque[Receipt] = deque(maxlen=_RECEIPTS)
         self.tally = Tally()
-        self.drained: set[str] = set()  # expert workers that are to hold nothing
         self._membership = membership
         self._change = change
         self._expert_bytes = expert_bytes
         self._least_homes = least_homes
         self._urgent = 0
         self.events = events or Events()
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()  # held by the one verb that is under way
+
+    @property
+    def drained(self) -> frozenset[str]:
+        """Expert workers that are to hold nothing."""
+        return self._membership.goal.drained
 
     async def replicate(self, layer: int, expert: int, worker: str | None) -> Receipt:
         """Another replica of an expert; `worker` None: on the one with most room that has none."""
-        async with self._lock:
+        async with self.lock:
             target = worker or self._roomiest(layer, expert)
             goal = edit.replicate(self._placement, layer, expert, target)
             return await self._go([goal], f"replicate layer {layer}, expert {expert} to {target}")
 
     async def drop(self, layer: int, expert: int, worker: str) -> Receipt:
         """One replica less."""
-        async with self._lock:
+        async with self.lock:
             goal = self._checked(edit.drop(self._placement, layer, expert, worker))
             return await self._go([goal], f"drop layer {layer}, expert {expert} from {worker}")
 
     async def move(self, layer: int, expert: int, source: str | None, target: str) -> Receipt:
         """A replica elsewhere."""
-        async with self._lock:
+        async with self.lock:
             goal = edit.move(self._placement, layer, expert, source, target)
             return await self._go([goal], f"move layer {layer}, expert {expert} to {target}")
 
     async def pin(self, layer: int, expert: int, worker: str) -> Receipt:
         """A replica of an expert on `worker`, which is loaded where there is none, stays there whatever is planned."""
-        async with self._lock:
+        async with self.lock:
             goal = edit.pin(self._placement, layer, expert, worker)
             return await self._go([goal], f"pin layer {layer}, expert {expert} to {worker}")
 
     async def unpin(self, layer: int, expert: int, worker: str) -> Receipt:
         """A plan may take that replica away again."""
-        async with self._lock:
+        async with self.lock:
             goal = edit.unpin(self._placement, layer, expert, worker)
             return await self._go([goal], f"unpin layer {layer}, expert {expert} from {worker}")
 
@@ -126,7 +129,7 @@ class Operator:
 
     async def apply(self, homes_LE: list[list[dict[str, float]]]) -> Receipt:
         """A whole placement: by layer and expert, the workers that are to hold it and their shares."""
-        async with self._lock:
+        async with self.lock:
             now = self._placement
             if [len(experts) for experts in homes_LE] != [len(experts) for experts in now.replicas]:
                 raise PlacementError(f"the model has {now.n_layers} layers of {now.n_experts} experts")
@@ -136,7 +139,7 @@ class Operator:
             if missing := sorted(now.pins - goal.all_replicas()):
                 pin = f"{missing[0].layer}:{missing[0].expert}@{missing[0].worker}"
                 raise PlacementError(f"{pin} is pinned; `expertmesh placement unpin {pin}` lets it go")
-            return await self._reach(goal, "apply a placement")
+            return await self.reach(goal, "apply a placement")
 
     def plan(self, limits: Limits | None = None, without: Iterable[str] = (), loads_LE: Floats | None = None) -> Plan:
         """What `rebalance` would do for the recent load, or for `loads_LE`, rows of each expert. PlacementError when
@@ -154,9 +157,9 @@ class Operator:
 
     async def rebalance(self, limits: Limits | None = None, action: str = "rebalance") -> Receipt:
         """The placement that suits the recent load."""
-        async with self._lock:
+        async with self.lock:
             plan = self.plan(limits)
-            return await self._reach(plan.placement, action, plan.forecast)
+            return await self.reach(plan.placement, action, plan.forecast)
 
     @property
     def recent_rows(self) -> float:
@@ -172,59 +175,22 @@ class Operator:
 
     async def drain(self, worker: str) -> Receipt:
         """Everything that `worker` holds goes elsewhere, and nothing comes to it until `undrain`."""
-        async with self._lock:
+        async with self.lock:
             if worker not in self._membership.slots and worker not in self._placement.workers:
                 there = ", ".join(sorted(self._membership.slots)) or "none"
                 raise PlacementError(f"there is no expert worker {worker}; there are {there}")
             # What the others hold stays: a drain is no rebalance.
             plan = self.plan(Limits(expert_bytes=self._expert_bytes, tolerance=np.inf), [worker])
-            receipt = await self._reach(plan.placement, f"drain {worker}", plan.forecast)
-            self.drained.add(worker)
+            receipt = await self.reach(plan.placement, f"drain {worker}", plan.forecast)
+            self._aim(self.drained | {worker})
             return receipt
-
-    async def scale(self, n_workers: int, timeout_s: float) -> Receipt:
-        """As many expert workers: new ones get experts once they are ready, those with the highest numbers go first.
-
-        PlacementError when they are not ready within `timeout_s`, or the rest cannot hold all experts: there are then
-        as many as before.
-        """
-        async with self._lock:
-            before = self._membership.wanted
-            if not before:
-                raise PlacementError("this cluster has no expert workers of its own that could become more or fewer")
-            if n_workers < 1:
-                raise PlacementError("there has to be at least one expert worker")
-            ordered = sorted(before, key=_number)
-            kept, last = ordered[:n_workers], _number(ordered[-1])
-            new = [f"expert-{last + 1 + i}" for i in range(n_workers - len(kept))]
-            leaving = ordered[n_workers:]
-            self._membership.want([*before, *new])
-            try:
-                await self._await_ready(new, timeout_s)
-                limits = Limits(expert_bytes=self._expert_bytes, tolerance=np.inf if leaving else 0.01)
-                plan = self.plan(limits, leaving)
-                receipt = await self._reach(plan.placement, f"scale to {n_workers} expert workers", plan.forecast)
-            except PlacementError:
-                self._membership.want(before)
-                raise
-            self._membership.want([*kept, *new])
-            self.drained -= set(leaving)
-            return receipt
-
-    async def _await_ready(self, workers: list[str], timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            ready = {m.id for m in self._membership.view.members if m.role == "expert" and m.state == "ready"}
-            missing = [worker for worker in workers if worker not in ready]
-            if not missing:
-                return
-            if time.monotonic() > deadline:
-                raise PlacementError(f"{', '.join(missing)} did not start within {timeout_s:g} s")
-            await asyncio.sleep(_POLL_S)
 
     def undrain(self, worker: str) -> None:
         """The next `rebalance` may use `worker` again."""
-        self.drained.discard(worker)
+        self._aim(self.drained - {worker})
+
+    def _aim(self, drained: frozenset[str]) -> None:
+        self._membership.aim(replace(self._membership.goal, drained=drained))
 
     @property
     def _placement(self) -> Placement:
@@ -258,7 +224,8 @@ class Operator:
             raise PlacementError(f"every expert worker has a replica of layer {layer}, expert {expert}")
         return max(sorted(room), key=lambda worker: room[worker])
 
-    async def _reach(self, goal: Placement, action: str, forecast: Forecast | None = None) -> Receipt:
+    async def reach(self, goal: Placement, action: str, forecast: Forecast | None = None) -> Receipt:
+        """`goal` in steps that each fit beside what is there. The caller holds `lock`."""
         way = list(steps(self._placement, goal, self._membership.slots, _STEP))
         return await self._go(way, action, forecast)
 
@@ -322,10 +289,7 @@ class Operator:
 
 def _kind(action: str) -> Kind:
     verb = action.partition(" ")[0].rstrip(":")
-    kinds: dict[str, Kind] = {"rebalance": "rebalance", "scale": "scale", "fail-over": "failover", "end": "failover"}
+    kinds: dict[str, Kind] = {
+        "rebalance": "rebalance", "scale": "scale", "fail-over": "failover", "end": "failover"
+    }  # fmt: skip
     return kinds.get(verb, "placement")
-
-
-def _number(worker: str) -> int:
-    """N of `expert-N`."""
-    return int(worker.rpartition("-")[2])

@@ -102,10 +102,10 @@ def role_of(process: str) -> str:
 
 def _of_fleet(view: View) -> Iterator[Reading]:
     ready: Counter[str] = Counter()
-    wanted: Counter[str] = Counter()
+    processes = view.goal.processes
+    wanted = {"expert": len(processes.workers), "router": len(processes.routers), "gateway": processes.gateways}
     for member in view.members:
         ready[member.role] += member.state == "ready"
-        wanted[member.role] += not view.wanted or member.role != "expert" or member.id in view.wanted
         for state in get_args(State):
             yield Reading(series.MEMBER_STATE, float(member.state == state), (member.id, member.role, state))
     for role, n in wanted.items():

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.control.goal import NO_GOAL, Goal
 from cluster.observe.discovery import Target
 from cluster.placement.load import Load
 from cluster.placement.placement import Placement
 from workers.probe import Probe
 from workers.transport.collective.group import Group
 
+GATEWAYS = "gateways"  # those of Ray Serve, in `View.failures`
 Role = Literal["gateway", "router", "expert", "controller"]
 # isolated: a router that cannot reach an expert worker which others reach. Its requests go on elsewhere.
 State = Literal["starting", "ready", "isolated", "draining", "lost"]
@@ -43,6 +45,7 @@ class Member:
     broken: int = 0  # number of the newest group that broke under it
     unreachable: tuple[str, ...] = ()  # of a router: expert workers that do not answer it
     told: int = 0  # epoch of the newest placement it has heard of
+    aims: int = 0  # revision of the newest goal it has heard of
     slots: int = 0  # of an expert worker: experts that plans may give it, those it holds among them; 0: not known
     most_slots: int = 0  # of an expert worker: experts it may hold at most; 0: as many as it finds memory for
     bytes_per_s: int = 0  # of an expert worker: what its memory gives, which is what decoding takes; 0: not known
@@ -61,7 +64,9 @@ class View:
     placement: Placement
     next: Placement | None = None  # the one being prepared: workers load what it adds, nobody routes by it
     acknowledged: bool = True  # every live router works with `placement`: workers unload what it does not name
-    wanted: tuple[str, ...] = ()  # the expert workers there are to be; empty: as many as there are
+    goal: Goal = NO_GOAL
+    failures: Mapping[str, str] = field(default_factory=dict)  # why a process of the goal does not start, by its id
+    serving: bool = False  # the gateways take requests
     group: Group | None = None  # None: there is none yet, or the last one broke; those in it leave it
     isolated: tuple[str, ...] = ()  # routers that are to serve nobody for now, see `reach`
     draining: bool = False  # the cluster is being stopped: finish what is open, take nothing new

@@ -134,12 +134,17 @@ def rebalance(
 
 
 def scale(
-    expert_workers: Annotated[int, typer.Option(min=1, help="expert workers there are to be")],
+    expert_workers: Annotated[int | None, typer.Option(min=1, help="expert workers there are to be")] = None,
+    routers: Annotated[int | None, typer.Option(min=1, help="routers there are to be")] = None,
+    gateways: Annotated[int | None, typer.Option(min=1, help="gateways there are to be")] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="for new ones to be ready")] = 300.0,
     port: Port = None,
 ) -> None:
-    """More or fewer expert workers while requests run; when it cannot be, there are as many as before."""
-    _report(ask("POST", "/scale", port, {"expert_workers": expert_workers, "timeout_s": timeout_s}))
+    """More or fewer processes while requests run; when it cannot be, there are as many as before."""
+    sizes = {"expert_workers": expert_workers, "routers": routers, "gateways": gateways}
+    if not any(sizes.values()):
+        raise PlacementError("say how many of what: --expert-workers, --routers, --gateways")
+    _report(ask("POST", "/scale", port, sizes | {"timeout_s": timeout_s}))
 
 
 def drain(

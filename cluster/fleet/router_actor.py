@@ -246,7 +246,10 @@ class Router:
         """
         if self._service is None or self._view is None:
             return
-        if self._id in self._view.isolated and self._service.state == "ready":
+        if self._id in self._view.goal.leaving and self._service.state in ("ready", "isolated"):
+            await self._service.set_state("draining")
+            self._membership.tell()
+        elif self._id in self._view.isolated and self._service.state == "ready":
             await self._service.isolate()
             self._membership.tell()
         elif self._id not in self._view.isolated and self._service.state == "isolated":
@@ -306,7 +309,7 @@ class Router:
     def _detail(self) -> dict[str, object]:
         if self._device is None:
             return {}
-        numbers = {} if self._service is None else self._service.numbers()
+        numbers = {} if self._service is None else self._service.numbers() | {"open": self._service.n_open}
         if self._exchange is not None and self._exchange.steps is not None:
             counters = self._exchange.counters
             numbers |= {"captured_steps": counters.captured_steps, "void_steps": counters.void_steps}

@@ -153,11 +153,12 @@ def _serve(
     console: Console,
     began: float,
 ) -> None:
-    from cluster.fleet.launch import start_actors, wait_ready
+    from cluster.fleet.launch import start_controller, wait_ready
 
     credentials = Credentials.generate(tls_files(config), config.trusted_network)
     credentials.write(credentials_path(Path(state.run_dir)))  # for `bench serve --router`
-    cluster = start_actors(config, plan, state.url, credentials, make_admin_token(Path(state.run_dir)))
+    admin_token = make_admin_token(Path(state.run_dir), config.admin_token_file)
+    cluster = start_controller(config, plan, state.url, credentials, admin_token)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
     for use in plan.uses:
         console.print(str(use), style="dim", highlight=False)
@@ -192,7 +193,7 @@ def _supervise(
 ) -> None:
     """Keep the snapshot and tell of processes that leave and return, until a signal comes.
 
-    Ray restarts what dies; the data plane repairs itself. How many workers there are to be, the controller says.
+    Ray restarts what dies; the data plane repairs itself; how many processes there are is the controller's business.
     Raises ExpertMeshError if Ray ends, or if somebody removed files that the cluster cannot be reached without.
     """
     heard = whole = time.monotonic()
@@ -211,7 +212,6 @@ def _supervise(
             continue
         if view is not None:
             heard = time.monotonic()
-            cluster.follow(view)
             snapshot.write(state, view)
             watch.see(view)
 

@@ -46,6 +46,10 @@ class Metrics:
         self.answer_lengths = Distribution(series.REQUEST_GENERATION_TOKENS.buckets)
         self.collector = Readings(gateway, (self._readings, *more), aliases)
 
+    def rename(self, gateway: str) -> None:
+        """Ray Serve numbers gateways anew when one of them leaves."""
+        self.gateway = self.collector.process = gateway
+
     async def of_all(self) -> str:
         """The series of all processes as text; `expertmesh_process_scraped` says who did not answer."""
         others = [target for target in self.targets if target.process != self.gateway]

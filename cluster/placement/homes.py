@@ -66,7 +66,7 @@ def obey(layout: Layout, loads_LE: Floats, n_workers: int, rules: Rules) -> Layo
     """
     if rules.least == 1 and not rules.pinned_LEW.any():
         return layout
-    return _obeying(_incidence(layout, loads_LE.shape[1], n_workers) > 0, layout.worker_S, loads_LE, rules)
+    return _obeying(_incidence(layout, loads_LE.shape[1], n_workers), layout.worker_S, loads_LE, rules)
 
 
 def _obeying(has_LEW: NDArray[np.bool_], worker_S: Ints, loads_LE: Floats, rules: Rules) -> Layout:
@@ -129,32 +129,38 @@ def match(new: Layout, present: Layout, speed_W: Floats) -> Layout:
     slots_W = np.bincount(worker_S, minlength=len(speed_W))
     first_W = np.searchsorted(worker_S, np.arange(len(speed_W)))
     expert_LS, rows_LS = new.expert_LS.copy(), new.rows_LS.copy()
-    n_layers = len(expert_LS)
-    n_experts = int(max(new.expert_LS.max(), present.expert_LS.max())) + 1
-    n_workers = len(speed_W)
-    new_LEW, present_LEW = _incidence(new, n_experts, n_workers), _incidence(present, n_experts, n_workers)
-    overlap_LWW = [new_EW.T @ present_EW for new_EW, present_EW in zip(new_LEW, present_LEW, strict=True)]
+    overlap_LWW = [
+        _overlap(new_S, present_S, worker_S, len(speed_W))
+        for new_S, present_S in zip(new.expert_LS, present.expert_LS, strict=True)
+    ]
     for speed, slots in sorted(set(zip(speed_W.tolist(), slots_W.tolist(), strict=True))):
         alike = np.flatnonzero((speed_W == speed) & (slots_W == slots))
         if not slots or len(alike) < 2:
             continue
         at_WS = first_W[alike][:, None] + np.arange(slots)
-        for layer in range(n_layers):
-            goes = _assign(overlap_LWW[layer][np.ix_(alike, alike)])
+        for layer, overlap_WW in enumerate(overlap_LWW):
+            goes = _assign(overlap_WW[np.ix_(alike, alike)])
             expert_LS[layer, at_WS[goes]] = new.expert_LS[layer, at_WS]
             rows_LS[layer, at_WS[goes]] = new.rows_LS[layer, at_WS]
     return Layout(expert_LS, rows_LS, worker_S)
 
 
-def _incidence(layout: Layout, n_experts: int, n_workers: int) -> NDArray[np.float32]:
-    """[L, E, W]: 1 where the worker holds the expert."""
-    has = np.zeros((len(layout.expert_LS), n_experts, n_workers), np.float32)
-    layers, slots = np.nonzero(layout.expert_LS >= 0)
-    has[layers, layout.expert_LS[layers, slots], layout.worker_S[slots]] = 1
+def _incidence(layout: Layout, n_experts: int, n_workers: int) -> NDArray[np.bool_]:
+    """[L, E, W]: whether the worker holds the expert."""
+    has = np.zeros((len(layout.expert_LS), n_experts, n_workers), bool)
+    layers, slots = np.nonzero(layout.expert_LS != FREE)
+    has[layers, layout.expert_LS[layers, slots], layout.worker_S[slots]] = True
     return has
 
 
-def _assign(overlap_NN: NDArray[np.float32]) -> Ints:
+def _overlap(new_S: Ints, present_S: Ints, worker_S: Ints, n_workers: int) -> Ints:
+    """[W, W]: how many experts a worker of the new layout shares with one of the present layout."""
+    new, present = np.nonzero((new_S[:, None] == present_S) & (new_S[:, None] != FREE))
+    pair = worker_S[new] * n_workers + worker_S[present]
+    return np.bincount(pair, minlength=n_workers**2).reshape(n_workers, n_workers)
+
+
+def _assign(overlap_NN: Ints) -> Ints:
     """For each row a column of its own, largest overlaps first."""
     n = len(overlap_NN)
     goes = np.full(n, -1)

@@ -1,9 +1,9 @@
 """Which replicas to have, where, and with which shares: from loads to a plan. Pure and deterministic.
 
 Replica counts, homes and shares are one problem and are solved as one, layer by layer, since a step waits for the
-slowest worker of every layer: the largest time of a worker is to be least. Of two ways to fill a layer's slots
-(`layout`) the better one counts, with rows divided as its homes allow (`shares`); and a layer whose present homes do as
-well when their rows are divided anew keeps them.
+slowest worker of every layer: the largest time of a worker is to be least. Of three ways to fill a layer's slots
+(`layout`, `pairs`) the best one counts, with rows divided as its homes allow (`shares`); and a layer whose present
+homes do as well when their rows are divided anew keeps them.
 
 Legend: L layers, E experts of a layer, S slots of a layer, W workers.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from cluster.errors import PlacementError
 from cluster.placement.homes import Rules, keep, match, obey
 from cluster.placement.layout import FREE, Floats, Ints, Layout, fill_exactly, replicate_and_pack
+from cluster.placement.pairs import pair_up
 from cluster.placement.placement import Placement
 from cluster.placement.shares import divide
 from cluster.placement.swaps import swap
@@ -163,13 +164,19 @@ def _check(current: Placement, fleet: Sequence[Worker], n_experts: int, least: i
 
 
 def _best(loads_LE: Floats, worker_S: Ints, speed_W: Floats, least: int) -> Layout:
-    """The better of both ways for each layer, without regard to what is where."""
+    """The best of all ways for each layer, without regard to what is where."""
     mean_L = loads_LE.sum(1) / speed_W.sum()
     layout = divide(loads_LE, replicate_and_pack(loads_LE, worker_S, speed_W, least), speed_W)
     expert_LS, rows_LS = layout.expert_LS.copy(), layout.rows_LS.copy()
     largest_L = layout.times(speed_W).max(1)
+    if least == 1 and (np.bincount(worker_S, minlength=len(speed_W)) == 2).all() and (speed_W == speed_W[0]).all():
+        paired = pair_up(loads_LE, worker_S, largest_L * speed_W[0])
+        found = (paired.expert_LS != FREE).any(1)
+        expert_LS[found], rows_LS[found] = paired.expert_LS[found], paired.rows_LS[found]
+        largest_L = Layout(expert_LS, rows_LS, worker_S).times(speed_W).max(1)
     if least > 1 or len(worker_S) < loads_LE.shape[1] + len(speed_W) - 1:
-        return layout  # the other way would cut an expert at every worker, and there are not so many slots
+        # The other way would cut an expert at every worker, and there are not so many slots.
+        return Layout(expert_LS, rows_LS, worker_S)
     left = np.arange(len(loads_LE))
     for slack in _SLACKS:
         left = left[largest_L[left] > mean_L[left] * (1 + slack)]

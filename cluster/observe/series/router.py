@@ -60,7 +60,7 @@ DECODE: Final = Series(
 # The exchange. Its counters of rows are of first sendings alone: what is sent again after a loss is not counted again.
 EXPERT_TOKENS: Final = Series(
     "expertmesh_expert_tokens_total", "counter", "", "router", ("layer", "expert"),
-    "Token rows that the gate gave to the expert",
+    "Token rows that the gate gave to the expert; in the last layer only rows whose logits are wanted",
 )  # fmt: skip
 WORKER_TOKENS: Final = Series(
     "expertmesh_worker_tokens_total", "counter", "", "router", ("layer", "worker"),

@@ -102,8 +102,10 @@ class Exchange:
 
     @property
     def unreachable(self) -> frozenset[str]:
-        """Expert workers that do not answer this router, be they gone or not. From any thread."""
-        return self._pool.transport.unreachable
+        """Expert workers that do not answer this router where the newest view has them. From any thread."""
+        addresses = self._views.published.addresses
+        silent = self._pool.transport.unreachable.items()
+        return frozenset(worker for worker, address in silent if addresses.get(worker) == address)
 
     def load(self) -> Load:
         """The rows of experts and workers. From any thread, but always the same one."""

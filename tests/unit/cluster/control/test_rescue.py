@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.control.epochs import Change
+from cluster.control.goal import Goal
 from cluster.control.membership import Membership
 from cluster.control.operator import Operator
 from cluster.control.reach import Isolation, away
@@ -37,7 +38,7 @@ class Fleet:
 
     def __init__(self, least: int = 1, spares: int = 0) -> None:
         self.now = 100.0
-        self.membership = Membership(striped(2, 4, WORKERS, spares=spares), (), 0.0, 1)
+        self.membership = Membership(striped(2, 4, WORKERS, spares=spares), Goal(), 0.0, 1)
         self.operator = Operator(self.membership, self.change, 10, least_homes=least)
         self.rescuer = Rescuer(self.membership, self.operator, asyncio.Condition(), least)
         self.rescuer._started = 0.0
@@ -83,6 +84,10 @@ def test_what_a_lost_worker_held_alone_goes_to_survivors_until_it_is_back(how: s
         fleet.say(router("r0", "expert-0"), router("r1", "expert-0"))
     else:
         fleet.say(expert("expert-0", state="lost" if how == "lost" else "starting"))
+    if how == "unreachable":
+        fleet.look()
+        assert fleet.placement.epoch == 1, "it may only have had no core for a moment"
+        fleet.now += 0.5
     fleet.look()
     assert fleet.placement.epoch == 2
     for layer, index in before.shard("expert-0"):
