@@ -18,6 +18,7 @@ from cluster.errors import TraceError
 from cluster.fleet.actor import loading, node_address, start_or_end
 from cluster.fleet.fault_proxy import FaultProxy
 from cluster.fleet.metrics import serve_metrics
+from cluster.observe import logs, tracing
 from cluster.observe.exposition import Reading
 from workers.transport.grpc.credentials import Credentials
 
@@ -45,7 +46,8 @@ class Router:
     def __init__(
         self, router_id: str, config: Config, checkpoint: str, threads: int, controller: Any, credentials: Credentials
     ) -> None:
-        logging.basicConfig(level=config.log_level.upper())
+        logs.configure(config.log_level, config.log_format, router_id)
+        tracing.configure(config.otlp_traces_endpoint, router_id, config.cluster_name or "")
         self._id = router_id
         self._config = config
         self._checkpoint = checkpoint
