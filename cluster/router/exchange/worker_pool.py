@@ -131,7 +131,8 @@ class WorkerPool:
                 first.is_late = time.monotonic() - began >= timeout_s
                 self._failed(first, loss)
             else:
-                patience.came(first.n_rows, time.monotonic() - began)
+                if first.has_other:
+                    patience.came(first.n_rows, time.monotonic() - began)
                 first.settled = True
                 if first is reply:
                     first.out_PD = rows_PD
