@@ -215,9 +215,7 @@ def _admin(port: int | None) -> tuple[str, str]:
 
     if url := os.environ.get("EXPERTMESH_ADMIN_URL"):
         if not (file := os.environ.get("EXPERTMESH_ADMIN_TOKEN_FILE")):
-            raise ExpertMeshError(
-                "EXPERTMESH_ADMIN_URL is set, and EXPERTMESH_ADMIN_TOKEN_FILE does not name its token"
-            )
+            raise ExpertMeshError("EXPERTMESH_ADMIN_URL is set, but EXPERTMESH_ADMIN_TOKEN_FILE is not")
         return url.rstrip("/"), read_token(Path(file))
     state = find(port)
     controllers = [process for process in read(port)["processes"] if process["role"] == "controller"]

@@ -51,6 +51,7 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "gpus_per_expert_worker": "0.25",
         "gpu_memory_utilization": "0.7",
         "log_level": "debug",
+        "log_format": "json",
         "max_body_bytes": "2048",
         "api_keys_file": str(keys),
         "admin_token_file": str(keys),
