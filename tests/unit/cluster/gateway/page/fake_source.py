@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cluster.control.events import Events
+from cluster.control.goal import Goal
 from cluster.control.membership import Membership
 from cluster.control.observation import observe
 from cluster.control.operator import Operator
@@ -23,7 +24,7 @@ class FakeSource:
     def __init__(self, shape: tuple[int, int, int] = (32, 8, 4), *, seed: int = 0, traffic: bool = True) -> None:
         self.n_layers, self.n_experts, n_workers = shape
         self.workers = tuple(f"expert-{i}" for i in range(n_workers))
-        self.membership = Membership(striped(self.n_layers, self.n_experts, self.workers), (), 0.0, 1)
+        self.membership = Membership(striped(self.n_layers, self.n_experts, self.workers), Goal(), 0.0, 1)
         self.events = Events()
         self.operator = Operator(self.membership, self._never, 10, self.events)
         self.rebalancer = Rebalancer(self.operator, RebalanceOptions(), 10)
