@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cluster.config import Config
+from cluster.router.captured_compute import CapturedCompute
 from cluster.router.compute import Compute, HostCompute
 from cluster.router.engine import Engine
 from cluster.router.exchange import Exchange
@@ -67,6 +68,8 @@ def compute_on(model: Decoder, config: Config) -> Compute:
         limit = context_limit(config, model.spec, model.cache.n_blocks)
         return DeviceCompute(model, config.max_sequences, limit, progress)
     if isinstance(model.experts, Exchange) and model.experts.steps is not None:
+        if model.cache.device.type == "cpu":
+            return CapturedCompute(model, model.experts)
         from cluster.router.exchange_compute import ExchangeCompute
 
         limit = context_limit(config, model.spec, model.cache.n_blocks)

@@ -70,10 +70,10 @@ class HostCompute:
         experts = self._model.experts
         experts.begin_step(step)
         batches = batch.split(experts.micro_batches(batch.n_rows))
-        return _OnHost(self._model.forward(batches).cpu().numpy(), draws, self._sampler)
+        return OnHost(self._model.forward(batches).cpu().numpy(), draws, self._sampler)
 
 
-class _OnHost:
+class OnHost:
     """Logits that are complete."""
 
     def __init__(self, logits_RV: Logits, draws: Items[Draw], sampler: Sampler) -> None:

@@ -29,7 +29,7 @@ from workers.kernels.dispatch import Plan
 from workers.kernels.ops import Ops
 from workers.kernels.select import ops_for
 from workers.model.experts import Experts
-from workers.transport.base import Rows, Tag, Transport
+from workers.transport.base import Rows, StepReport, Tag, Transport
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
 _ROWS_PER_EXPERT = 128
@@ -78,13 +78,13 @@ class Counters:
 
 
 class StepWay(Protocol):
-    """A way on which whole steps can be captured: what `workers.transport.device.way.DeviceWay` is."""
+    """A way on which whole steps can be captured: `transport.device.way.DeviceWay`, `transport.shm.steps.RingSteps`."""
 
     @property
     def experts(self) -> Experts: ...
     def ready(self, workers: tuple[str, ...], owner_LE: NDArray[np.int32]) -> bool: ...
-    def begin_step(self, n_rows: int) -> bool: ...
-    def end_step(self) -> NDArray[np.int64] | None: ...
+    def begin_step(self, n_rows: int, tag: Tag) -> bool: ...
+    def end_step(self) -> StepReport | None: ...
 
 
 class Exchange:
@@ -116,6 +116,7 @@ class Exchange:
         self._router = secrets.randbits(64)
         self._step = 0
         self._part = 0
+        self._is_captured = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._closed = False
@@ -161,6 +162,7 @@ class Exchange:
         self._pool.abandon()
         self._step = step
         self._part = 0
+        self._is_captured = False
 
     def close(self) -> None:
         """Let a step that waits for a worker fail at once. The transport is the owner's to close."""
@@ -182,8 +184,11 @@ class Exchange:
         used = np.unique(owner_LE)  # a worker that owns nothing is not waited for
         workers = tuple(self._routes.workers[index] for index in used.tolist())
         placed_LE = np.searchsorted(used, owner_LE)
-        if self._step_way.ready(workers, placed_LE.astype(np.int32)) and self._step_way.begin_step(n_rows):
+        if self._step_way.ready(workers, placed_LE.astype(np.int32)) and self._step_way.begin_step(
+            n_rows, self._tag(0, 0)
+        ):
             self._step_owners = (epoch, workers, placed_LE)
+            self._is_captured = True
             return True
         self._leave(epoch)
         return False
@@ -191,25 +196,32 @@ class Exchange:
     def end_steps(self) -> bool:
         """After a captured step, which it waits for: False when it is void, since a worker did not answer in time."""
         assert self._step_way is not None
-        rows_LE = self._step_way.end_step()
+        report, counters = self._step_way.end_step(), self.counters
+        self._is_captured = False
         epoch, workers, placed_LE = self._step_owners
         self._leave(epoch)
-        if rows_LE is None:
-            self.counters.void_steps += 1
+        if report is None:
+            counters.void_steps += 1
             return False
-        self.counters.captured_steps += 1
-        self.counters.rows_LE += rows_LE
-        rows_W = np.bincount(placed_LE.ravel(), rows_LE.ravel(), len(workers))
+        counters.captured_steps += 1
+        counters.rows_LE += report.rows_LE
+        counters.sent_bytes += report.sent_bytes
+        counters.received_bytes += report.received_bytes
+        counters.waited_seconds += report.waited_seconds
+        for worker, seconds in zip(workers, report.compute_seconds, strict=False):
+            counters.compute_seconds[worker] += seconds
+        rows_W = np.bincount(placed_LE.ravel(), report.rows_LE.ravel(), len(workers))
         for worker, rows in zip(workers, rows_W.tolist(), strict=True):
-            self.counters.worker_rows[worker] = self.counters.worker_rows.get(worker, 0) + int(rows)
+            counters.worker_rows[worker] = counters.worker_rows.get(worker, 0) + int(rows)
         return True
 
     def _leave(self, epoch: int) -> None:
         with self._lock:
             self._outstanding[epoch] -= 1
 
-    def by(self, ops: Ops) -> None:
-        """None: the experts are elsewhere."""
+    def by(self, ops: Ops) -> Experts | None:
+        """Those of a captured step while there is one: between `begin_steps` and `end_steps`."""
+        return self._step_way.experts.by(ops) if self._is_captured and self._step_way is not None else None
 
     def micro_batches(self, n_rows: int) -> int:
         """Two for large prefills, else one.

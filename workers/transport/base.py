@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers import wire
@@ -72,6 +74,16 @@ class Received(NamedTuple):
 
     rows_PD: Tensor
     compute_ns: int
+
+
+class StepReport(NamedTuple):
+    """What a captured step did. Legend: L layers, E experts."""
+
+    rows_LE: NDArray[np.int64]  # pairs of each expert
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    waited_seconds: float = 0.0
+    compute_seconds: tuple[float, ...] = ()  # of each worker, as it says
 
 
 class Transport(Protocol):

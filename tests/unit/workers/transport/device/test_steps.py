@@ -25,6 +25,7 @@ from cluster.placement.placement import Placement, striped
 from cluster.router.exchange import Exchange
 from tests.contract.model import Batch, Model, batch
 from tests.unit.workers.transport.device.device_worker import LIMIT_S, serve
+from workers.transport.base import Tag
 from workers.transport.device.offer import Offer, Shape
 from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import DeviceWay
@@ -98,7 +99,7 @@ def wait_ready(way: DeviceWay, placement: Placement) -> None:
 
 def step(way: DeviceWay, given: Batch) -> Tensor | None:
     """y [L, T, D] of all layers; None where the step was void, or the workers did not answer in time."""
-    if not way.begin_step(len(given.x_TD)):
+    if not way.begin_step(len(given.x_TD), Tag(0, 0, 0, 0, 0, 0)):
         return None
     experts = way.experts
     y_LTD = [

@@ -1,0 +1,27 @@
+"""Steps of a router on a CPU whose experts are on the same host: decoding captured whole, the exchange included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+from cluster.router.compute import Computed, Draw, HostCompute, OnHost
+from cluster.router.exchange import Exchange
+from workers.model.batch import Batch
+from workers.model.decoder import Decoder
+
+
+class CapturedCompute(HostCompute):
+    """A step that is void is thrown away and computed again layer by layer, where the exchange repairs: keys and values
+    are written to the same places, and the tokens are the same."""
+
+    def __init__(self, model: Decoder, exchange: Exchange) -> None:
+        super().__init__(model)
+        self._exchange = exchange
+
+    def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
+        self._exchange.begin_step(step)
+        if self._model.captures(batch) and self._exchange.begin_steps(batch.n_rows):
+            logits_RV = self._model.forward([batch])
+            if self._exchange.end_steps():
+                return OnHost(logits_RV.numpy(), draws, self._sampler)
+        return super().start(step, batch, seats, draws)
