@@ -26,6 +26,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/proto.py --check
 	$(BIN)/python scripts/tree.py --check
+	$(BIN)/python scripts/metrics.py --check
 
 install-check: $(VENV)/.dev
 	$(BIN)/python scripts/install_check.py $(PYTHON) $(KIND)

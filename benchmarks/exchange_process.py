@@ -21,7 +21,7 @@ import torch
 from benchmarks.child import serve
 from benchmarks.free_shard import FreeShard
 from cluster.placement.placement import striped
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.server import ExpertServer

@@ -16,7 +16,7 @@ from benchmarks.expert_process import worker_names
 from cluster.config import Config
 from cluster.errors import StartError
 from cluster.placement.placement import striped
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from workers.checkpoint import Checkpoint
 from workers.kernels.threads import process_environment
 from workers.transport.base import FastWay

@@ -19,7 +19,7 @@ import torch
 from benchmarks.child import serve
 from benchmarks.free_shard import FreeShard
 from cluster.placement.placement import striped
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from workers.transport.base import Transport
 from workers.transport.collective.client import CollectiveTransport
 from workers.transport.collective.group import Group, host_store

@@ -94,6 +94,12 @@ class Config:
         "an equal share",
         at_least=0,
     )
+    routing_trace: Path | None = option(  # noqa: RUF009
+        None, "directory in which each router counts a sample of what its gates choose, for `placement plan --trace`"
+    )
+    routing_trace_sample: float = option(
+        0.01, "share of the steps that --routing-trace counts", at_least=0.0001, at_most=1
+    )
     gpu_memory_utilization: float = option(
         0.9, "share of a GPU's memory that is taken: what weights leave of it is KV cache", at_least=0.05, at_most=1.0
     )

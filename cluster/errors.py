@@ -4,6 +4,7 @@ ExpertMeshError (workers.errors)
 ├── CheckpointError, DeviceError, WireError, WorkerLost (workers.errors)
 ├── ConfigError       an option that does not fit: names the option and where its value came from
 ├── StartError        a cluster that cannot start: port taken, memory short, a worker died
+├── TraceError        a file that is no routing trace, or one of another model
 ├── RayGone           Ray, or the controller in it, does not answer
 └── RequestError      a request that cannot be served; carries OpenAI's `code`, `param` and the HTTP status
 """
@@ -14,7 +15,7 @@ from workers.errors import CheckpointError, DeviceError, ExpertMeshError, WireEr
 
 __all__ = [
     "CheckpointError", "ConfigError", "DeviceError", "ExpertMeshError", "PlacementError", "RayGone", "RequestError",
-    "StartError", "WireError", "WorkerLost",
+    "StartError", "TraceError", "WireError", "WorkerLost",
 ]  # fmt: skip
 
 
@@ -28,6 +29,10 @@ class StartError(ExpertMeshError):
 
 class PlacementError(ExpertMeshError):
     """A change of the placement that cannot be made, or was not: the one before is in force."""
+
+
+class TraceError(ExpertMeshError):
+    """A file that cannot be read as a routing trace, or is one of another model."""
 
 
 class RayGone(ExpertMeshError):

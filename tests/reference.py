@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -310,3 +312,16 @@ def gate_margins(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
     for hook in hooks:
         hook.remove()
     return torch.stack(margins).amin(0) if margins else torch.full((len(token_ids),), torch.inf)
+
+
+@torch.no_grad()
+def gate_choices(model: PreTrainedModel, token_ids: Sequence[int]) -> list[NDArray[np.int64]]:
+    """By layer, the experts that transformers' gate chooses for each position, int64 [T, K], best first.
+
+    From the logits of its router; of equal ones the lower expert comes first. For gates with a softmax.
+    """
+    top_k = model.config.num_experts_per_tok
+    ids_1T = torch.tensor([list(token_ids)])
+    layers = model(ids_1T, use_cache=False, output_router_logits=True).router_logits
+    sorted_TE = (torch.sort(logits_TE.float(), dim=-1, descending=True, stable=True) for logits_TE in layers)
+    return [ranked.indices[:, :top_k].numpy() for ranked in sorted_TE]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -17,7 +18,8 @@ from pydantic import BaseModel, Field
 
 from cluster.control.admin_options import AdminOptions
 from cluster.control.membership import Membership
-from cluster.control.operator import Operator, Receipt
+from cluster.control.observation import observe, receipt_shown
+from cluster.control.operator import Operator
 from cluster.control.rebalancer import Rebalancer
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement
@@ -54,6 +56,14 @@ class Homes(BaseModel):
     """A whole placement."""
 
     homes: list[list[dict[str, float]]] = Field(description="by layer and expert: worker -> share of its rows")
+
+
+class Loads(BaseModel):
+    """What to plan for."""
+
+    loads: list[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]] = Field(
+        description="rows of each expert, by layer"
+    )
 
 
 class Scale(BaseModel):
@@ -98,6 +108,14 @@ def create_app(membership: Membership, operator: Operator, rebalancer: Rebalance
         made = await asyncio.to_thread(operator.plan)
         return {"forecast": asdict(made.forecast), "homes": made.placement.homes()}
 
+    @app.post("/placement/plan")
+    async def plan_for(body: Loads) -> dict[str, Any]:
+        """What `rebalance` would do if these were the loads."""
+        if len({len(row) for row in body.loads}) > 1:
+            raise PlacementError("every layer of `loads` needs as many experts")
+        made = await asyncio.to_thread(operator.plan, loads_LE=np.array(body.loads, ndmin=2))
+        return {"forecast": asdict(made.forecast), "homes": made.placement.homes()}
+
     @app.post("/placement/replicate")
     async def replicate(body: Replicate) -> dict[str, Any]:
         """Load another replica."""
@@ -136,6 +154,11 @@ def create_app(membership: Membership, operator: Operator, rebalancer: Rebalance
         operator.undrain(worker)
         return {"drained": sorted(operator.drained)}
 
+    @app.get("/observation")
+    async def observation(known_epoch: int = 0, known_event: int = 0) -> dict[str, Any]:
+        """The cluster at a glance; the placement of another epoch than the known one, events after the known one."""
+        return observe(membership, operator, rebalancer, known_epoch, known_event)
+
     @app.get("/rebalancer")
     async def rebalancer_health() -> dict[str, Any]:
         """What the rebalancer decided last and why, how long it has been acting, when it last succeeded."""
@@ -147,14 +170,6 @@ def create_app(membership: Membership, operator: Operator, rebalancer: Rebalance
         return [receipt_shown(receipt, membership) for receipt in operator.receipts]
 
     return app
-
-
-def receipt_shown(receipt: Receipt, membership: Membership) -> dict[str, Any]:
-    """A receipt as JSON, with what has come of it until now."""
-    shown = asdict(receipt)
-    del shown["rows_then"]
-    load = membership.load
-    return shown | {"imbalance_since": None if load is None else receipt.realised(dict(load.total))}
 
 
 def _shown(membership: Membership, operator: Operator) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 import psutil
 import ray
@@ -17,7 +18,9 @@ import ray
 from cluster.control.admin_options import AdminOptions
 from cluster.control.client import NAME
 from cluster.control.epochs import Change
+from cluster.control.events import Events
 from cluster.control.membership import Membership
+from cluster.control.observation import observe
 from cluster.control.operator import Operator
 from cluster.control.rebalancer import RebalanceOptions, Rebalancer
 from cluster.control.view import Member, View
@@ -57,7 +60,8 @@ class Controller:
         self._changed = asyncio.Condition()
         self._processes: dict[str, psutil.Process] = {}  # of this node, by member: psutil tells a recycled pid apart
         self._node = ray.get_runtime_context().get_node_id()
-        self._operator = Operator(self._membership, self.change, expert_bytes)
+        self._events = Events()
+        self._operator = Operator(self._membership, self.change, expert_bytes, self._events)
         self._rebalancer = Rebalancer(self._operator, rebalance or RebalanceOptions(), expert_bytes)
         self._admin_address = ""
         self._admin = None if admin is None else asyncio.get_event_loop().create_task(self._serve_admin(admin))
@@ -90,8 +94,15 @@ class Controller:
         if workers and not self._membership.wanted:
             self._membership.want(workers)
         view = await self._news(known_version)
-        myself = Member("controller", NAME, os.getpid(), self._node, "ready", self._admin_address)
+        load = self._membership.load
+        detail: dict[str, object] = {} if load is None else {"imbalance": load.imbalance}
+        myself = Member("controller", NAME, os.getpid(), self._node, "ready", self._admin_address, detail=detail)
         return replace(view, members=(*view.members, myself))
+
+    async def observe(self, known_epoch: int, known_event: int) -> dict[str, Any]:
+        """What the live page shows, see `observation`, and where the admin API is."""
+        seen = observe(self._membership, self._operator, self._rebalancer, known_epoch, known_event)
+        return seen | {"admin_address": self._admin_address}
 
     async def change(self, placement: Placement, reason: str, timeout_s: float = CHANGE_TIMEOUT_S) -> Change:
         """Bring the next placement into force, see `epochs`; returns when it is, and what it replaced is out of use.
@@ -112,6 +123,7 @@ class Controller:
         await self._notify()
 
     async def _notify(self) -> None:
+        self._events.see(self._membership.view.members, self._membership.wanted)
         async with self._changed:
             self._changed.notify_all()
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.control.epochs import Change
+from cluster.control.events import Events, Kind
 from cluster.control.membership import Membership
 from cluster.errors import PlacementError
 from cluster.placement import edit
+from cluster.placement.layout import Floats
 from cluster.placement.load import imbalance
 from cluster.placement.placement import Placement
 from cluster.placement.planner import Forecast, Limits, Plan, Worker, balance
@@ -60,12 +62,16 @@ class Receipt:
 class Operator:
     """Carries out verbs one at a time. `change` brings a placement into force, see `Controller.change`."""
 
-    def __init__(self, membership: Membership, change: MakeChange, expert_bytes: int) -> None:
+    def __init__(
+        self, membership: Membership, change: MakeChange, expert_bytes: int, events: Events | None = None
+    ) -> None:
+        """`events`: where every action is told of."""
         self.receipts: deque[Receipt] = deque(maxlen=_RECEIPTS)
         self.drained: set[str] = set()  # expert workers that are to hold nothing
         self._membership = membership
         self._change = change
         self._expert_bytes = expert_bytes
+        self.events = events or Events()
         self._lock = asyncio.Lock()
 
     async def replicate(self, layer: int, expert: int, worker: str | None) -> Receipt:
@@ -98,11 +104,17 @@ class Operator:
             edit.check(goal, self._membership.slots)
             return await self._reach(goal, "apply a placement")
 
-    def plan(self, limits: Limits | None = None, without: Iterable[str] = ()) -> Plan:
-        """What `rebalance` would do. PlacementError when the workers that there are cannot hold all experts."""
+    def plan(self, limits: Limits | None = None, without: Iterable[str] = (), loads_LE: Floats | None = None) -> Plan:
+        """What `rebalance` would do for the recent load, or for `loads_LE`, rows of each expert. PlacementError when
+        the workers that there are cannot hold all experts, or the model has others than `loads_LE`."""
         load = self._membership.load
         now = self._placement
-        loads_LE = np.zeros((now.n_layers, now.n_experts)) if load is None else load.recent_LE
+        if loads_LE is None:
+            loads_LE = np.zeros((now.n_layers, now.n_experts)) if load is None else load.recent_LE
+        if loads_LE.shape != (now.n_layers, now.n_experts):
+            raise PlacementError(
+                f"the model has {now.n_layers} layers of {now.n_experts} experts; these loads are of another"
+            )
         return balance(loads_LE, self._workers(without), now, limits or Limits(expert_bytes=self._expert_bytes))
 
     async def rebalance(self, limits: Limits | None = None, action: str = "rebalance") -> Receipt:
@@ -222,6 +234,7 @@ class Operator:
         receipt = Receipt(action, time.time(), before.epoch, forecast=forecast)
         receipt.imbalance_before = 1.0 if load is None else load.imbalance
         self.receipts.append(receipt)
+        self.events.add(_kind(action), f"{action}: begun")
         began = time.monotonic()
         try:
             for placement in way:
@@ -237,7 +250,12 @@ class Operator:
             receipt.epoch_after = self._placement.epoch
             load = self._membership.load
             receipt.rows_then = {} if load is None else dict(load.total)
-            _log.info("%s: %s", action, receipt.error or f"epoch {receipt.epoch_after}, {receipt.seconds:.2f} s")
+            outcome = receipt.error or (
+                f"epoch {receipt.epoch_after} after {receipt.seconds:.2f} s, {receipt.added} replicas loaded, "
+                f"{receipt.removed} unloaded"
+            )
+            self.events.add(_kind(action), f"{action}: {outcome}", level="error" if receipt.error else "good")
+            _log.info("%s: %s", action, outcome)
         return receipt
 
     async def _back(self, before: Placement) -> None:
@@ -247,6 +265,11 @@ class Operator:
                 await self._change(placement, f"back to epoch {before.epoch}")
         except PlacementError:
             _log.exception("the placement of epoch %d cannot be restored", before.epoch)
+
+
+def _kind(action: str) -> Kind:
+    verb = action.partition(" ")[0].rstrip(":")
+    return "rebalance" if verb == "rebalance" else "scale" if verb == "scale" else "placement"
 
 
 def _number(worker: str) -> int:

@@ -41,9 +41,22 @@ def show(port: Port = None, as_json: Json = False) -> None:
 
 
 @placement.command()
-def plan(port: Port = None, as_json: Json = False) -> None:
+def plan(
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="plan for the loads of this routing trace, a file or a directory, not for the recent ones"),
+    ] = None,
+    port: Port = None,
+    as_json: Json = False,
+) -> None:
     """What `rebalance` would do; with --json a file that `placement apply` takes."""
-    answer = _ask("GET", "/placement/plan", port)
+    if trace is None:
+        answer = _ask("GET", "/placement/plan", port)
+    else:
+        from cluster.routing.trace import read_trace
+
+        loads_LE = read_trace(trace).total().chosen_LE
+        answer = _ask("POST", "/placement/plan", port, {"loads": loads_LE.tolist()})
     typer.echo(json.dumps(answer) if as_json else _forecast(answer["forecast"]))
 
 

@@ -22,8 +22,10 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     import torch
 
     from cluster.router.engine import Engine
-    from cluster.router.exchange import Exchange, StepWay
+    from cluster.router.exchange.captured_steps import StepWay
+    from cluster.router.exchange.exchange import Exchange
     from cluster.router.service import GenerationService
+    from cluster.routing.recorder import RoutingTrace
     from workers.checkpoint import Checkpoint
     from workers.transport.base import FastWay, Transport
     from workers.transport.collective.client import CollectiveTransport
@@ -92,7 +94,7 @@ class Router:
 
     def _build(self) -> Engine:
         from cluster.router.build import build_engine
-        from cluster.router.exchange import Exchange
+        from cluster.router.exchange.exchange import Exchange
         from workers.checkpoint import Checkpoint
         from workers.device import compute_dtype, pick
         from workers.kernels.threads import set_threads
@@ -101,7 +103,7 @@ class Router:
         self._device = pick(self._config.router_device, self._gpu_ids)
         self._source = source = Checkpoint(self._checkpoint, self._device, finite=self._config.check_weights)
         if self._config.transport == "local":
-            return build_engine(self._config, source)
+            return build_engine(self._config, source, trace=self._make_trace(source))
         assert self._view is not None
         dtype = compute_dtype(self._config.dtype, source.spec.dtype, self._device, self._config.expert_device)
         way, ways = self._make_ways(source, dtype)
@@ -115,7 +117,23 @@ class Router:
             dtype=dtype,
             step_way=way,
         )
-        return build_engine(self._config, source, exchange)
+        return build_engine(self._config, source, exchange, self._make_trace(source))
+
+    def _make_trace(self, source: Checkpoint) -> RoutingTrace | None:
+        """The file in which a sample of what the gates choose is counted, where one is asked for."""
+        from cluster.routing.recorder import RoutingTrace
+        from cluster.routing.trace import Header
+
+        config, spec = self._config, source.spec
+        if config.routing_trace is None or not spec.top_k:
+            return None
+        header = Header(source.path.name, spec.n_layers, spec.n_experts, spec.top_k, config.routing_trace_sample)
+        path = config.routing_trace / f"{self._id}.jsonl.gz"
+        try:
+            return RoutingTrace(path, self._id, header)
+        except OSError as error:
+            log.error("no routing trace is written: %s", error)
+            return None
 
     def _make_ways(self, source: Checkpoint, dtype: torch.dtype) -> tuple[StepWay | None, tuple[FastWay, ...]]:
         """What captured steps take, and what all rows do where both ends can."""

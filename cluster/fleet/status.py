@@ -66,6 +66,8 @@ def _says(role: str, detail: dict[str, Any]) -> str:
             return f"{running} running, {waiting} waiting, {total - free} of {total} KV blocks used"
         case "gateway", {"open": n_open, "requests": requests}:
             return f"{n_open} open of {requests} requests"
+        case "controller", {"imbalance": imbalance}:
+            return f"workers' imbalance {imbalance:.3f} (max / mean rows of the last minute)"
     return ""
 
 

@@ -16,7 +16,7 @@ from cluster.gateway.conversation import Conversation, converse, echoed
 from cluster.gateway.generation import Answer, Choice, RunningUsage, Usage, respond
 from cluster.gateway.parsers.parts import CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import Written, call_id
-from cluster.gateway.schemas import ChatRequest
+from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken
 from cluster.gateway.sse import DONE, TextEvents, error_event, event
 from cluster.gateway.token_fields import TokenFields

@@ -16,7 +16,7 @@ from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Answer, Choice, Echo, RunningUsage, Usage, respond
 from cluster.gateway.logprobs import finite
 from cluster.gateway.prompts import echo_of, prompts
-from cluster.gateway.schemas import CompletionRequest
+from cluster.gateway.schemas.completions import CompletionRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken, SequenceText
 from cluster.gateway.sse import DONE, TextEvents, error_event, event
 from cluster.gateway.structured import grammar_of

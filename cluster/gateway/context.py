@@ -13,7 +13,8 @@ from cluster.errors import RequestError
 from cluster.gateway.defaults import SamplingDefaults
 from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.metrics import Metrics
-from cluster.gateway.schemas import UNSUPPORTED, Body
+from cluster.gateway.schemas.fields import Body
+from cluster.gateway.schemas.known import UNSUPPORTED
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.grammar import GrammarCompiler
 from cluster.router.params import SamplingParams, StepOutput

@@ -12,7 +12,8 @@ from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Choice
 from cluster.gateway.prompts import check_length, encode
-from cluster.gateway.schemas import ChatRequest, FunctionCall, Message
+from cluster.gateway.schemas.chat import ChatRequest
+from cluster.gateway.schemas.messages import FunctionCall, Message
 from cluster.gateway.sequence_text import SequenceText
 from cluster.gateway.structured import grammar_of
 from cluster.gateway.tools import Toolbox, call_grammar, parser, taught, toolbox

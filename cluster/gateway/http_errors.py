@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from cluster.errors import RequestError
 from cluster.gateway.messages import errors as messages
-from cluster.gateway.schemas import NEUTRAL
+from cluster.gateway.schemas.known import NEUTRAL
 
 log = logging.getLogger(__name__)
 

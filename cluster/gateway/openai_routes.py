@@ -9,7 +9,8 @@ from cluster.gateway import response_bodies
 from cluster.gateway.chat import chat
 from cluster.gateway.completions import complete
 from cluster.gateway.context import Gateway
-from cluster.gateway.schemas import ChatRequest, CompletionRequest
+from cluster.gateway.schemas.chat import ChatRequest
+from cluster.gateway.schemas.completions import CompletionRequest
 
 
 def openai_routes(gateway: Gateway) -> APIRouter:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Echo
-from cluster.gateway.schemas import Prompt
+from cluster.gateway.schemas.completions import Prompt
 
 _LONG = 8_000  # characters; a longer text takes milliseconds, in which no other stream would move
 _In = TypeVar("_In")

@@ -57,7 +57,9 @@ class RouterStream:
         return self._task
 
     async def _run(self) -> None:
-        while True:
+        # A task that is cancelled while its call fails hears nothing of it: gRPC takes the exception for the call's.
+        # The task's own count of cancellations is right in any case.
+        while not self._task.cancelling():
             try:
                 # A channel for every stream: with TLS it takes up the files as they are now.
                 async with self._channel() as channel:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
-from cluster.gateway.schemas import SamplingFields
+from cluster.gateway.schemas.sampling import SamplingFields
 from cluster.router import limits
 from cluster.router.params import SamplingParams
 

@@ -11,7 +11,8 @@ import llguidance
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
-from cluster.gateway.schemas import JsonObject, SamplingFields
+from cluster.gateway.schemas.fields import JsonObject
+from cluster.gateway.schemas.sampling import SamplingFields
 from cluster.router import grammar, limits
 from cluster.router.grammar import GrammarCompiler
 

@@ -9,7 +9,7 @@ from cluster.gateway import response_bodies
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import plain_messages
 from cluster.gateway.prompts import encode
-from cluster.gateway.schemas import DetokenizeRequest, TokenizeRequest
+from cluster.gateway.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 
 def token_routes(gateway: Gateway) -> APIRouter:

@@ -11,7 +11,9 @@ from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
 from cluster.gateway.parsers.formats import DEFAULT_FORMAT, END_THINK, THINK, TOOL_FORMATS
 from cluster.gateway.parsers.message_parser import MessageParser
-from cluster.gateway.schemas import ChatRequest, Function, JsonObject, NamedFunction, NamedTool
+from cluster.gateway.schemas.chat import ChatRequest
+from cluster.gateway.schemas.fields import JsonObject
+from cluster.gateway.schemas.messages import Function, NamedFunction, NamedTool
 from cluster.gateway.structured import ANY_OBJECT, compiled
 from cluster.router import grammar
 

@@ -36,6 +36,7 @@ class Routes:
 
     def __init__(self, placement: Placement, down: Collection[str] = ()) -> None:
         self.workers = placement.workers
+        self.n_experts = placement.n_experts
         avoided = {index for index, worker in enumerate(placement.workers) if worker in down}
         self._owner_LE = np.zeros((len(placement.replicas), placement.n_experts), np.int64)
         self._choices: list[list[_Choice]] = []

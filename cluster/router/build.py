@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from cluster.config import Config
-from cluster.router.captured_compute import CapturedCompute
 from cluster.router.compute import Compute, HostCompute
 from cluster.router.engine import Engine
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
+from cluster.router.exchange.host_step_compute import HostStepCompute
 from cluster.router.grammar import GrammarCompiler
 from cluster.router.memory import check_memory, with_kv_cache
 from cluster.router.sizing import context_limit, expert_format_of, pool_blocks, step_bytes
+from cluster.routing.recorder import RoutingTrace
 from workers.checkpoint import Checkpoint
 from workers.device import compute_dtype, pick
 from workers.kernels.memory import give_back
@@ -29,16 +30,27 @@ log = logging.getLogger(__name__)
 _WORKING_BYTES = 256 * 2**20  # activations and logits of a step, code
 
 
-def build_engine(config: Config, source: str | Path | Checkpoint, experts: Experts | None = None) -> Engine:
+def build_engine(
+    config: Config,
+    source: str | Path | Checkpoint,
+    experts: Experts | None = None,
+    trace: RoutingTrace | None = None,
+) -> Engine:
+    """An engine on the model of `build_model`; what its gates choose goes to `trace`."""
+    checkpoint = _checkpoint(config, source)
+    model = build_model(config, checkpoint, experts)
+    grammars = GrammarCompiler(checkpoint.path, model.spec.vocab_size, model.spec.eos_ids)
+    return Engine(model, config, grammars, compute_on(model, config, trace))
+
+
+def build_model(config: Config, source: str | Path | Checkpoint, experts: Experts | None = None) -> Decoder:
     """Load the dense half of the checkpoint `source`, and every expert too unless `experts` says where they are.
 
     It computes where the checkpoint is read to; that of a directory is the device that the configuration names.
     Raises CheckpointError when a tensor is missing or wrong, StartError when memory does not suffice; both before
     anything is loaded.
     """
-    if not isinstance(source, Checkpoint):
-        source = Checkpoint(source, pick(config.router_device), finite=config.check_weights)
-    checkpoint = source
+    checkpoint = _checkpoint(config, source)
     checkpoint.verify()
     device = checkpoint.device
     spec = checkpoint.spec
@@ -56,25 +68,30 @@ def build_engine(config: Config, source: str | Path | Checkpoint, experts: Exper
     cache = KVCache(spec, n_blocks, config.block_size, dtype, device)
     model = Decoder(spec, dense, experts, cache)
     give_back()
-    grammars = GrammarCompiler(checkpoint.path, spec.vocab_size, spec.eos_ids)
-    return Engine(model, config, grammars, compute_on(model, config))
+    return model
 
 
-def compute_on(model: Decoder, config: Config) -> Compute:
+def _checkpoint(config: Config, source: str | Path | Checkpoint) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        return source
+    return Checkpoint(source, pick(config.router_device), finite=config.check_weights)
+
+
+def compute_on(model: Decoder, config: Config, trace: RoutingTrace | None = None) -> Compute:
     """How the steps of a model are computed: a step ahead where the model and its experts are on a GPU."""
     if device_has_graphs(model):
         from cluster.router.device_compute import DeviceCompute
 
         limit = context_limit(config, model.spec, model.cache.n_blocks)
-        return DeviceCompute(model, config.max_sequences, limit, progress)
+        return DeviceCompute(model, config.max_sequences, limit, progress, trace)
     if isinstance(model.experts, Exchange) and model.experts.steps is not None:
         if model.cache.device.type == "cpu":
-            return CapturedCompute(model, model.experts)
-        from cluster.router.exchange_compute import ExchangeCompute
+            return HostStepCompute(model, model.experts, trace)
+        from cluster.router.exchange.step_compute import ExchangeCompute
 
         limit = context_limit(config, model.spec, model.cache.n_blocks)
-        return ExchangeCompute(model, model.experts, config.max_sequences, limit, progress)
-    return HostCompute(model)
+        return ExchangeCompute(model, model.experts, config.max_sequences, limit, progress, trace)
+    return HostCompute(model, trace)
 
 
 def device_has_graphs(model: Decoder) -> bool:

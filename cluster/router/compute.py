@@ -16,8 +16,10 @@ from cluster.router.logprobs import token_logprobs
 from cluster.router.params import TokenLogprobs
 from cluster.router.sampler import Sampler
 from cluster.router.sequence import Sequence
+from cluster.routing.recorder import RoutingTrace
 from workers.model.batch import Batch
 from workers.model.decoder import Decoder
+from workers.model.observer import RoutingObserver
 
 Logits = NDArray[np.float32]
 
@@ -57,20 +59,28 @@ class Compute(Protocol):
 
 
 class HostCompute:
-    """Logits to the host, tokens drawn there."""
+    """Logits to the host, tokens drawn there. What the gates choose goes to `trace` where there is one."""
 
     runs_ahead = False
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, trace: RoutingTrace | None = None) -> None:
         self._model = model
+        self._trace = trace
         self._sampler = Sampler(model.spec.vocab_size)
 
     def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
         """Computes it all."""
+        return self._by_layers(step, batch, draws, self._observer())
+
+    def _observer(self) -> RoutingObserver | None:
+        """Who is told of this step's choices; None: it is not one of the sample."""
+        return None if self._trace is None else self._trace.observer()
+
+    def _by_layers(self, step: int, batch: Batch, draws: Items[Draw], observer: RoutingObserver | None) -> Computed:
         experts = self._model.experts
         experts.begin_step(step)
         batches = batch.split(experts.micro_batches(batch.n_rows))
-        return OnHost(self._model.forward(batches).cpu().numpy(), draws, self._sampler)
+        return OnHost(self._model.forward(batches, observer).cpu().numpy(), draws, self._sampler)
 
 
 class OnHost:

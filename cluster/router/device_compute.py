@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.router.compute import Computed, Draw, Drawn, Logits
 from cluster.router.device_sampler import DeviceSampler, Pending
+from cluster.routing.recorder import RoutingTrace
 from workers.device import to_device
 from workers.model.batch import Batch
 from workers.model.decode_graphs import DecodeGraphs
@@ -34,9 +35,11 @@ class DeviceCompute:
         max_sequences: int,
         max_context: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        trace: RoutingTrace | None = None,
     ) -> None:
         """Captures the decoding steps; `progress` is told how many of how many are done."""
         self._model = model
+        self._trace = trace
         self._n_seats = max_sequences
         self._graphs = DecodeGraphs(model, max_sequences, max_context)
         self._graphs.capture(max_sequences, progress)
@@ -45,7 +48,8 @@ class DeviceCompute:
     def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
         self._model.experts.begin_step(step)
         known = [seat if seat >= 0 else self._n_seats for seat in seats]
-        if self._graphs.takes(batch):
+        observer = None if self._trace is None else self._trace.observer()
+        if observer is None and self._graphs.takes(batch):
             logits_RV = self._graphs.run(batch, known)
         else:
             seat_T = np.repeat(np.array(known), np.diff(batch.q_start))
@@ -53,7 +57,7 @@ class DeviceCompute:
             token_T = self._graphs.known(
                 to_device(batch.token_ids_T, device), to_device(torch.from_numpy(seat_T), device)
             )
-            logits_RV = self._model.forward([replace(batch, token_ids_T=token_T)])
+            logits_RV = self._model.forward([replace(batch, token_ids_T=token_T)], observer)
         scores = any(draw.sequence.wants_prompt_logprobs for draw in draws) or len(batch.logit_rows_R) > len(draws)
         return OnDevice(self._sampler.start(logits_RV, draws), logits_RV if scores else None)
 

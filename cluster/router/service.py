@@ -25,7 +25,7 @@ from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.serving import Context, Server, text_values
 
 if TYPE_CHECKING:  # the service itself needs no torch
-    from cluster.router.exchange import Exchange
+    from cluster.router.exchange.exchange import Exchange
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import threading
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from tests.contract.model import Model
 from workers.transport.collective.client import CollectiveTransport
 from workers.transport.collective.group import Group, host_store
@@ -125,4 +125,4 @@ class Processes:
 
     def _publish(self) -> None:
         for exchange in self.exchanges:
-            exchange.publish(exchange._published.placement, self.addresses)
+            exchange.publish(exchange._views.published.placement, self.addresses)

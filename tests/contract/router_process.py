@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from cluster.placement.placement import striped
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from tests.contract.harness import MODEL_NAME
 from tests.contract.model import Model, batch
 from tests.credentials import CREDENTIALS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cluster.placement.placement import Placement, striped
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from tests.contract.collective_harness import CollectiveWorkers
 from tests.contract.collective_processes import Processes
 from tests.contract.harness import LocalWorkers, start_all

@@ -16,7 +16,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.placement.placement import Placement, striped
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from tests.contract.harness import MODEL_NAME, GrpcWorkers
 from tests.contract.model import Model, batch
 from tests.contract.test_results import exchange_over, run

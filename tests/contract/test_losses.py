@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster.placement.placement import Placement, striped
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from tests.contract.collective_harness import CollectiveWorkers
 from tests.contract.harness import GrpcWorkers, ShmWorkers, Workers, start_all
 from tests.contract.model import Model, batch

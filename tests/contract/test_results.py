@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cluster.placement.placement import Placement, striped
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from tests.contract.harness import Workers, start_all
 from tests.contract.model import Batch, Model, batch
 

@@ -21,7 +21,7 @@ from cluster.models.random import SMALL, write_random
 from cluster.placement.placement import striped
 from cluster.router.build import build_engine
 from cluster.router.engine import Engine
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from cluster.router.params import SamplingParams, TokenLogprobs
 from tests.contract.conftest import KINDS
 from tests.contract.harness import start_all

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cluster.placement.placement import Placement
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from tests.contract.harness import MODEL_NAME, ShmWorkers, start_all
 from tests.contract.model import Model, batch
 from tests.contract.test_results import run

@@ -17,7 +17,7 @@ import torch
 from cluster.config import Config
 from cluster.placement.placement import Placement, striped
 from cluster.router.build import build_engine
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from cluster.router.params import SamplingParams
 from tests.credentials import CREDENTIALS
 from workers.checkpoint import Checkpoint

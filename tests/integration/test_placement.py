@@ -14,6 +14,8 @@ import httpx
 import pytest
 
 from cluster.fleet.run_state import admin_token
+from cluster.routing.counts import RoutingCounts
+from cluster.routing.trace import Header, Window, append
 from tests.cluster_fixture import RunningCluster, running_cluster, wait_until
 
 pytestmark = pytest.mark.cluster
@@ -181,6 +183,12 @@ def test_the_command_line_says_what_was_done_and_why_not(fleet: RunningCluster) 
         refused = fleet.command(*arguments)
         assert refused.returncode == 1 and reason in refused.stderr, (arguments, refused.stderr)
     assert "replicas to load" in fleet.command("rebalance", "--dry-run").stdout
+    trace = fleet.log.with_name("trace.jsonl")
+    counts = RoutingCounts.zeros(len(homes), len(homes[0]))
+    counts.chosen_LE[:, 0] = 1000
+    append(trace, Header("tiny", len(homes), len(homes[0]), 2, 1.0), Window("texts", 0.0, 1.0, counts))
+    planned = json.loads(fleet.command("placement", "plan", "--trace", str(trace), "--json").stdout)
+    assert len(planned["homes"][0][0]) > 1, "the one expert with rows has several homes"
     receipts = json.loads(fleet.command("placement", "receipts").stdout)
     errors = {receipt["action"]: receipt["error"] for receipt in receipts}
     assert errors[f"move layer 1, expert 3 to {target}"] == ""

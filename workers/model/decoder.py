@@ -20,6 +20,7 @@ from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache
 from workers.model.layer import Asked, DecoderLayer
 from workers.model.micro_batch import MicroBatch
+from workers.model.observer import RoutingObserver
 from workers.model.rope import Rope
 from workers.spec import ModelSpec
 
@@ -45,15 +46,16 @@ class Decoder:
         self._head = self._ops.matrix(dense.head_VD)
 
     @torch.no_grad()
-    def forward(self, batches: Sequence[Batch]) -> Tensor:
+    def forward(self, batches: Sequence[Batch], observer: RoutingObserver | None = None) -> Tensor:
         """One step over one or more micro-batches. Returns the wanted logits, float32 [R, V], batch after batch.
 
         While the experts compute one micro-batch, the attention of the next one runs. A sequence may lie in several
-        micro-batches, in the order of its rows.
+        micro-batches, in the order of its rows. `observer` is told what the gates choose.
         """
         begun = [self._begin(batch) for batch in batches]
         steps = [self._captured.step(batch, number) for number, batch in enumerate(begun)]
-        if len(steps) == 1 and (whole := steps[0]) is not None and self.experts.by(self._ops) is not None:
+        whole = steps[0] if len(steps) == 1 and observer is None else None
+        if whole is not None and self.experts.by(self._ops) is not None:
             delta = whole.run("layers", lambda ops: self._through_layers(ops, self.experts.by(ops), whole.batch))
             return self._logits(self._ops, whole.batch, delta)
         flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
@@ -62,6 +64,9 @@ class Decoder:
                 if (asked := self._attend(layer, batch, step)) is None:
                     continue
                 batch.handle = self.experts.dispatch(layer.index, *asked)
+                if observer is not None:
+                    q_start = batch.metadata.q_start
+                    observer.chosen(layer.index, q_start if len(asked[1]) == q_start[-1] else None, *asked[1:])
                 if layer.ffn is not None:  # while the experts compute
                     self._feed_forward(layer, batch, step, asked[0])
         logits = [self._logits(self._ops, batch, _combine(self.experts, batch)) for batch, _ in flights]

@@ -16,7 +16,7 @@ from cluster.gateway.messages.form import MessageForm
 from cluster.gateway.messages.schemas import CountRequest, MessagesRequest
 from cluster.gateway.messages.translate import chat_request
 from cluster.gateway.prompts import encode
-from cluster.gateway.schemas import ChatRequest
+from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.tools import toolbox
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from cluster.gateway.schemas import (
+from cluster.gateway.schemas.fields import (
     MAX_MESSAGES,
     MAX_TOOLS,
     Body,

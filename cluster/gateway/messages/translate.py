@@ -15,7 +15,7 @@ from cluster.gateway.messages.schemas import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from cluster.gateway.schemas import ChatRequest
+from cluster.gateway.schemas.chat import ChatRequest
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _SAME = ("temperature", "top_p", "top_k", "stream", "max_tokens")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from cluster.gateway.schemas import (
+from cluster.gateway.schemas.fields import (
     MAX_MESSAGES,
     MAX_TOOLS,
     Body,
@@ -15,9 +15,9 @@ from cluster.gateway.schemas import (
     JsonObject,
     MaxTokens,
     Text,
-    TextPart,
     at_most,
 )
+from cluster.gateway.schemas.messages import TextPart
 from cluster.router import limits
 
 

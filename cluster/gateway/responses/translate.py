@@ -13,7 +13,8 @@ from cluster.gateway.responses.schemas import (
     NamedFunctionTool,
     ResponsesRequest,
 )
-from cluster.gateway.schemas import ChatRequest, TextPart
+from cluster.gateway.schemas.chat import ChatRequest
+from cluster.gateway.schemas.messages import TextPart
 
 Told = dict[str, Any]
 

@@ -62,6 +62,8 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "state_dir": str(tmp_path),
         "tool_call_parser": "hermes",
         "rebalance": "off",
+        "routing_trace": str(tmp_path),
+        "routing_trace_sample": "0.5",
         "rebalance_min_gain": "0.2",
     }
     default = {f.name: "true" if HINTS[f.name] is bool else "7" for f in fields(Config)}

@@ -115,6 +115,21 @@ def test_the_api_asks_for_its_token_and_says_why_not() -> None:
     assert client.get("/receipts").json()[0]["action"] == "apply a placement"
 
 
+def test_a_plan_for_other_loads_than_the_recent_ones() -> None:
+    """Would catch loads of a trace that are ignored, taken for another model's, or change what is in force."""
+    fleet = Fleet()
+    rebalancer = Rebalancer(fleet.operator, RebalanceOptions(), 10)
+    headers = {"Authorization": "Bearer secret"}
+    client = TestClient(create_app(fleet.membership, fleet.operator, rebalancer, "secret"), headers=headers)
+    # One expert has all rows of a layer: the plan cuts it between all workers, which the recent load does not ask for.
+    planned = client.post("/placement/plan", json={"loads": [[0, 0, 0, 900], [300, 300, 300, 300]]}).json()
+    assert planned["homes"][0][3] == pytest.approx(dict.fromkeys(WORKERS, 1 / 3), rel=1e-4)
+    assert planned["homes"] != client.get("/placement/plan").json()["homes"]
+    assert fleet.changes == 0
+    for loads, status in (([[1, 2], [3, 4]], 409), ([[1, 2, 3, 4], [5]], 409), ([[-1.0, 0, 0, 0]] * 2, 422)):
+        assert client.post("/placement/plan", json={"loads": loads}).status_code == status
+
+
 FORECAST = Forecast(1.5, 1.0, 10, 1000, 5.0, 0.3)
 
 

@@ -17,7 +17,7 @@ from cluster.config import Config
 from cluster.models.random import write_random
 from cluster.placement.placement import striped
 from cluster.router.build import build_engine
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from cluster.router.params import SamplingParams
 from workers.checkpoint import Checkpoint
 from workers.shard import load_shard

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.placement.placement import Placement, striped
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
 from tests.contract.model import Batch, Model, batch
 from tests.unit.workers.transport.device.device_worker import LIMIT_S, serve
 from workers.transport.base import Tag

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 
 from cluster.router.compute import Computed, Draw, HostCompute, OnHost
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
+from cluster.routing.recorder import RoutingTrace
 from workers.model.batch import Batch
 from workers.model.decoder import Decoder
 
 
-class CapturedCompute(HostCompute):
+class HostStepCompute(HostCompute):
     """A step that is void is thrown away and computed again layer by layer, where the exchange repairs: keys and values
     are written to the same places, and the tokens are the same."""
 
-    def __init__(self, model: Decoder, exchange: Exchange) -> None:
-        super().__init__(model)
+    def __init__(self, model: Decoder, exchange: Exchange, trace: RoutingTrace | None = None) -> None:
+        super().__init__(model, trace)
         self._exchange = exchange
 
     def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
+        observer = self._observer()
         self._exchange.begin_step(step)
-        if self._model.captures(batch) and self._exchange.begin_steps(batch.n_rows):
+        if observer is None and self._model.captures(batch) and self._exchange.begin_steps(batch.n_rows):
             logits_RV = self._model.forward([batch])
             if self._exchange.end_steps():
                 return OnHost(logits_RV.numpy(), draws, self._sampler)
-        return super().start(step, batch, seats, draws)
+        return self._by_layers(step, batch, draws, observer)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cluster.placement.placement import Placement, striped
-from cluster.router import worker_pool as module
-from cluster.router.exchange import Exchange
-from cluster.router.worker_pool import Reply, WorkerPool
+from cluster.router.exchange import worker_pool as module
+from cluster.router.exchange.exchange import Exchange
+from cluster.router.exchange.worker_pool import Reply, WorkerPool
 from workers.errors import WorkerLost
 from workers.transport.base import Received, Rows, Tag
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.router.split import split
+from cluster.router.exchange.split import split
 from workers import wire
 from workers.kernels.ops import Ops
 from workers.kernels.select import ops_for

@@ -9,7 +9,8 @@ from collections.abc import Sequence as Items
 from cluster.router.compute import Computed, Draw, HostCompute
 from cluster.router.device_compute import OnDevice
 from cluster.router.device_sampler import DeviceSampler
-from cluster.router.exchange import Exchange
+from cluster.router.exchange.exchange import Exchange
+from cluster.routing.recorder import RoutingTrace
 from workers.model.batch import Batch
 from workers.model.decode_graphs import DecodeGraphs
 from workers.model.decoder import Decoder
@@ -26,9 +27,10 @@ class ExchangeCompute(HostCompute):
         max_sequences: int,
         max_context: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        trace: RoutingTrace | None = None,
     ) -> None:
         """Captures the decoding steps; `exchange.steps` is there."""
-        super().__init__(model)
+        super().__init__(model, trace)
         self._exchange = exchange
         self._n_seats = max_sequences
         self._graphs = DecodeGraphs(model, max_sequences, max_context, exchange.steps)
@@ -37,9 +39,11 @@ class ExchangeCompute(HostCompute):
 
     def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
         scores = any(draw.sequence.wants_prompt_logprobs for draw in draws)
-        if not scores and self._graphs.takes(batch) and self._exchange.begin_steps(batch.n_rows):
+        observer = self._observer()
+        captured = observer is None and not scores and self._graphs.takes(batch)
+        if captured and self._exchange.begin_steps(batch.n_rows):
             logits_RV = self._graphs.run(batch, [self._n_seats] * batch.n_rows)
             pending = self._device_sampler.start(logits_RV, draws)
             if self._exchange.end_steps():
                 return OnDevice(pending, None)
-        return super().start(step, batch, seats, draws)
+        return self._by_layers(step, batch, draws, observer)

@@ -1,0 +1,83 @@
+"""Types of fields that several requests share, and what every body is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from cluster.router import limits
+
+
+def _whole(text: str) -> str:
+    """JSON can write half a surrogate pair, which is no character."""
+    if not text.isascii():
+        text.encode()  # UnicodeEncodeError is a ValueError, as pydantic wants it
+    return text
+
+
+def _integral(value: Any) -> Any:
+    """To JSON 2.0 is an integer, as it is to a client whose language has only one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def at_most(n: int, what: str) -> Callable[[Any], Any]:
+    """Look at the length of a list or an object before anything in it."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > n:
+            raise ValueError(f"{len(value)} {what}; at most {n} are allowed")
+        return value
+
+    return check
+
+
+def _boolean(value: Any) -> Any:
+    """To Python 0 is False; to JSON it is not."""
+    if not isinstance(value, bool):
+        raise ValueError("must be false")
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be 1")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Integer = Annotated[int, BeforeValidator(_integral)]
+Count = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Stop = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_CHARACTERS)]
+BiasKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-limits.MAX_BIAS, le=limits.MAX_BIAS)]
+Biases = Annotated[
+    dict[BiasKey, Bias],
+    Field(max_length=limits.MAX_BIAS_ENTRIES, json_schema_extra={"additionalProperties": False}),
+    BeforeValidator(at_most(limits.MAX_BIAS_ENTRIES, "entries")),
+]
+Penalty = Annotated[float, Field(ge=-limits.MAX_PENALTY, le=limits.MAX_PENALTY)]
+NTop = Annotated[Integer, Field(ge=0, le=limits.MAX_LOGPROBS)]
+MaxTokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
+One = Annotated[Literal[1], BeforeValidator(_number)]
+Empty = Annotated[list[Any], Field(max_length=0)]
+JsonObject = dict[str, Any]
+FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
+MAX_MESSAGES = 4096
+MAX_TOOLS = 256
+
+
+class Body(BaseModel):
+    """`unknown`: names of fields that this server does not know, here and in what it holds."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+
+    def unknown(self) -> Iterator[str]:
+        yield from (name for name, value in (self.model_extra or {}).items() if value is not None)
+        for value in self.__dict__.values():
+            for item in value if isinstance(value, list) else (value,):
+                if isinstance(item, Body):
+                    yield from item.unknown()

@@ -1,0 +1,70 @@
+"""Messages of a conversation, and the functions that a model may call in it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from cluster.gateway.schemas.fields import MAX_MESSAGES, MAX_TOOLS, Body, FunctionName, JsonObject, Text, at_most
+
+
+class TextPart(Body):
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: Text = ""
+
+
+class FunctionCall(Body):
+    name: Text
+    arguments: Annotated[Text | None, Field(description="A JSON object as text")] = None
+
+
+class ToolCall(Body):
+    id: Text | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
+class Message(Body):
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant", "tool", "function"],
+        Field(description="`developer` is the same as `system`, `function` the older name of `tool`"),
+    ]
+    content: Annotated[
+        Text | Annotated[list[TextPart], Field(fail_fast=True)] | None,
+        Field(description="null: an assistant that only calls"),
+    ] = None
+    name: Text | None = None
+    tool_call_id: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    function_call: FunctionCall | None = None
+    reasoning_content: Text | None = None
+    refusal: Text | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+
+
+Messages = Annotated[
+    list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(at_most(MAX_MESSAGES, "messages"))
+]
+
+
+class Function(Body):
+    name: FunctionName
+    description: Text | None = None
+    parameters: Annotated[JsonObject | None, Field(description="A JSON schema of an object; default: any")] = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: FunctionName
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction

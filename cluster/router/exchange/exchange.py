@@ -1,0 +1,175 @@
+"""The exchange: rows to the workers that hold their experts, and what comes back as one sum per row.
+
+Legend: T token rows, K experts a token, P pairs, D hidden size, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.placement.load import Load, LoadMeter
+from cluster.placement.placement import Placement
+from cluster.router.exchange.captured_steps import CapturedSteps, StepWay
+from cluster.router.exchange.counters import Counters
+from cluster.router.exchange.repair import repair
+from cluster.router.exchange.sender import Part, Sender
+from cluster.router.exchange.split import split
+from cluster.router.exchange.views import View, Views
+from cluster.router.exchange.worker_pool import WorkerPool
+from workers.kernels.dispatch import Plan
+from workers.kernels.ops import Ops
+from workers.kernels.select import ops_for
+from workers.model.experts import Experts
+from workers.transport.base import Transport
+
+_ROWS_PER_EXPERT = 128
+
+
+class Dispatched(NamedTuple):
+    """A dispatch in flight: what `combine` needs. Combined best in the order of dispatch."""
+
+    epoch: int
+    rows_PD: Tensor  # every pair's row, as the workers give it
+    parts: tuple[Part, ...]
+    plan: Plan | None  # where the rows belong; None: no rows
+
+
+class Exchange:
+    """The `Experts` of a router: `dispatch` sends rows to expert workers, `combine` waits for them and adds them up.
+
+    The step loop owns it; only `publish`, `epoch` and `close` are for other threads. A lost or late reply is repaired
+    within `combine`: the same rows go to another replica, or wait until there is one.
+    """
+
+    only_launches = False
+
+    def __init__(
+        self,
+        placement: Placement,
+        addresses: Mapping[str, str],
+        transport: Transport,
+        *,
+        reply_timeout_s: float,
+        rejoin_timeout_s: float,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        step_way: StepWay | None = None,
+    ) -> None:
+        """`device`, `dtype`: of the rows. `step_way`: how captured steps reach the workers."""
+        self._rejoin_timeout_s = rejoin_timeout_s
+        self._n_experts = placement.n_experts
+        self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
+        self._meter = LoadMeter(self.counters.rows_LE, self.counters.worker_rows)
+        self._views = Views(View(placement, dict(addresses)))
+        self._pool = WorkerPool(transport, reply_timeout_s)
+        self._sender = Sender(self._views, self._pool, self.counters)
+        self._captured = None if step_way is None else CapturedSteps(self._sender, step_way)
+        self._ops = ops_for(device, dtype)  # loads the kernels too, so that no step waits for it
+
+    @property
+    def epoch(self) -> int:
+        """The acknowledgement: no rows are, or will be, routed under an older epoch than this one."""
+        return self._views.epoch
+
+    def load(self) -> Load:
+        """The rows of experts and workers. From any thread, but always the same one."""
+        return self._meter.read()
+
+    def numbers(self) -> dict[str, Any]:
+        """How the exchange is doing, under the names of the generation service's DescribeReply. From any thread."""
+        ejected = set(self._pool.ejected)
+        return {
+            "epoch": self.epoch,
+            "connected": [worker for worker in self._views.published.placement.workers if worker not in ejected],
+            "repairs": self.counters.repairs,
+            "dropped_replies": self._pool.transport.dropped_replies,  # came when nobody awaited them any more
+        }
+
+    def publish(self, placement: Placement, addresses: Mapping[str, str]) -> None:
+        """Put a placement and addresses in force from the next dispatch on. Called by any thread."""
+        self._views.publish(View(placement, dict(addresses)))
+
+    def begin_step(self, step: int) -> None:
+        """Number the dispatches that follow. What the step before dispatched and did not combine is given up."""
+        self._sender.begin_step(step)
+        if self._captured is not None:
+            self._captured.is_under_way = False
+
+    def close(self) -> None:
+        """Let a step that waits for a worker fail at once. The transport is the owner's to close."""
+        self._views.close()
+
+    @property
+    def steps(self) -> Experts | None:
+        """What decoding steps are captured with; None: they are not."""
+        return None if self._captured is None else self._captured.experts
+
+    def begin_steps(self, n_rows: int) -> bool:
+        """Before a captured step of `n_rows` rows: whether the workers take part; else it goes layer by layer."""
+        return self._captured is not None and self._captured.begin(n_rows)
+
+    def end_steps(self) -> bool:
+        """After a captured step, which it waits for: False when it is void, since a worker did not answer in time."""
+        assert self._captured is not None
+        return self._captured.end()
+
+    def by(self, ops: Ops) -> Experts | None:
+        """Those of a captured step while one is under way: between `begin_steps` and `end_steps`."""
+        captured = self._captured
+        return captured.experts.by(ops) if captured is not None and captured.is_under_way else None
+
+    def micro_batches(self, n_rows: int) -> int:
+        """Two for large prefills, else one.
+
+        Each of two micro-batches reads the weights of nearly every expert once more. That is hidden only when an
+        expert has so many rows that it computes rather than reads.
+        """
+        return 2 if n_rows >= _ROWS_PER_EXPERT * self._n_experts else 1
+
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched:
+        """Send the rows to the workers of their experts and return at once; see `workers.model.experts.Experts`."""
+        sender = self._sender
+        epoch = sender.enter()
+        if not len(x_TD):
+            return Dispatched(epoch, torch.empty_like(x_TD), (), None)
+        ids_TK = expert_ids_TK.cpu()
+        routes = sender.routes
+        rows_E = np.bincount(ids_TK.numpy().ravel(), minlength=self._n_experts) if routes.has_choice(layer) else None
+        owner_E, counter_E = routes.owners(layer, rows_E), self.counters.rows_LE[layer]
+        new_tag = partial(sender.tag, layer, 0)
+        split_W, plan = split(
+            self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag, sender.room
+        )
+        rows_PD = x_TD.new_empty(plan.n_pairs, x_TD.shape[1])
+        parts = []
+        first = 0
+        for worker, rows in split_W:
+            at = slice(first, first := first + rows.n_pairs)
+            out_PD = rows_PD if rows.n_pairs == plan.n_pairs else rows_PD[at]
+            parts.append(sender.send(worker, rows, at, out_PD))
+        return Dispatched(epoch, rows_PD, tuple(parts), plan)
+
+    def combine(self, handle: Dispatched) -> Tensor:
+        """y_TD, in the dtype of the rows; see `workers.model.experts.Experts`.
+
+        Raises WorkerLost when experts stay without a live replica for longer than the rejoin timeout.
+        """
+        y_TD = handle.rows_PD
+        if handle.plan is not None:
+            parts, rows_PD = handle.parts, handle.rows_PD
+            if lost := self._sender.receive(parts, rows_PD):
+                for part in parts:  # what the transport has of them does not outlive the replies to come
+                    if part.reply.loss is None:
+                        rows_PD[part.at] = part.reply.out_PD
+                repair(self._sender, lost, rows_PD, self._rejoin_timeout_s)
+                y_TD = self._ops.weighted_sum((rows_PD,), handle.plan)
+            else:
+                y_TD = self._ops.weighted_sum([part.reply.out_PD for part in parts], handle.plan)
+        self._views.leave(handle.epoch)
+        return y_TD
