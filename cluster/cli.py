@@ -22,6 +22,7 @@ from cluster.errors import ExpertMeshError
 from cluster.fleet.operator_cli import drain, placement, rebalance, scale
 from cluster.generate import generate
 from cluster.models.cli import app as model_app
+from cluster.plan.command import plan
 from cluster.state_dir import VARIABLE, settle
 
 Port = Annotated[int | None, typer.Option(help="of the gateway, when several clusters run")]
@@ -153,6 +154,7 @@ def config(loaded: Loaded, as_json: Json = False) -> None:
 
 
 app.command()(generate)
+app.command()(plan)
 app.command()(rebalance)
 app.command()(scale)
 app.command()(drain)

@@ -54,7 +54,7 @@ class ChatForm:
         streaming: sampling.Streaming,
     ):
         self._names = gateway.names.by_id if request.return_tokens_as_token_ids else gateway.names
-        self._fields = TokenFields(gateway.names, ids=request.return_token_ids, scores=request.prompt_logprobs)
+        self._fields = TokenFields(gateway.names, request)
         self._echo = echoed(request)
         self._legacy = conversation.tools.legacy
         self._ends_with_calls = (
@@ -132,7 +132,7 @@ class ChatForm:
         return message
 
     def _parts(self, choice: Choice, delta: Delta) -> bytes:
-        """A chunk for each part; the first has the log-probabilities."""
+        """A chunk for each part; the first has the log-probabilities, the last what else is said of the tokens."""
         data, scored = b"", list(delta.scored)
         for part in delta.parts:
             if (content := self._delta_of(part)) is not None:
@@ -140,6 +140,8 @@ class ChatForm:
                 scored = []
         if scored:
             data += event(self._chunk(choice.index, {"content": ""}, self._scores(scored)))
+        if more := self._fields.chunk(delta):
+            data += event(self._chunk(choice.index, {"content": ""}, more=more))
         return data
 
     def _delta_of(self, part: Part) -> dict[str, Any] | None:

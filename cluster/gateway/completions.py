@@ -99,7 +99,7 @@ class CompletionForm:
         self, gateway: Gateway, request: CompletionRequest, choices: list[Choice], streaming: sampling.Streaming
     ):
         self._names = gateway.names.by_id if request.return_tokens_as_token_ids else gateway.names
-        self._fields = TokenFields(gateway.names, ids=request.return_token_ids, scores=request.prompt_logprobs)
+        self._fields = TokenFields(gateway.names, request)
         self._logprobs = request.logprobs
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",

@@ -18,7 +18,7 @@ from cluster.gateway.parsers.parts import Content, Part
 from cluster.gateway.sampling import Streaming
 from cluster.gateway.sequence_text import Delta, FinishReason, ScoredToken, SequenceText
 from cluster.gateway.sse import EventStream, JsonAnswer
-from cluster.router.params import SamplingParams, TokenLogprobs
+from cluster.router.params import Routing, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Answer:
     text: str = ""
     parts: list[Part] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    routing: list[Routing] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
@@ -116,6 +117,8 @@ async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) ->
             answer.text += delta.text
             answer.parts += delta.parts
             answer.token_ids += delta.token_ids
+            if delta.routing is not None:
+                answer.routing.append(delta.routing)
             answer.scored += delta.scored
             answer.finish = delta.finish
             answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
@@ -177,7 +180,7 @@ async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice,
                     raise output.error or RequestError("The sequence was ended", code="internal_error", status=500)
                 choice.cached_tokens += output.cached_tokens
                 delta = text.feed(output)
-                delta.token_ids = output.token_ids
+                delta.token_ids, delta.routing = output.token_ids, output.routing
                 if choice.parser is not None:
                     _parse(choice.parser, delta)
                 yield choice, delta

@@ -25,6 +25,7 @@ class Entry:
     params: SamplingParams
     emitted_ids: list[int] = field(default_factory=list)
     prompt_logprobs_given: bool = False
+    routed: int = 0  # tokens whose routing the reader has: another router tells it again from the first on
     outputs: asyncio.Queue[StepOutput | RequestError] = field(default_factory=asyncio.Queue)
     # Where it runs, and how it came there.
     stream: RouterStream | None = None
@@ -45,6 +46,9 @@ class Entry:
         self.losses = 0
         if output.prompt_logprobs is not None:
             self.prompt_logprobs_given = True
+        if output.routing is not None:
+            output = replace(output, routing=output.routing.after(self.routed))
+            self.routed = self.routed if output.routing is None else output.routing.end
         self.outputs.put_nowait(output)
 
     def fail(self, error: RequestError) -> None:

@@ -54,6 +54,7 @@ def sampling_params(
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         allowed_ids=tuple(request.allowed_token_ids or ()),
+        routing=bool(request.return_routing),
     )
 
 

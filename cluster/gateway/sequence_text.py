@@ -9,7 +9,7 @@ from typing import Literal
 from cluster.gateway.detokenizer import Detokenizer
 from cluster.gateway.parsers.parts import Part
 from cluster.gateway.stops import StopFinder
-from cluster.router.params import StepOutput, TokenLogprobs
+from cluster.router.params import Routing, StepOutput, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
 
@@ -32,6 +32,7 @@ class Delta:
     finish: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     token_ids: tuple[int, ...] = ()
+    routing: Routing | None = None  # of tokens before these
     parts: list[Part] = field(default_factory=list)  # of `text`, where function calls or reasoning are looked for
 
 

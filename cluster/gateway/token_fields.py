@@ -1,4 +1,4 @@
-"""What an answer says of tokens beside OpenAI's fields, as vLLM writes it: ids, and scores of the prompt."""
+"""What an answer says of tokens beside OpenAI's fields: ids and scores of the prompt, as vLLM writes them; experts."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Any
 
 from cluster.gateway.generation import Answer, Choice
 from cluster.gateway.logprobs import TokenNames, finite
+from cluster.gateway.schemas.sampling import SamplingFields
 from cluster.gateway.sequence_text import Delta
-from cluster.router.params import TokenLogprobs
+from cluster.router.params import Routing, TokenLogprobs
 
 Fields = dict[str, Any]
 
 
 class TokenFields:
-    """`ids`: `return_token_ids` was asked for; `scores`: `prompt_logprobs` were."""
+    """Those that `request` asks for: `return_token_ids`, `return_routing`, `prompt_logprobs`."""
 
-    def __init__(self, names: TokenNames, *, ids: bool | None, scores: int | None) -> None:
+    def __init__(self, names: TokenNames, request: SamplingFields) -> None:
         self._names = names
-        self._ids = bool(ids)
-        self._scores = scores
+        self._ids = bool(request.return_token_ids)
+        self._routing = bool(request.return_routing)
+        self._scores = request.prompt_logprobs
 
     @property
     def any(self) -> bool:
         """Whether chunks have fields of their own."""
-        return self._ids
+        return self._ids or self._routing
 
     def opening(self, choice: Choice) -> Fields:
         """Of the first chunk of a choice."""
@@ -32,13 +34,18 @@ class TokenFields:
 
     def chunk(self, delta: Delta) -> Fields:
         """Of a chunk with more text."""
-        return {"token_ids": list(delta.token_ids)} if self._ids else {}
+        fields: Fields = {"token_ids": list(delta.token_ids)} if self._ids else {}
+        if self._routing and delta.routing is not None:
+            fields["routing"] = _routing([delta.routing])
+        return fields
 
     def whole(self, answer: Answer) -> Fields:
         """Of a whole choice."""
         fields: Fields = {}
         if self._ids:
             fields |= {"prompt_token_ids": answer.choice.prompt_ids, "token_ids": answer.token_ids}
+        if self._routing:
+            fields["routing"] = _routing(answer.routing)
         if self._scores is not None:
             fields["prompt_logprobs"] = self._prompt(answer.choice.prompt_ids, answer.prompt_logprobs or ())
         return fields
@@ -61,3 +68,13 @@ class TokenFields:
             str(other): {"logprob": finite(logprob), "rank": rank, "decoded_token": self._names.name(other)}
             for other, (logprob, rank) in known.items()
         }
+
+
+def _routing(parts: Sequence[Routing]) -> Fields:
+    """By token from `start` on and layer, the experts, first choice first; none in a layer without experts."""
+    experts = [
+        [[expert for expert in experts_K if expert >= 0] for experts_K in experts_LK]
+        for part in parts
+        for experts_LK in part.experts_NLK.tolist()
+    ]
+    return {"start": parts[0].start if parts else 0, "experts": experts}

@@ -42,6 +42,20 @@ def default() -> None:
 
 
 @app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="a hub id (`owner/name`), or `default`")],
+    dest: Annotated[Path, typer.Argument(help="directory to put it into")],
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of the hub")] = None,
+) -> None:
+    """Put a model into a directory, unless it is there already: what a pod does before it serves."""
+    from cluster.models.fetch import fetch_into
+
+    with one_line_errors():
+        fetch_into(model, dest, revision)
+        print(dest)
+
+
+@app.command()
 def upcycle(
     source: Annotated[Path, typer.Argument(help="dense Llama-architecture checkpoint: directory or GGUF file")],
     dest: Dest,

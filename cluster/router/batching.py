@@ -18,12 +18,14 @@ def logits_wanted(chunk: Chunk) -> int:
     """How many rows at the end of the chunk are to give logits.
 
     The last one, where the next token comes from it; for log-probabilities of the prompt every row that scores a
-    prompt token which has no score yet (a preempted prompt is computed anew, but scored once).
+    prompt token which has no score yet (a preempted prompt is computed anew, but scored once); for routing every row of
+    the answer's tokens of which it is not known yet.
     """
     sequence, n = chunk
     if sequence.prompt_logprobs is not None and sequence.wants_prompt_logprobs:
         return max(0, min(n, sequence.computed + n - (len(sequence.prompt_logprobs) - 1)))
-    return 1 if chunk.completes else 0
+    last = 1 if chunk.completes else 0
+    return max(last, min(n, sequence.computed + n - sequence.routed)) if sequence.params.routing else last
 
 
 def make_batch(chunks: Items[Chunk], wanted_S: Items[int], block_size: int) -> Batch:
@@ -54,5 +56,6 @@ def make_batch(chunks: Items[Chunk], wanted_S: Items[int], block_size: int) -> B
         q_start=(0, *ends_S.tolist()),
         context_S=torch.from_numpy(context_S.astype(np.int32)),
         block_table_SB=torch.from_numpy(table_SB),
+        routing=any(sequence.params.routing for sequence, _ in chunks),
         logit_rows_R=torch.from_numpy(np.flatnonzero(row_T >= (ends_S - np.array(wanted_S))[sequence_T])),
     )

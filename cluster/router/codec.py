@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import cast
 
+import numpy as np
+
 from cluster.errors import RequestError
-from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
+from cluster.router.params import Finish, Routing, SamplingParams, StepOutput, TokenLogprobs
 from workers.pb import generation_pb2 as pb
 
 SERVICE = "expertmesh.generation.v1.Generation"
@@ -66,6 +68,8 @@ def merge_output(message: pb.Output, output: StepOutput) -> None:
         message.logprobs.extend([_encode_logprobs(entry) for entry in output.logprobs])
     if output.prompt_logprobs is not None:
         message.prompt_logprobs.extend([_encode_logprobs(entry) for entry in output.prompt_logprobs])
+    if output.routing is not None:
+        _merge_routing(message.routing, output.routing)
     if output.finish is not None:
         message.finish = output.finish
         if output.finish == "error":
@@ -75,7 +79,8 @@ def merge_output(message: pb.Output, output: StepOutput) -> None:
 def output_bytes(output: StepOutput) -> int:
     """About what `merge_output` adds on the wire; rather too much than too little."""
     entries = output.logprobs if output.prompt_logprobs is None else (*output.logprobs, *output.prompt_logprobs)
-    return 64 + 5 * len(output.token_ids) + sum(16 + 13 * len(entry.top) if entry else 2 for entry in entries)
+    routing = 0 if output.routing is None else output.routing.experts_NLK.nbytes
+    return 64 + routing + 5 * len(output.token_ids) + sum(16 + 13 * len(entry.top) if entry else 2 for entry in entries)
 
 
 def decode_output(message: pb.Output) -> StepOutput:
@@ -90,7 +95,21 @@ def decode_output(message: pb.Output) -> StepOutput:
         prompt_logprobs,
         cast(Finish, message.finish) if message.finish else None,
         cached_tokens=message.cached_tokens,
+        routing=_decode_routing(message.routing) if message.HasField("routing") else None,
     )
+
+
+def _merge_routing(message: pb.Routing, routing: Routing) -> None:
+    """Those of one step follow those of the step before."""
+    if not message.experts:
+        message.start = routing.start
+        _, message.layers, message.choices = routing.experts_NLK.shape
+    message.experts += routing.experts_NLK.astype("<i2", copy=False).tobytes()
+
+
+def _decode_routing(message: pb.Routing) -> Routing:
+    ids = np.frombuffer(message.experts, "<i2").reshape(-1, message.layers, message.choices)
+    return Routing(message.start, ids)
 
 
 def encode_refusal(error: RequestError) -> pb.Refusal:

@@ -22,6 +22,7 @@ from workers.model.decoder import Decoder
 from workers.model.observer import RoutingObserver
 
 Logits = NDArray[np.float32]
+Experts = NDArray[np.int16]
 
 
 class Draw(NamedTuple):
@@ -46,6 +47,9 @@ class Computed(Protocol):
 
     def logits(self, begin: int, end: int) -> Logits:
         """Rows of the wanted logits, [n, V]. Of steps that score prompts only."""
+
+    def routing(self, begin: int, end: int) -> Experts:
+        """The experts that computed these rows, [n, L, K]; after `drawn`. Of steps whose batch asks for it only."""
 
 
 class Compute(Protocol):
@@ -79,20 +83,33 @@ class HostCompute:
     def _by_layers(self, step: int, batch: Batch, draws: Items[Draw], observer: RoutingObserver | None) -> Computed:
         experts = self._model.experts
         experts.begin_step(step)
-        batches = batch.split(experts.micro_batches(batch.n_rows))
-        return OnHost(self._model.forward(batches, observer).cpu().numpy(), draws, self._sampler)
+        return self._forward(batch, batch.split(experts.micro_batches(batch.n_rows)), draws, observer)
+
+    def _forward(
+        self, batch: Batch, cut: Items[Batch], draws: Items[Draw], observer: RoutingObserver | None = None
+    ) -> Computed:
+        logits_RV = self._model.forward(cut, observer).cpu().numpy()
+        routing_RLK = self._model.routing().cpu().numpy() if batch.routing else None
+        return _OnHost(logits_RV, draws, self._sampler, routing_RLK)
 
 
-class OnHost:
+class _OnHost:
     """Logits that are complete."""
 
-    def __init__(self, logits_RV: Logits, draws: Items[Draw], sampler: Sampler) -> None:
+    def __init__(
+        self, logits_RV: Logits, draws: Items[Draw], sampler: Sampler, routing_RLK: Experts | None = None
+    ) -> None:
         self._logits_RV = logits_RV
+        self._routing_RLK = routing_RLK
         self._draws = draws
         self._sampler = sampler
 
     def logits(self, begin: int, end: int) -> Logits:
         return self._logits_RV[begin:end]
+
+    def routing(self, begin: int, end: int) -> Experts:
+        assert self._routing_RLK is not None, "no routing was asked for"
+        return self._routing_RLK[begin:end]
 
     def drawn(self) -> list[Drawn]:
         if not self._draws:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.router.compute import Computed, Draw, Drawn, Logits
+from cluster.router.compute import Computed, Draw, Drawn, Experts, Logits
 from cluster.router.device_sampler import DeviceSampler, Pending
 from cluster.routing.recorder import RoutingTrace
-from workers.device import to_device
+from workers.device import to_device, to_host
 from workers.model.batch import Batch
 from workers.model.decode_graphs import DecodeGraphs
 from workers.model.decoder import Decoder
@@ -51,6 +51,7 @@ class DeviceCompute:
         observer = None if self._trace is None else self._trace.observer()
         if observer is None and self._graphs.takes(batch):
             logits_RV = self._graphs.run(batch, known)
+            routing_RLK = to_host(self._graphs.routing(batch.n_rows)) if batch.routing else None
         else:
             seat_T = np.repeat(np.array(known), np.diff(batch.q_start))
             device = self._model.cache.device
@@ -58,15 +59,18 @@ class DeviceCompute:
                 to_device(batch.token_ids_T, device), to_device(torch.from_numpy(seat_T), device)
             )
             logits_RV = self._model.forward([replace(batch, token_ids_T=token_T)], observer)
+            routing_RLK = to_host(self._model.routing()) if batch.routing else None
         scores = any(draw.sequence.wants_prompt_logprobs for draw in draws) or len(batch.logit_rows_R) > len(draws)
-        return OnDevice(self._sampler.start(logits_RV, draws), logits_RV if scores else None)
+        # What is drawn comes to the host after the routing.
+        return OnDevice(self._sampler.start(logits_RV, draws), logits_RV if scores else None, routing_RLK)
 
 
 class OnDevice:
     """A step that runs."""
 
-    def __init__(self, pending: Pending, logits_RV: Tensor | None) -> None:
+    def __init__(self, pending: Pending, logits_RV: Tensor | None, routing_RLK: Tensor | None = None) -> None:
         self._pending = pending
+        self._routing_RLK = routing_RLK
         self._host_RV: Logits | None = None if logits_RV is None else logits_RV.cpu().numpy()
 
     def drawn(self) -> list[Drawn]:
@@ -75,3 +79,8 @@ class OnDevice:
     def logits(self, begin: int, end: int) -> Logits:
         assert self._host_RV is not None, "no prompt was to be scored"
         return self._host_RV[begin:end]
+
+    def routing(self, begin: int, end: int) -> Experts:
+        assert self._routing_RLK is not None, "no routing was asked for"
+        experts_NLK: Experts = self._routing_RLK[begin:end].numpy()
+        return experts_NLK

@@ -22,7 +22,7 @@ from cluster.router.grammar import Flags, GrammarMasks
 from cluster.router.params import TokenLogprobs
 from cluster.router.sampling_state import GREEDY_BELOW
 from cluster.router.sequence import Sequence
-from workers.device import to_device
+from workers.device import to_device, to_host
 from workers.kernels.cuda.sampling import Draws, draw
 
 _Floats = NDArray[np.float32]
@@ -107,7 +107,7 @@ class Pending:
     """Draws under way: on their way to the host already."""
 
     def __init__(self, token_R: Tensor, scores: _Scores | None, broken: dict[int, RequestError]) -> None:
-        self._token_R = _to_host(token_R)
+        self._token_R = to_host(token_R)
         self._scores = scores
         self._broken = broken
         self._event = torch.cuda.current_stream().record_event() if token_R.is_cuda else None
@@ -229,15 +229,7 @@ def _scores(logits_RV: Tensor, row_R: Tensor, token_R: Tensor, draws: Items[Draw
     keys_NV = ascending_NV * vocab + (vocab - 1 - torch.arange(vocab, device=logits_RV.device))
     top_NK = keys_NV.topk(min(max(n_top), vocab), dim=1).indices
     top_logprob_NK = logits_NV.gather(1, top_NK).double() - log_sum_N1
-    return _Scores(index, n_top, _to_host(logprob_N), _to_host(top_NK), _to_host(top_logprob_NK))
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy that is complete when the stream has come to it."""
-    if not tensor.is_cuda:
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+    return _Scores(index, n_top, to_host(logprob_N), to_host(top_NK), to_host(top_logprob_NK))
 
 
 def _signed(seed: int) -> int:

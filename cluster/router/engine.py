@@ -53,6 +53,7 @@ class _Flight:
     chunks: list[Chunk]
     wanted_S: list[int]
     completes_S: list[bool]
+    first_S: list[int]  # the position of each chunk's first row
     computed: Computed | None = None
 
     @property
@@ -195,7 +196,8 @@ class Engine:
                     return None
                 wanted_S = [logits_wanted(chunk) for chunk in chunks]
                 batch = make_batch(chunks, wanted_S, self._blocks.block_size)
-                flight = _Flight(chunks, wanted_S, [chunk.completes for chunk in chunks])
+                completes_S = [chunk.completes for chunk in chunks]
+                flight = _Flight(chunks, wanted_S, completes_S, [chunk.sequence.computed for chunk in chunks])
                 seats = [chunk.sequence.ahead for chunk in chunks]
             self._steps += 1
             self._rows += batch.n_rows
@@ -242,7 +244,8 @@ class Engine:
         """
         end = 0
         tokens = iter(drawn)
-        for chunk, wanted, completes in zip(flight.chunks, flight.wanted_S, flight.completes_S, strict=True):
+        steps = zip(flight.chunks, flight.wanted_S, flight.completes_S, flight.first_S, strict=True)
+        for chunk, wanted, completes, first in steps:
             sequence = chunk.sequence
             end += wanted
             given = next(tokens) if completes and sequence.params.max_tokens > 0 else None
@@ -250,6 +253,9 @@ class Engine:
                 continue
             if sequence.wants_prompt_logprobs and sequence.prompt_logprobs is not None:
                 score_prompt(sequence, sequence.prompt_logprobs, computed.logits(end - wanted, end))
+            if sequence.params.routing and wanted and self.model.spec.n_experts:
+                experts_NLK = computed.routing(end - wanted, end)
+                sequence.note_routing(first + chunk.n - wanted, experts_NLK)
             if given is not None:
                 outputs.append(self._emit(sequence, given))
             elif completes:  # only the scores of its prompt were wanted
@@ -279,7 +285,10 @@ class Engine:
         logprobs = () if given.logprobs is None else (given.logprobs,)
         cached = sequence.cached if sequence.n_emitted == 1 else 0
         self._cached += cached
-        return StepOutput(sequence.request_id, (given.token,), logprobs, scores, finish, cached_tokens=cached)
+        routing = sequence.take_routing() if sequence.params.routing else None
+        return StepOutput(
+            sequence.request_id, (given.token,), logprobs, scores, finish, cached_tokens=cached, routing=routing
+        )
 
     def _end(self, sequence: Sequence, finish: Finish, error: RequestError | None = None) -> StepOutput:
         """End a sequence without a further token."""

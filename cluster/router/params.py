@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cluster.errors import RequestError
 
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -35,6 +38,7 @@ class SamplingParams:
     priority: int = 0  # of those who wait the lowest goes first
     cache_salt: str = ""  # KV blocks are shared by requests of the same salt alone
     allowed_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all may be
+    routing: bool = False  # whether to say which experts computed the answer's tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,28 @@ class TokenLogprobs:
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """The experts that tokens of an answer went through, N of them from its token `start` on (from 0).
+
+    A token goes through the experts when the next one is computed, so its routing comes one output later, and the last
+    token of an answer has none.
+    """
+
+    start: int
+    experts_NLK: NDArray[np.int16]  # by layer, first choice first; -1: a layer without experts
+
+    @property
+    def end(self) -> int:
+        """The first token of the answer after these."""
+        return self.start + len(self.experts_NLK)
+
+    def after(self, n_known: int) -> Routing | None:
+        """What of it is about tokens from `n_known` on; None: nothing."""
+        start = max(self.start, n_known)
+        return Routing(start, self.experts_NLK[start - self.start :]) if start < self.end else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +82,4 @@ class StepOutput:
     finish: Finish | None = None
     error: RequestError | None = None  # with `finish` "error"
     cached_tokens: int = 0  # of the prompt, whose K and V were there already; with the first token
+    routing: Routing | None = None  # if it is asked for

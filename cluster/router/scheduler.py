@@ -170,11 +170,12 @@ class Scheduler:
 
     def _find(self, sequence: Sequence) -> list[int]:
         """The blocks in the cache that hold what the sequence begins with, all but its last token: that one's logits
-        are wanted. None of a prompt that is to be scored: every row of it is."""
+        are wanted. None of a prompt that is to be scored: every row of it is. Nor tokens whose experts are wanted."""
         if not self._shares_prefixes or sequence.prompt_logprobs is not None:
             return []
         size = self.blocks.block_size
-        return self.blocks.share(sequence.keys((len(sequence.tokens) - 1) // size, size))
+        last = sequence.routed if sequence.params.routing else len(sequence.tokens)
+        return self.blocks.share(sequence.keys(min(last, len(sequence.tokens) - 1) // size, size))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take all blocks of the last of the running back; it is computed anew when it is its turn again."""

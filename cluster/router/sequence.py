@@ -8,8 +8,11 @@ from collections.abc import Sequence as Items
 from enum import Enum
 from hashlib import sha256
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cluster.router.grammar import Grammar
-from cluster.router.params import Finish, SamplingParams, TokenLogprobs
+from cluster.router.params import Finish, Routing, SamplingParams, TokenLogprobs
 from cluster.router.sampling_state import SamplingState
 
 
@@ -38,6 +41,8 @@ class Sequence:
         "params",
         "prompt_logprobs",
         "request_id",
+        "routed",
+        "routing",
         "sampling",
         "state",
         "stops",
@@ -73,6 +78,8 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None and not emitted_ids:
             self.prompt_logprobs = [None]
+        self.routed = self.n_prompt  # tokens whose experts are known, or not asked for
+        self.routing: list[NDArray[np.int16]] = []  # [n, L, K], those that were not told yet
 
     @property
     def n_emitted(self) -> int:
@@ -114,6 +121,20 @@ class Sequence:
             return None
         scores, self.prompt_logprobs = tuple(self.prompt_logprobs), None
         return scores
+
+    def note_routing(self, position: int, experts_NLK: NDArray[np.int16]) -> None:
+        """The experts of its tokens from `position` on; those that are known already are skipped."""
+        fresh_NLK = experts_NLK[max(0, self.routed - position) :]
+        if len(fresh_NLK):
+            self.routing.append(fresh_NLK)
+            self.routed += len(fresh_NLK)
+
+    def take_routing(self) -> Routing | None:
+        """What became known since the last time."""
+        if not self.routing:
+            return None
+        experts_NLK, self.routing = np.concatenate(self.routing), []
+        return Routing(self.routed - len(experts_NLK) - self.n_prompt, experts_NLK)
 
     def keys(self, n: int, block_size: int) -> list[bytes]:
         """The keys of its first `n` blocks, which its tokens fill: a chain of SHA-256 over the tokens, block by block,

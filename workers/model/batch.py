@@ -23,6 +23,7 @@ class Batch:
     context_S: Tensor  # int32, KV tokens of the sequence including its rows of this batch
     block_table_SB: Tensor  # int32, block i of a sequence holds its tokens from i * block_size on; padded anyhow
     logit_rows_R: Tensor  # int64, ascending; the last row of a sequence to sample from, all of them for prompt logprobs
+    routing: bool = False  # whether `Decoder.routing` will be asked for the experts of these rows
 
     @property
     def n_rows(self) -> int:
@@ -55,4 +56,5 @@ class Batch:
             context_S=context_S,
             block_table_SB=self.block_table_SB[first : last + 1],
             logit_rows_R=wanted - begin,
+            routing=self.routing,
         )

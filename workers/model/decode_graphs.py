@@ -17,6 +17,7 @@ from workers.kernels.ops import AttentionMetadata, Graph, Ops
 from workers.model.batch import Batch
 from workers.model.decoder import Decoder
 from workers.model.experts import Experts
+from workers.model.routing import stacked
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _SPLIT = 256  # keys of a split, as the attention of a GPU counts them
@@ -33,6 +34,7 @@ class _Captured:
     metadata: AttentionMetadata
     graph: Graph
     logits_TV: Tensor
+    expert_ids: dict[int, Tensor]  # by layer, [T, K]
     table_SB: Tensor | None = None  # what the block table was filled with last, on the host
 
 
@@ -58,6 +60,7 @@ class DecodeGraphs:
         self._n_seats, self._n_blocks = n_seats, -(-max_context // size)
         self._most_items = n_seats + 2 * model.cache.n_blocks * size // _SPLIT
         self._captured: dict[int, _Captured] = {}
+        self._last: _Captured | None = None  # that ran last
 
     def capture(self, most_rows: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Capture every size up to one that holds `most_rows`, the largest first: the others take its memory."""
@@ -82,7 +85,7 @@ class DecodeGraphs:
         A token id of -1 is the one in the seat.
         """
         n = batch.n_rows
-        captured = self._captured[min(size for size in self._captured if size >= n)]
+        captured = self._last = self._captured[min(size for size in self._captured if size >= n)]
         host_5T = torch.zeros(captured.inputs_5T.shape, dtype=torch.int64, pin_memory=True)
         host_5T[_POSITION : _SLOT + 1] = -1
         host_5T[_SEAT] = self._n_seats
@@ -99,6 +102,12 @@ class DecodeGraphs:
         captured.graph.replay()
         return captured.logits_TV[:n]
 
+    def routing(self, n_rows: int) -> Tensor:
+        """Launch a copy of the experts that the first rows of the last `run` chose: int16 [n_rows, L, K]."""
+        assert self._last is not None
+        ids = {layer: ids_TK[:n_rows] for layer, ids_TK in self._last.expert_ids.items()}
+        return stacked(ids, self._model.spec.n_layers)
+
     def known(self, token_T: Tensor, seat_T: Tensor) -> Tensor:
         """The token ids, with those of -1 taken from their seats; all on the device."""
         return torch.where(token_T < 0, self.last_N[seat_T].to(torch.int64), token_T)
@@ -114,12 +123,14 @@ class DecodeGraphs:
             tuple(range(n_rows + 1)),
         )  # fmt: skip
 
+        expert_ids: dict[int, Tensor] = {}
+
         def compute(ops: Ops) -> Tensor:
             token_T = self.known(inputs_5T[_TOKEN], inputs_5T[_SEAT])
-            return self._model.compute(ops, token_T, metadata, experts=self._experts)
+            return self._model.compute(ops, token_T, metadata, experts=self._experts, expert_ids=expert_ids)
 
         ops = self._ops.padded(inputs_5T[_LIVE], self._most_items)
         compute(ops)  # compiles what is not compiled yet
         torch.cuda.synchronize(device)
         graph, logits_TV = ops.capture(compute)
-        return _Captured(inputs_5T, metadata, graph, logits_TV)
+        return _Captured(inputs_5T, metadata, graph, logits_TV, expert_ids)

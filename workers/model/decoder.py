@@ -22,6 +22,7 @@ from workers.model.layer import Asked, DecoderLayer
 from workers.model.micro_batch import MicroBatch
 from workers.model.observer import RoutingObserver
 from workers.model.rope import Rope
+from workers.model.routing import stacked
 from workers.spec import ModelSpec
 
 
@@ -43,6 +44,7 @@ class Decoder:
         ]
         self._norm_D = dense.norm_D.to(cache.device)
         self._captured = CapturedSteps(self._ops)
+        self._routed: list[dict[int, Tensor]] = []  # of the last step: by micro-batch and layer, the experts chosen
         self._head = self._ops.matrix(dense.head_VD)
 
     @torch.no_grad()
@@ -52,18 +54,25 @@ class Decoder:
         While the experts compute one micro-batch, the attention of the next one runs. A sequence may lie in several
         micro-batches, in the order of its rows. `observer` is told what the gates choose.
         """
+        routing = any(batch.routing for batch in batches)
         begun = [self._begin(batch) for batch in batches]
         steps = [self._captured.step(batch, number) for number, batch in enumerate(begun)]
         whole = steps[0] if len(steps) == 1 and observer is None else None
         if whole is not None and self.experts.by(self._ops) is not None:
-            delta = whole.run("layers", lambda ops: self._through_layers(ops, self.experts.by(ops), whole.batch))
+            delta, ids_by_layer = whole.run(
+                "layers", lambda ops: self._through_layers(ops, self.experts.by(ops), whole.batch)
+            )
+            self._routed = [ids_by_layer]
             return self._logits(self._ops, whole.batch, delta)
         flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
+        self._routed = [{} for _ in flights]
         for layer in self._layers:
-            for batch, step in flights:
+            for (batch, step), ids_by_layer in zip(flights, self._routed, strict=True):
                 if (asked := self._attend(layer, batch, step)) is None:
                     continue
                 batch.handle = self.experts.dispatch(layer.index, *asked)
+                if routing:
+                    ids_by_layer[layer.index] = self._wanted(batch, layer.index, asked[1])
                 if observer is not None:
                     q_start = batch.metadata.q_start
                     observer.chosen(layer.index, q_start if len(asked[1]) == q_start[-1] else None, *asked[1:])
@@ -71,6 +80,18 @@ class Decoder:
                     self._feed_forward(layer, batch, step, asked[0])
         logits = [self._logits(self._ops, batch, _combine(self.experts, batch)) for batch, _ in flights]
         return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
+
+    def routing(self) -> Tensor:
+        """The experts of the rows whose logits the last `forward` gave, int16 [R, L, K]; see `routing.stacked`.
+
+        Where its batches asked for it, in a model that has experts; before the next `forward`.
+        """
+        return torch.cat([stacked(ids_by_layer, self.spec.n_layers) for ids_by_layer in self._routed])
+
+    def _wanted(self, batch: MicroBatch, layer: int, ids_TK: Tensor) -> Tensor:
+        """The choices of the rows that give logits, [R, K]; the last layer has no others."""
+        rows_R = None if layer == self.spec.n_layers - 1 else batch.logit_rows_R
+        return ids_TK if rows_R is None else ids_TK.index_select(0, rows_R)
 
     @torch.no_grad()
     def compute(
@@ -80,25 +101,37 @@ class Decoder:
         metadata: AttentionMetadata,
         logit_rows_R: Tensor | None = None,
         experts: Experts | None = None,
+        expert_ids: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """One micro-batch by `ops`, layer after layer: the wanted logits, float32 [R, V]. Everything is on the
         device, so that all of it only launches where the experts do.
 
-        token_T: int64. logit_rows_R: None means all rows. experts: None means the model's.
+        token_T: int64. logit_rows_R: None means all rows. experts: None means the model's. expert_ids: where the
+        choices of all rows are put, [T, K], by layer.
         """
         batch = self._micro_batch(token_T, metadata, logit_rows_R)
-        return self._logits(ops, batch, self._through_layers(ops, experts or self.experts, batch))
+        delta, ids_by_layer = self._through_layers(ops, experts or self.experts, batch)
+        if expert_ids is not None:
+            expert_ids.update(ids_by_layer)
+        return self._logits(ops, batch, delta)
 
-    def _through_layers(self, ops: Ops, experts: Experts | None, batch: MicroBatch) -> Delta | None:
-        """What the experts of the last layer give; None where it has none."""
+    def _through_layers(
+        self, ops: Ops, experts: Experts | None, batch: MicroBatch
+    ) -> tuple[Delta | None, dict[int, Tensor]]:
+        """What the experts of the last layer give, None where it has none; and by layer the experts of each row.
+
+        Where it is captured, the latter are the graph's own memory: every replay writes to it.
+        """
         assert experts is not None
+        ids_by_layer: dict[int, Tensor] = {}
         for layer in self._layers:
             if (asked := layer.attend(ops, batch, _combine(experts, batch))) is None:
                 continue
             batch.handle = experts.dispatch(layer.index, *asked)
+            ids_by_layer[layer.index] = asked[1]
             if layer.ffn is not None:
                 layer.feed_forward(ops, batch, asked[0])
-        return _combine(experts, batch)
+        return _combine(experts, batch), ids_by_layer
 
     def captures(self, batch: Batch) -> bool:
         """Whether `batch`, as the only one of a step, is computed by captured calls."""

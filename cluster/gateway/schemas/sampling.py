@@ -78,6 +78,9 @@ class SamplingFields(Body):
     ] = None
     prompt_logprobs: Annotated[NTop | None, Field(description="Scores of the prompt's tokens; not in streams")] = None
     return_token_ids: bool | None = None
+    return_routing: Annotated[
+        bool | None, Field(description="Say which experts each token of the answer went through, layer by layer")
+    ] = None
     return_tokens_as_token_ids: Annotated[bool | None, Field(description="In log-probabilities, for names")] = None
     truncate_prompt_tokens: Annotated[
         Annotated[Integer, Field(ge=1, le=2**31 - 1)] | None, Field(description="Keep the last so many of the prompt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
-from cluster.router.compute import Computed, Draw, HostCompute, OnHost
+from cluster.router.compute import Computed, Draw, HostCompute
 from cluster.router.exchange.exchange import Exchange
 from cluster.routing.recorder import RoutingTrace
 from workers.model.batch import Batch
@@ -23,7 +23,7 @@ class HostStepCompute(HostCompute):
         observer = self._observer()
         self._exchange.begin_step(step)
         if observer is None and self._model.captures(batch) and self._exchange.begin_steps(batch.n_rows):
-            logits_RV = self._model.forward([batch])
+            computed = self._forward(batch, [batch], draws)
             if self._exchange.end_steps():
-                return OnHost(logits_RV.numpy(), draws, self._sampler)
+                return computed
         return self._by_layers(step, batch, draws, observer)

@@ -11,6 +11,7 @@ from cluster.router.device_compute import OnDevice
 from cluster.router.device_sampler import DeviceSampler
 from cluster.router.exchange.exchange import Exchange
 from cluster.routing.recorder import RoutingTrace
+from workers.device import to_host
 from workers.model.batch import Batch
 from workers.model.decode_graphs import DecodeGraphs
 from workers.model.decoder import Decoder
@@ -43,7 +44,8 @@ class ExchangeCompute(HostCompute):
         captured = observer is None and not scores and self._graphs.takes(batch)
         if captured and self._exchange.begin_steps(batch.n_rows):
             logits_RV = self._graphs.run(batch, [self._n_seats] * batch.n_rows)
+            routing_RLK = to_host(self._graphs.routing(batch.n_rows)) if batch.routing else None
             pending = self._device_sampler.start(logits_RV, draws)
             if self._exchange.end_steps():
-                return OnDevice(pending, None)
+                return OnDevice(pending, None, routing_RLK)
         return self._by_layers(step, batch, draws, observer)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
@@ -22,7 +23,7 @@ from cluster.gateway.context import ModelCard
 from cluster.gateway.defaults import read_defaults
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.tokenizer import Tokenizer
-from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogprobs
+from cluster.router.params import Finish, Routing, SamplingParams, StepOutput, TokenLogprobs
 
 
 def next_token(prompt_ids: Sequence[int], emitted: Sequence[int], seed: int, vocab_size: int) -> int:
@@ -93,7 +94,11 @@ class FakeSession:
             prompt = (None, *(self._score(i, params.prompt_logprobs) for i in prompt_ids[1:]))
         tokens = tuple(emitted[-1:])
         scores = () if params.logprobs is None else tuple(self._score(i, params.logprobs) for i in tokens)
-        return StepOutput("0", tokens, scores, prompt, finish)
+        routing = None
+        if params.routing and len(emitted) > 1:
+            i = len(emitted) - 2  # a token's experts come with the next one
+            routing = Routing(i, np.array([[[i, i + 1], [-1, -1], [i, i + 1]]], np.int16))
+        return StepOutput("0", tokens, scores, prompt, finish, routing=routing)
 
     @staticmethod
     def _score(token_id: int, n: int) -> TokenLogprobs:

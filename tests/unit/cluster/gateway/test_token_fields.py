@@ -90,3 +90,16 @@ def test_what_only_the_router_acts_on_gets_there(served: Served) -> None:
     params = served.session.asked[-1][1]
     assert (params.priority, params.cache_salt) == (-3, "mine")
     assert set(params.bad_words) == {tuple(served.tokenizer.encode(text, False)) for text in ("Paris", " Paris")}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_experts_of_each_token_one_chunk_later(served: Served, path: str) -> None:
+    """Layer 1 of three has no experts; the fake model sends token i to the experts i and i + 1."""
+    say(served, "Paris.")
+    assert "routing" not in post(served, path)["choices"][0]
+    choice = post(served, path, return_routing=True, max_tokens=4)["choices"][0]
+    wanted = [[[i, i + 1], [], [i, i + 1]] for i in range(3)]
+    assert served.session.asked[-1][1].routing and choice["routing"] == {"start": 0, "experts": wanted}
+    streamed = [c["choices"][0] for c in chunks(served, path, return_routing=True, max_tokens=4)]
+    parts = [c["routing"] for c in streamed if "routing" in c]
+    assert [part["start"] for part in parts] == [0, 1, 2] and [e for part in parts for e in part["experts"]] == wanted

@@ -110,3 +110,26 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub: FileServer, tmp_path: Pat
         result.stderr.strip().splitlines()[-1].startswith("owner/name: cannot be fetched from the Hugging Face hub: ")
     )
     assert "Traceback" not in result.stderr
+
+
+def test_a_model_is_put_into_a_directory_once(hub: FileServer, tmp_path: Path) -> None:
+    """What pods do on a volume they share: a second one fetches nothing, another model is refused, half a one is
+    completed."""
+    dest = tmp_path / "volume" / "name"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "TQDM_POSITION": "-1"}
+
+    def fetch(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).with_name("expertmesh")), "model", "fetch", *arguments]
+        return subprocess.run(command, env=clean | own, capture_output=True, text=True, check=False, timeout=120)
+
+    first = fetch("owner/name", str(dest))
+    assert first.returncode == 0, first.stderr
+    assert all((dest / name).is_file() for name in WANTED) and sorted(fetched(hub)) == sorted(WANTED)
+    hub.asked.clear()
+    assert fetch("owner/name", str(dest)).returncode == 0 and hub.asked == []
+    assert f"error: {dest} holds owner/name (None): name another directory" in fetch("owner/other", str(dest)).stderr
+    (dest / ".expertmesh-complete").unlink()
+    (dest / SHARDS[0]).unlink()
+    assert fetch("owner/name", str(dest)).returncode == 0 and fetched(hub) == [SHARDS[0]]
+    assert "neither `default` nor a hub id" in fetch("name", str(tmp_path / "x")).stderr
