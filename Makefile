@@ -1,15 +1,17 @@
 # make serve   builds everything a fresh machine lacks and serves a model    (MODEL=default, ARGS="--port 8080")
 # make test    all tests, half an hour on two cores                           (TESTS=tests/unit for a part: minutes)
-# make install-check   an empty environment, a chat from it                   (PYTHON=python3.13 KIND=sdist)
+# make install-check   empty environments, a chat from each                   (ARGS="python3.13 --kind sdist")
+# make clients   agent and extraction frameworks against the gateway, from an environment of their own (.clients)
 # make check   style, types, import directions, generated code
 PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= default
 TESTS  ?= tests
-KIND   ?= wheel
 BIN    := $(VENV)/bin
 
-.PHONY: serve test check install-check proto tree clean
+CLIENTS := .clients
+
+.PHONY: serve test clients check install-check dashboards proto tree clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.runtime
@@ -19,6 +21,15 @@ test: $(VENV)/.dev
 	@test "$(TESTS)" != tests || echo "All tests: half an hour on two cores. A part: make test TESTS=tests/unit, or ARGS='-k word'."
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/package.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install -q -r tests/clients/requirements.txt
+	mkdir -p $(CLIENTS)/node && cp tests/clients/package.json $(CLIENTS)/node && npm install --silent --prefix $(CLIENTS)/node
+	@touch $@
+
+clients: $(VENV)/.dev $(CLIENTS)/.installed
+	EXPERTMESH_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest tests/clients $(ARGS)
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,10 +37,15 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/proto.py --check
 	$(BIN)/python scripts/tree.py --check
+	$(BIN)/python scripts/chart.py --check
 	$(BIN)/python scripts/metrics.py --check
+	$(BIN)/python -m scripts.dashboards --check
 
 install-check: $(VENV)/.dev
-	$(BIN)/python scripts/install_check.py $(PYTHON) $(KIND)
+	$(BIN)/python scripts/install_check.py $(ARGS)
+
+dashboards: $(VENV)/.dev
+	$(BIN)/python -m scripts.dashboards
 
 proto: $(VENV)/.dev
 	$(BIN)/python scripts/proto.py
@@ -64,4 +80,4 @@ tree: $(VENV)/.dev
 	$(BIN)/python scripts/tree.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

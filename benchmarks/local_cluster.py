@@ -43,7 +43,7 @@ def local_cluster(directory: Path, n_workers: int, threads: int, ways: Sequence[
         yield Exchange(
             striped(spec.n_layers, spec.n_experts, names, dense_layers=spec.dense_layers), addresses, transport,
             reply_timeout_s=config.reply_timeout_s, rejoin_timeout_s=config.rejoin_timeout_s,
-            step_way=RingSteps(rings[0], spec.n_layers, spec.n_experts, config.reply_timeout_s) if rings else None,
+            step_way=RingSteps(rings[0], spec.n_layers, spec.n_experts) if rings else None,
         )  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 """`python -m benchmarks.placement`: what the planner reaches, beside the lower bound and equal shares, and how fast.
 
+Loads are Zipf's, then every one changed by a random factor; and those of the default model, recorded by `expertmesh
+analyze benchmarks/texts/*`: planned for code and English, then French and mathematics come.
+
 Equal shares: replicas go one by one to the expert with the most rows for each, are packed largest first, and get the
 same rows each, as planners without shares do. Legend: L layers, E experts of a layer, S slots of a layer, W workers.
 """
@@ -7,6 +10,7 @@ same rows each, as planners without shares do. Legend: L layers, E experts of a 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,9 +22,11 @@ from cluster.placement.layout import Floats, Layout, replicate_and_pack
 from cluster.placement.placement import striped
 from cluster.placement.planner import Worker, balance
 from cluster.placement.shares import equally
+from cluster.routing.trace import read_trace
 
 _SHAPES = ((32, 8, 4, 12), (32, 8, 8, 16), (58, 256, 32, 288), (58, 256, 144, 288))
 _EXPONENTS = (0.5, 1.0, 1.5)
+_DEFAULT_MODEL = Path(__file__).with_name("default_model.trace.jsonl")
 _DRIFT = 0.25  # standard deviation of the logarithm of each expert's load after a while
 
 
@@ -29,12 +35,13 @@ def placement(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Imbalance (sum over layers of max load by sum of mean load) and moved replicas, Zipf loads, then drifted ones."""
-    rows = [_measure(shape, exponent, seed) for shape in _SHAPES for exponent in _EXPONENTS]
+    rows = [_zipf(shape, exponent, seed) for shape in _SHAPES for exponent in _EXPONENTS]
+    rows += [_recorded(n_workers, n_slots) for n_workers, n_slots in ((2, 12), (4, 12), (8, 16))]
     if as_json:
         print_json({"machine": machine(), "seed": seed, "drift": _DRIFT, "cases": rows})
         return
     header = (
-        "L, E, W, S; Zipf",
+        "L, E, W, S; loads",
         "bound",
         "equal shares",
         "planner",
@@ -48,9 +55,9 @@ def placement(
         "imbalance", header,
         [
             (
-                f"{row['shape']}; {row['zipf']}", f"{row['bound']:.4f}", f"{row['equal']:.4f}", f"{row['planner']:.4f}",
-                f"{row['seconds']:.2f}", f"{row['drifted_equal']:.4f}", f"{row['drifted_planner']:.4f}",
-                str(row["moves"]), str(row["fresh_moves"]),
+                f"{row['shape']}; {row['loads']}", f"{row['bound']:.4f}", f"{row['equal']:.4f}",
+                f"{row['planner']:.4f}", f"{row['seconds']:.2f}", f"{row['drifted_equal']:.4f}",
+                f"{row['drifted_planner']:.4f}", str(row["moves"]), str(row["fresh_moves"]),
             )
             for row in rows
         ],
@@ -75,11 +82,25 @@ def lower_bound(loads_LE: Floats, n_workers: int, n_slots: int) -> Floats:
     return bound_L
 
 
-def _measure(shape: tuple[int, int, int, int], exponent: float, seed: int) -> dict[str, Any]:
+def _zipf(shape: tuple[int, int, int, int], exponent: float, seed: int) -> dict[str, Any]:
     n_layers, n_experts, n_workers, n_slots = shape
     rng = np.random.default_rng(seed)
     loads_LE = zipf(n_layers, n_experts, exponent, rng)
-    drifted_LE = loads_LE * np.exp(rng.normal(0, _DRIFT, loads_LE.shape))
+    drifted_LE: Floats = loads_LE * np.exp(rng.normal(0, _DRIFT, loads_LE.shape))
+    return _measure(f"Zipf {exponent}", loads_LE, drifted_LE, n_workers, n_slots)
+
+
+def _recorded(n_workers: int, n_slots: int) -> dict[str, Any]:
+    """As many tokens of each domain."""
+    share = {
+        window.name: window.counts.chosen_LE / window.counts.tokens for window in read_trace(_DEFAULT_MODEL).windows
+    }
+    first, then = share["code"] + share["english"], share["french"] + share["mathematics"]
+    return _measure("default model", 1e5 * first, 1e5 * then, n_workers, n_slots)
+
+
+def _measure(name: str, loads_LE: Floats, drifted_LE: Floats, n_workers: int, n_slots: int) -> dict[str, Any]:
+    n_layers, n_experts = loads_LE.shape
     workers = [Worker(f"expert-{w:03d}", n_slots // n_workers * n_layers) for w in range(n_workers)]
     began = time.perf_counter()
     first = balance(loads_LE, workers, striped(n_layers, n_experts, [worker.name for worker in workers]))
@@ -88,7 +109,7 @@ def _measure(shape: tuple[int, int, int, int], exponent: float, seed: int) -> di
     fresh = [_equal(loads, n_workers, n_slots) for loads in (loads_LE, drifted_LE)]
     mean = loads_LE.sum() / n_workers
     return {
-        "shape": ", ".join(map(str, shape)), "zipf": exponent,
+        "shape": f"{n_layers}, {n_experts}, {n_workers}, {n_slots}", "loads": name,
         "bound": float(lower_bound(loads_LE, n_workers, n_slots).sum() / mean),
         "equal": _imbalance(fresh[0], n_workers), "planner": first.forecast.imbalance_after, "seconds": seconds,
         "drifted_equal": _imbalance(fresh[1], n_workers), "drifted_planner": second.forecast.imbalance_after,

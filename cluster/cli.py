@@ -16,7 +16,9 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from cluster.analyze.command import analyze
 from cluster.bench.lazy import LazyGroup
+from cluster.chaos.command import app as chaos_app
 from cluster.config_load import FIELDS, HINTS, Loaded, flag, load
 from cluster.errors import ExpertMeshError
 from cluster.fleet.operator_cli import drain, placement, rebalance, scale
@@ -154,10 +156,12 @@ def config(loaded: Loaded, as_json: Json = False) -> None:
 
 
 app.command()(generate)
+app.command()(analyze)
 app.command()(plan)
 app.command()(rebalance)
 app.command()(scale)
 app.command()(drain)
 app.add_typer(placement, name="placement")
 app.add_typer(model_app, name="model")
+app.add_typer(chaos_app, name="chaos")
 app.add_typer(typer.Typer(cls=LazyGroup, no_args_is_help=True, help="Measure a running cluster."), name="bench")

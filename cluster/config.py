@@ -73,15 +73,31 @@ class Config:
     gpus_per_expert_worker: float = option(
         0.0, "share of a GPU of each expert worker; 0: a whole one, less where there are too few", at_least=0, at_most=1
     )
+    require_node_roles: bool = option(
+        False,
+        "start routers and expert workers only on Ray nodes with the custom resources expertmesh_router and "
+        "expertmesh_expert; without, those are used where a node has them",
+    )
+    cpus_per_router: float = option(0.0, "CPUs that Ray sets aside for each router", at_least=0)
+    cpus_per_expert_worker: float = option(0.0, "CPUs that Ray sets aside for each expert worker", at_least=0)
+    admin_host: str = option("", "address of the admin API, on Ray's head node; default: the one that Ray uses")
+    admin_token_file: Path | None = option(  # noqa: RUF009
+        None, "file with the token that the admin API asks for; default: a new one, in the run directory"
+    )
     admin_port: int = option(
         0,
-        "port of the admin API (placement, receipts), on the address that Ray uses; 0: any free one",
+        "port of the admin API (placement, scaling, receipts); 0: any free one",
         at_least=0,
         at_most=65535,
     )
     rebalance: Literal["off", "advise", "auto"] = option(
         "off",
         "move and replicate experts by their load; advise: only say what it would do",
+    )
+    spare_replicas: int = option(
+        0,
+        "further replicas of every expert, each on another worker: no loss of so many workers waits for a load",
+        at_least=0,
     )
     rebalance_interval_s: float = option(30.0, "between two looks of the rebalancer at the load", at_least=0.1)
     rebalance_horizon_s: float = option(
@@ -91,7 +107,7 @@ class Config:
     expert_slots: int = option(
         0,
         "experts that each expert worker has room for, over all layers; 0: what its GPU holds, on a CPU half more than "
-        "an equal share",
+        "an equal share of all replicas",
         at_least=0,
     )
     routing_trace: Path | None = option(  # noqa: RUF009
@@ -99,6 +115,11 @@ class Config:
     )
     routing_trace_sample: float = option(
         0.01, "share of the steps that --routing-trace counts", at_least=0.0001, at_most=1
+    )
+    weights: Literal["storage", "peer", "auto"] = option(
+        "auto",
+        "where a worker gets an expert from that is moved to it; peer: a worker that holds it, else the model's files; "
+        "auto: the files, a peer where they cannot be read",
     )
     gpu_memory_utilization: float = option(
         0.9, "share of a GPU's memory that is taken: what weights leave of it is KV cache", at_least=0.05, at_most=1.0
@@ -140,11 +161,30 @@ class Config:
     allowed_hosts: str = option("", "names, by commas, that a gateway on loopback without keys may be called by")
     cors_origins: str = option("", "origins, by commas, whose pages may call the gateway from a browser; *: any")
     root_path: str = option("", "path under which a proxy in front shows the gateway")
+    live_page: bool = option(True, "show the cluster at `/`: experts, workers, events, a chat")
     info_endpoints: bool = option(False, "serve /server_info and /tokenizer_info, which show the configuration")
     allow_no_keys: bool = option(False, "listen beyond loopback without API keys")
     drain_timeout_s: float = option(30.0, "how long open requests may finish when the cluster stops", at_least=0)
     ray_address: str | None = option(None, "running Ray cluster to join; default: RAY_ADDRESS, else start Ray here")
     state_dir: Path | None = option(  # noqa: RUF009
         None, "directory for caches, models, Ray's token and the notes of running clusters; default: where XDG has them"
+    )
+    metrics_port: int = option(
+        0,
+        "port of a process's own metrics, /health and /ready; those of one machine take it and the next ones; 0: any",
+        at_least=0,
+        at_most=65000,
+    )
+    per_expert_metrics: Literal["auto", "on", "off"] = option(
+        "auto", "series for each expert of each layer; auto: of models that have at most 4096"
+    )
+    vllm_metrics: bool = option(False, "also show vLLM's names of the series that vLLM has")
+    cluster_name: str | None = option(
+        None, "label `cluster` that Prometheus discovers; default: host name and port of the gateway"
+    )
+    prometheus: bool = option(False, "start the Prometheus that is installed here, on all processes of the cluster")
+    allow_chaos: bool = option(
+        False,
+        "let `expertmesh chaos` kill, stop, slow and cut off processes; routers reach workers through a proxy",
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "log level of every process")

@@ -4,6 +4,7 @@ ExpertMeshError (workers.errors)
 ├── CheckpointError, DeviceError, WireError, WorkerLost (workers.errors)
 ├── ConfigError       an option that does not fit: names the option and where its value came from
 ├── StartError        a cluster that cannot start: port taken, memory short, a worker died
+├── TextError         a text to be analysed that cannot be read
 ├── TraceError        a file that is no routing trace, or one of another model
 ├── RayGone           Ray, or the controller in it, does not answer
 └── RequestError      a request that cannot be served; carries OpenAI's `code`, `param` and the HTTP status
@@ -15,7 +16,7 @@ from workers.errors import CheckpointError, DeviceError, ExpertMeshError, WireEr
 
 __all__ = [
     "CheckpointError", "ConfigError", "DeviceError", "ExpertMeshError", "PlacementError", "RayGone", "RequestError",
-    "StartError", "TraceError", "WireError", "WorkerLost",
+    "StartError", "TextError", "TraceError", "WireError", "WorkerLost",
 ]  # fmt: skip
 
 
@@ -29,6 +30,10 @@ class StartError(ExpertMeshError):
 
 class PlacementError(ExpertMeshError):
     """A change of the placement that cannot be made, or was not: the one before is in force."""
+
+
+class TextError(ExpertMeshError):
+    """A text to be analysed that cannot be read, or that the model cannot be given."""
 
 
 class TraceError(ExpertMeshError):

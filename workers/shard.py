@@ -90,6 +90,11 @@ class ExpertShard:
         """Bytes of expert weights resident on the device."""
         return self.expert_bytes * sum(len(layer.held) for layer in self._layers)
 
+    @property
+    def n_held(self) -> int:
+        """How many experts are held, over all layers."""
+        return sum(len(layer.held) for layer in self._layers)
+
     def reserve(self, layer: int, n_experts: int) -> None:
         """Say how many experts of `layer` are to be held, so that their memory is taken once."""
         with self._lock:

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import httpx
 import typer
 
 from cluster.bench.sse_client import post_events
@@ -39,6 +38,8 @@ class Client:
 
 async def connect(url: str, key: str | None) -> Client:
     """Ask the gateway for its model. Raises ExpertMeshError when nothing answers there."""
+    import httpx  # `--help` needs it not
+
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=_CONNECT_S) as client:

@@ -7,7 +7,7 @@ import hmac
 import socket
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import uvicorn
@@ -16,11 +16,14 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 
-from cluster.control.admin_options import AdminOptions
+from cluster.control.chaos import Chaos
+from cluster.control.faults import Fault
 from cluster.control.membership import Membership
 from cluster.control.observation import observe, receipt_shown
 from cluster.control.operator import Operator
+from cluster.control.options import AdminOptions
 from cluster.control.rebalancer import Rebalancer
+from cluster.control.scaling import START_TIMEOUT_S, Scaler
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement
 
@@ -67,10 +70,30 @@ class Loads(BaseModel):
 
 
 class Scale(BaseModel):
-    """How many processes there are to be."""
+    """How many processes there are to be; null: as many as there are."""
 
-    expert_workers: int = Field(ge=1)
-    timeout_s: float = Field(300.0, gt=0, description="for new ones to be ready; after it there are as many as before")
+    expert_workers: int | None = Field(None, ge=1)
+    routers: int | None = Field(None, ge=1)
+    gateways: int | None = Field(None, ge=1)
+    timeout_s: float = Field(START_TIMEOUT_S, gt=0, description="for new ones to be ready; after it all is as before")
+
+
+class Inflict(BaseModel):
+    """A fault of one process, for a cluster started with `--allow-chaos`."""
+
+    kind: Literal["kill", "pause", "slow", "partition"]
+    member: str = Field(description="a router, an expert worker or `controller`; of a partition the router")
+    seconds: float = Field(0.0, ge=0, description="how long; 0: for good")
+    stopped: float = Field(0.9, gt=0, lt=1, description="of `slow`: the part of the time for which it is stopped")
+    peer: str = Field("", description="of a partition: the expert worker that the router does not reach")
+
+
+class Pin(BaseModel):
+    """A replica that stays where it is."""
+
+    layer: int
+    expert: int
+    worker: str
 
 
 class Rebalance(BaseModel):
@@ -79,13 +102,21 @@ class Rebalance(BaseModel):
     dry_run: bool = Field(False, description="only say what would be done")
 
 
-def create_app(membership: Membership, operator: Operator, rebalancer: Rebalancer, token: str) -> FastAPI:
+def create_app(
+    membership: Membership,
+    operator: Operator,
+    scaler: Scaler,
+    rebalancer: Rebalancer,
+    token: str,
+    chaos: Chaos | None = None,
+) -> FastAPI:
     """The application. All paths ask for `Authorization: Bearer TOKEN`; what cannot be done is 409 with the reason."""
 
     def authenticated(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
         if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
             raise HTTPException(401, "the admin API needs the cluster's admin token", {"WWW-Authenticate": "Bearer"})
 
+    chaos = chaos or Chaos(membership, operator.events, allowed=False)
     app = FastAPI(title="ExpertMesh admin", dependencies=[Depends(authenticated)])
 
     @app.exception_handler(PlacementError)
@@ -131,6 +162,23 @@ def create_app(membership: Membership, operator: Operator, rebalancer: Rebalance
         """Load a replica elsewhere and unload it where it was."""
         return receipt_shown(await operator.move(body.layer, body.expert, body.source, body.target), membership)
 
+    @app.post("/placement/pin")
+    async def pin(body: Pin) -> dict[str, Any]:
+        """Keep a replica where it is, whatever is planned; it is loaded where there is none."""
+        return receipt_shown(await operator.pin(body.layer, body.expert, body.worker), membership)
+
+    @app.post("/placement/unpin")
+    async def unpin(body: Pin) -> dict[str, Any]:
+        """Let a plan take it away again."""
+        return receipt_shown(await operator.unpin(body.layer, body.expert, body.worker), membership)
+
+    @app.post("/chaos")
+    async def inflict(body: Inflict) -> dict[str, Any]:
+        """Let a process die, hang, become slow or be cut off."""
+        fault = Fault(**body.model_dump())
+        await chaos.inflict(fault)
+        return {"inflicted": str(fault)}
+
     @app.post("/rebalance")
     async def rebalance(body: Rebalance) -> dict[str, Any]:
         """Plan for the recent load and carry it out."""
@@ -140,8 +188,15 @@ def create_app(membership: Membership, operator: Operator, rebalancer: Rebalance
 
     @app.post("/scale")
     async def scale(body: Scale) -> dict[str, Any]:
-        """More expert workers, which take experts over, or fewer, whose experts go to the others first."""
-        return receipt_shown(await operator.scale(body.expert_workers, body.timeout_s), membership)
+        """More expert workers, which take experts over, or fewer, whose experts go to the others first; more or fewer
+        routers and gateways, which finish what they have before they end."""
+        receipt = await scaler.scale(body.expert_workers, body.routers, body.gateways, body.timeout_s)
+        return receipt_shown(receipt, membership)
+
+    @app.get("/fleet")
+    async def fleet() -> dict[str, Any]:
+        """The processes that there are to be, what is under way, and why one does not start."""
+        return asdict(membership.goal) | {"failures": membership.view.failures}
 
     @app.post("/workers/{worker}/drain")
     async def drain(worker: str) -> dict[str, Any]:
@@ -195,6 +250,7 @@ def _shown(membership: Membership, operator: Operator) -> dict[str, Any]:
             if member.role == "expert"
         ],
         "homes": placement.homes(),
+        "pins": [f"{pin.layer}:{pin.expert}@{pin.worker}" for pin in sorted(placement.pins)],
         "recent_rows": None if load is None else load.recent_LE.round(1).tolist(),
     }
 

@@ -13,7 +13,6 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.control.view import Member, View
-from cluster.placement.placement import Placement
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class ControllerClient:
         self._describe = describe
         self._on_view = on_view
         self._view: View | None = None
-        self._handover: Placement | None = None  # what the controller asked for
+        self._handover: View | None = None  # what the controller asked for
         self._news = asyncio.Event()
         self._loop = asyncio.get_event_loop()
         self._task = self._loop.create_task(self._run())
@@ -69,10 +68,12 @@ class ControllerClient:
                 await asyncio.sleep(_RETRY_S)
 
     async def _call(self) -> View | None:
-        """One call; None when it was left alone because there is something to tell, or asks for the placement."""
+        """One call; None when it was left alone because there is something to tell, or asks for the last view."""
         self._news.clear()
-        version, told = (0, 0) if self._view is None else (self._view.version, self._view.placement.epoch)
-        member = replace(self._describe(), told=told)
+        version, member = 0, self._describe()
+        if self._view is not None:
+            version = self._view.version
+            member = replace(member, told=self._view.placement.epoch, aims=self._view.goal.revision)
         call = asyncio.ensure_future(self._controller.sync.remote(member, version, self._handover))
         self._handover = None
         news = asyncio.create_task(self._news.wait())
@@ -80,8 +81,8 @@ class ControllerClient:
             await asyncio.wait({call, news}, timeout=_CALL_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if call.done():
                 heard: View | None = call.result()
-                if heard is None and self._view is not None:  # the controller was restarted and knows an older one
-                    self._handover = self._view.placement
+                if heard is None:  # the controller was restarted and knows an older one
+                    self._handover = self._view
                 return heard
             if news.done():
                 return None
@@ -101,6 +102,11 @@ class ControllerByName:
     def sync(self) -> Any:
         """`Controller.sync` of the actor."""
         return _handle().sync
+
+    @property
+    def observe(self) -> Any:
+        """`Controller.observe` of the actor."""
+        return _handle().observe
 
 
 @cache

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -15,17 +14,26 @@ from typing import Any
 import psutil
 import ray
 
-from cluster.control.admin_options import AdminOptions
+from cluster.control.chaos import Chaos
 from cluster.control.client import NAME
 from cluster.control.epochs import Change
 from cluster.control.events import Events
+from cluster.control.fleet import Fleet, Launcher
+from cluster.control.goal import Goal, Processes
 from cluster.control.membership import Membership
 from cluster.control.observation import observe
 from cluster.control.operator import Operator
-from cluster.control.rebalancer import RebalanceOptions, Rebalancer
+from cluster.control.options import AdminOptions, MetricsOptions, Options
+from cluster.control.readings import ControllerReadings
+from cluster.control.rebalancer import Rebalancer
+from cluster.control.rescue import Rescuer
+from cluster.control.scaling import Scaler
 from cluster.control.view import Member, View
 from cluster.errors import PlacementError
-from cluster.placement.placement import Placement, striped
+from cluster.observe import endpoint
+from cluster.observe.exposition import Readings
+from cluster.observe.process import ProcessReadings
+from cluster.placement.placement import Placement
 
 _log = logging.getLogger(__name__)
 
@@ -36,67 +44,59 @@ _SWEEP_S = 0.25
 
 
 class Controller:
-    """Membership, health and placement epochs, behind one call. A Ray async actor.
+    """Membership, health, placement epochs and the fleet, behind one call. A Ray async actor.
 
     Everything it knows comes from its constructor and from the calls of the members, so a restarted controller is
     complete again after one round of calls.
     """
 
-    def __init__(
-        self,
-        n_layers: int,
-        n_experts: int,
-        workers: Collection[str],
-        expected: Collection[str],
-        dense_layers: Collection[int] = (),
-        expert_bytes: int = 0,
-        admin: AdminOptions | None = None,
-        rebalance: RebalanceOptions | None = None,
-    ) -> None:
-        """`workers` hold the first placement, `expected` are all members of a complete cluster."""
+    def __init__(self, placement: Placement, processes: Processes, launcher: Launcher, options: Options) -> None:
+        """`placement` is the first one, `processes` those there are to be at first: members may know better later."""
         # Nanoseconds: a restarted controller starts above every version it ever gave out.
-        placement = striped(n_layers, n_experts, tuple(workers), dense_layers=dense_layers)
-        self._membership = Membership(placement, expected, time.monotonic(), time.time_ns())
+        self._membership = Membership(placement, Goal(processes=processes), time.monotonic(), time.time_ns())
         self._changed = asyncio.Condition()
         self._processes: dict[str, psutil.Process] = {}  # of this node, by member: psutil tells a recycled pid apart
         self._node = ray.get_runtime_context().get_node_id()
         self._events = Events()
-        self._operator = Operator(self._membership, self.change, expert_bytes, self._events)
-        self._rebalancer = Rebalancer(self._operator, rebalance or RebalanceOptions(), expert_bytes)
+        least = 1 + options.spare_replicas
+        self._operator = Operator(self._membership, self.change, options.expert_bytes, self._events, least)
+        self._scaler = Scaler(self._membership, self._operator, options.drain_timeout_s, options.expert_bytes)
+        self._rebalancer = Rebalancer(self._operator, options.rebalance, options.expert_bytes)
+        self._chaos = Chaos(self._membership, self._events, options.allow_chaos)
+        self._fleet = Fleet(self._membership, launcher)
+        rescuer = Rescuer(self._membership, self._operator, self._changed, least)
         self._admin_address = ""
-        self._admin = None if admin is None else asyncio.get_event_loop().create_task(self._serve_admin(admin))
-        self._rebalancing = asyncio.get_event_loop().create_task(self._rebalancer.run())
-        self._sweeper = asyncio.get_event_loop().create_task(self._sweep())
+        self._metrics_url = self._serve_metrics(options.metrics, options.expert_bytes)
+        tasks = (
+            self._bring_about(), self._rebalancer.run(), rescuer.run(), self._sweep(), self._serve_admin(options.admin)
+        )  # fmt: skip
+        self._tasks = [asyncio.get_event_loop().create_task(task) for task in tasks]
 
-    async def sync(self, member: Member, known_version: int, placement: Placement | None = None) -> View | None:
+    async def sync(self, member: Member, known_version: int, heard: View | None = None) -> View | None:
         """Register, live, acknowledge `member.epoch`, and hear of the others.
 
         Returns as soon as the view is another than `known_version`, else after a second with the same one. None asks
-        for another call at once, with the placement that the member heard of last: it is newer than the one known
-        here, because this controller was restarted.
+        for another call at once, with the last view that the member `heard`: that is newer than what is known here,
+        because this controller was restarted.
         """
         now = time.monotonic()
-        if placement is not None:
-            self._membership.adopt(placement)
+        if heard is not None:
+            self._membership.adopt(heard)
         self._membership.report(member, now, known_version)
         self._remember(member)
         await self._notify()
-        if member.told > self._membership.epochs.placement.epoch:
+        if self._membership.outdated(member):
             return None
         return await self._news(known_version)
 
-    async def watch(self, known_version: int, workers: tuple[str, ...] = ()) -> View:
-        """The view with the controller itself among the members, as soon as it differs, else after a second.
-
-        For whoever starts the processes: `workers` are the expert workers it has started, and `View.wanted` those
-        there are to be.
-        """
-        if workers and not self._membership.wanted:
-            self._membership.want(workers)
+    async def watch(self, known_version: int) -> View:
+        """The view with the controller itself among the members, as soon as it differs, else after a second."""
         view = await self._news(known_version)
         load = self._membership.load
         detail: dict[str, object] = {} if load is None else {"imbalance": load.imbalance}
-        myself = Member("controller", NAME, os.getpid(), self._node, "ready", self._admin_address, detail=detail)
+        myself = Member(
+            "controller", NAME, os.getpid(), self._node, "ready", self._admin_address, self._metrics_url, detail=detail
+        )
         return replace(view, members=(*view.members, myself))
 
     async def observe(self, known_epoch: int, known_event: int) -> dict[str, Any]:
@@ -122,10 +122,23 @@ class Controller:
         self._membership.drain()
         await self._notify()
 
+    async def _bring_about(self) -> None:
+        await self._fleet.begin()
+        await asyncio.gather(self._fleet.run(), self._scaler.resume())
+
     async def _notify(self) -> None:
-        self._events.see(self._membership.view.members, self._membership.wanted)
+        self._events.see(self._membership.view.members, self._membership.goal.processes.ids)
         async with self._changed:
             self._changed.notify_all()
+
+    def _serve_metrics(self, options: MetricsOptions, expert_bytes: int) -> str | None:
+        membership = self._membership
+        own = ControllerReadings(membership, self._operator, self._rebalancer, expert_bytes, options.per_expert)
+        process = ProcessReadings("controller", lambda: membership.epochs.placement.epoch)
+        membership.metrics_url = endpoint.serve(
+            Readings(NAME, (own, process)), _host(options.host), options.port, lambda: "ready"
+        )
+        return membership.metrics_url
 
     async def _serve_admin(self, options: AdminOptions) -> None:
         # The members register first: FastAPI takes its time.
@@ -134,7 +147,10 @@ class Controller:
         def listening(address: str) -> None:
             self._admin_address = address
 
-        app = api.create_app(self._membership, self._operator, self._rebalancer, options.token)
+        options = replace(options, host=_host(options.host))
+        app = api.create_app(
+            self._membership, self._operator, self._scaler, self._rebalancer, options.token, self._chaos
+        )
         while True:
             try:
                 await api.serve(app, options, listening)
@@ -183,3 +199,8 @@ class Controller:
     def _is_dead(self, member: Member) -> bool:
         """Whether a process of this node is gone; those of other nodes are judged by their silence."""
         return member.node == self._node and not psutil.pid_exists(member.pid)
+
+
+def _host(given: str) -> str:
+    """Where a server listens: by default where Ray's of this node do."""
+    return given or str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

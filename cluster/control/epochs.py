@@ -7,7 +7,7 @@ published, whatever goes wrong leaves the placement before in force.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cluster.control.view import Member, Preparation
@@ -54,13 +54,19 @@ class Epochs:
             self.version += 1
 
     def propose(self, placement: Placement, reason: str, now: float, timeout_s: float) -> Change:
-        """Begin a change. PlacementError while another is under way, or when it does not follow the one in force."""
-        if self.change is not None and not self.change.done:
+        """Begin a change. PlacementError while another is under way, or when it does not follow the one in force.
+
+        One that is published need not be acknowledged: a router that waits for a lost expert cannot do so before there
+        is another replica of it.
+        """
+        if self.next is not None and self.change is not None:
             raise PlacementError(f"another change is under way: {self.change.reason}")
         if placement.epoch != self.placement.epoch + 1:
             raise PlacementError(
                 f"epoch {placement.epoch} does not follow epoch {self.placement.epoch}: the placement has changed since"
             )
+        if self.change is not None and self.change.ended is None:
+            self.change.ended = now
         before, after = self.placement.all_replicas(), placement.all_replicas()
         self.change = Change(placement, after - before, before - after, reason, now, now + timeout_s)
         self.next = placement
@@ -68,16 +74,26 @@ class Epochs:
         self.version += 1
         return self.change
 
+    def give_way(self, reason: str, now: float) -> None:
+        """Something else comes first: a change that is not published yet is given up."""
+        if self.next is not None and self.change is not None:
+            self._give_up(self.change, reason, now)
+
+    @property
+    def refusing(self) -> frozenset[str]:
+        """Workers that could not hold what the newest change wanted of them."""
+        return frozenset(worker for worker, said in self._preparations.items() if said.error)
+
     def prepared(self, worker: str, preparation: Preparation) -> None:
         """What a worker says of the placement that is being prepared."""
         if self.next is not None and preparation.epoch == self.next.epoch:
             self._preparations[worker] = preparation
 
-    def advance(self, members: Mapping[str, Member], now: float) -> None:
-        """Take the next step that what is known allows: publish, give up, or end."""
+    def advance(self, members: Mapping[str, Member], now: float, away: Collection[str] = ()) -> None:
+        """Take the next step that what is known allows: publish, give up, or end. Nobody waits for who is `away`."""
         change = self.change
         if self.next is not None and change is not None:
-            live = {id: m for id, m in members.items() if m.role == "expert" and m.state in ("ready", "draining")}
+            live = {m.id: m for m in _live(members.values()) if m.id not in away}
             error = self._obstacle(change, live, now)
             if error:
                 self._give_up(change, error, now)
@@ -92,8 +108,12 @@ class Epochs:
                 change.ended = now
 
     def in_use(self, members: Collection[Member]) -> int:
-        """The oldest epoch that a live router works with."""
-        routers = [member for member in members if member.role == "router" and member.state != "lost" and member.epoch]
+        """The oldest epoch that a live router works with.
+
+        One that is isolated may wait for a lost reply for long; it will ask for it again by the newest placement.
+        """
+        given_up = ("lost", "isolated")
+        routers = [m for m in members if m.role == "router" and m.state not in given_up and m.epoch]
         return min((member.epoch for member in routers), default=self.placement.epoch)
 
     def _obstacle(self, change: Change, live: Mapping[str, Member], now: float) -> str:
@@ -137,3 +157,8 @@ class Epochs:
         change.error, change.ended = error, now
         self.next = None
         self.version += 1
+
+
+def _live(members: Iterable[Member]) -> list[Member]:
+    """The expert workers that have loaded."""
+    return [member for member in members if member.role == "expert" and member.state in ("ready", "draining")]

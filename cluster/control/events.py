@@ -52,12 +52,13 @@ class Events:
     def see(self, members: Iterable[Member], wanted: Iterable[str] = ()) -> None:
         """Note who came, left, came back or drains since the last look.
 
-        `wanted`: the expert workers there are to be, where that is known; another one that ends was meant to.
+        `wanted`: the expert workers and routers there are to be, where that is known; another one that ends was meant
+        to.
         """
         seen = {member.id: member for member in members}
         expected = frozenset(wanted)
         for member in seen.values():
-            leaves = bool(expected) and member.role == "expert" and member.id not in expected
+            leaves = bool(expected) and member.role in ("expert", "router") and member.id not in expected
             if not (leaves and member.state == "lost"):
                 self._see(member)
         for gone in self._pids.keys() - seen.keys():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from cluster.control.epochs import Change, Epochs
+from cluster.control.goal import Goal
 from cluster.control.groups import regroup
-from cluster.control.view import Member, View
+from cluster.control.reach import Isolation, away
+from cluster.control.view import GATEWAYS, Member, View
 from cluster.placement.edit import check
 from cluster.placement.load import Load, merged
 from cluster.placement.placement import Placement
@@ -22,22 +25,27 @@ REGROUP_S = 0.2  # between two groups after a break, so that one that breaks at 
 class Membership:
     """The controller's memory. The caller brings the time, so that it needs none of its own.
 
-    `expected` are the ids a complete cluster has. Until they all reported, or `REBUILD_S` passed, the view is not
-    `settled` and is shown to nobody: a controller that was restarted would else tell routers that all workers left.
+    Until all processes of the goal reported, or `REBUILD_S` passed, the view is not `settled` and is shown to nobody: a
+    controller that was restarted would else tell routers that all workers left.
     """
 
-    def __init__(self, placement: Placement, expected: Collection[str], now: float, first_version: int) -> None:
+    def __init__(self, placement: Placement, goal: Goal, now: float, first_version: int) -> None:
         self.epochs = Epochs(placement)
-        self._wanted: tuple[str, ...] = ()
+        self.goal = goal
+        self._failures: dict[str, str] = {}
+        self._serving = False
         self._loads: dict[str, Load] = {}
-        self._expected = frozenset(expected)
         self._started = now
         self._version = first_version
         self._draining = False
         self._members: dict[str, Member] = {}
         self._heard: dict[str, float] = {}
+        self.restarts: Counter[str] = Counter()  # by member, since this controller started
+        self.metrics_url: str | None = None  # of the controller itself
         self._hung_at: dict[str, float] = {}  # of members that have started: loading may keep a process busy
         self._swept = now
+        self._isolation = Isolation()
+        self._isolated: tuple[str, ...] = ()
         self._group: Group | None = None
         self._newest_group = 0
         self._regroup_at = now
@@ -58,9 +66,12 @@ class Membership:
         member = replace(member, load=None, preparation=None)
         known = self._members.get(member.id)
         self._members[member.id] = member
+        if known is not None:
+            self.restarts[member.id] += known.pid != member.pid
         self._heard[member.id] = now
         if member.state != "starting":
             self._hung_at[member.id] = now + HUNG_AFTER_S
+            self._failures.pop(member.id, None)
         if member.group is not None and member.group.number > self._newest_group:  # of the time before a restart
             self._put(member.group)
         if known is None or _news(known) != _news(member):
@@ -93,51 +104,98 @@ class Membership:
         return [self._members[member_id] for member_id in hung]
 
     def advance(self, now: float) -> None:
-        """Let a change of the placement take the next step that is possible."""
+        """Let a change of the placement take the next step that is possible, and see who is cut off from whom."""
         before = self.epochs.version
-        self.epochs.advance(self._members, now)
+        self.epochs.advance(self._members, now, self.away)
+        isolated = self._isolation.look(self.epochs.placement, self._members.values(), now)
+        if self.epochs.version != before or isolated != self._isolated:
+            self._isolated = isolated
+            self._changed()
+
+    @property
+    def away(self) -> frozenset[str]:
+        """Expert workers that cannot be asked, see `reach`."""
+        return away(self._members.values())
+
+    def give_way(self, reason: str, now: float) -> None:
+        """A change of the placement that is not published yet is given up for something more urgent."""
+        before = self.epochs.version
+        self.epochs.give_way(reason, now)
         if self.epochs.version != before:
             self._changed()
 
     def propose(self, placement: Placement, reason: str, now: float, timeout_s: float) -> Change:
         """Begin a change of the placement. PlacementError when it cannot be made."""
-        check(placement, self.slots)
+        check(placement, self.most_slots, self.epochs.placement)
         change = self.epochs.propose(placement, reason, now, timeout_s)
         self._changed()
         self.advance(now)
         return change
 
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """The expert workers there are to be; empty until whoever starts them said which there are."""
-        return self._wanted
+    def aim(self, goal: Goal) -> None:
+        """From now on this is to be brought about."""
+        self.goal = replace(goal, revision=self.goal.revision + 1)
+        self._failures = {who: why for who, why in self._failures.items() if who in self.goal.processes.ids}
+        self._changed()
 
-    def want(self, workers: Iterable[str]) -> None:
-        """There are to be these expert workers: whoever starts them starts what is missing and ends the others."""
-        wanted = tuple(sorted(workers))
-        if wanted != self._wanted:
-            self._wanted = wanted
+    def failed(self, process: str, why: str) -> None:
+        """A process, or with `GATEWAYS` those of Ray Serve, did not start."""
+        if process == GATEWAYS or process in self.goal.processes.ids:
+            self._failures[process] = why
+            self._changed()
+
+    def served(self) -> None:
+        """The gateways take requests."""
+        self._serving = True
+        self._failures.pop(GATEWAYS, None)
+        self._changed()
+
+    def ended(self, process: str) -> None:
+        """A process was ended on purpose: one of its name that is heard of from now on is another one."""
+        if self._members.pop(process, None) is not None:
+            del self._heard[process]
+            self._hung_at.pop(process, None)
+            self._loads.pop(process, None)
             self._changed()
 
     def _forget_unwanted(self) -> None:
-        gone = [m.id for m in self._members.values() if m.role == "expert" and m.state == "lost"]
-        for member_id in gone:
-            if self._wanted and member_id not in self._wanted:
-                del self._members[member_id], self._heard[member_id]
-                self._hung_at.pop(member_id, None)
-                self._changed()
+        """Who left and was meant to is no loss."""
+        processes = self.goal.processes
+        n_gateways = sum(member.role == "gateway" and member.state != "lost" for member in self._members.values())
+        for member in [member for member in self._members.values() if member.state == "lost"]:
+            if member.role == "gateway":
+                superfluous = 0 < processes.gateways <= n_gateways
+            else:
+                superfluous = bool(processes.ids) and member.id not in processes.ids
+            if superfluous:
+                self.ended(member.id)
 
-    def adopt(self, placement: Placement) -> None:
-        """A member handed over the placement it works with, after a restart of the controller."""
+    def adopt(self, view: View) -> None:
+        """A member handed over the last view it heard, after a restart of the controller."""
         before = self.epochs.version
-        self.epochs.adopt(placement)
+        self.epochs.adopt(view.placement)
+        if view.goal.revision > self.goal.revision:
+            self.goal = view.goal
+            self._changed()
         if self.epochs.version != before:
             self._changed()
 
+    def outdated(self, member: Member) -> bool:
+        """Whether `member` has heard of a placement or a goal that is newer than what is known here."""
+        return member.told > self.epochs.placement.epoch or member.aims > self.goal.revision
+
     @property
     def slots(self) -> dict[str, int]:
-        """By live expert worker, how many experts it can hold; 0: not known."""
-        return {m.id: m.slots for m in self._sorted() if m.role == "expert" and m.state in ("starting", "ready")}
+        """By live expert worker, how many experts a plan may give it; 0: not known."""
+        return {m.id: m.slots for m in self._workers()}
+
+    @property
+    def most_slots(self) -> dict[str, int]:
+        """By live expert worker, how many experts it may hold when others are lost; 0: as many as it has memory for."""
+        return {m.id: m.most_slots for m in self._workers()}
+
+    def _workers(self) -> list[Member]:
+        return [m for m in self._sorted() if m.role == "expert" and m.state in ("starting", "ready")]
 
     @property
     def load(self) -> Load | None:
@@ -151,18 +209,20 @@ class Membership:
             self._changed()
 
     def settled(self, now: float) -> bool:
-        """Whether the view may be shown: all expected members reported, or had the time to."""
-        told = max((member.told for member in self._members.values()), default=0)
-        complete = self._expected <= self._members.keys() and told <= self.epochs.placement.epoch
-        return complete or now - self._started >= REBUILD_S
+        """Whether the view may be shown: all processes of the goal reported, or had the time to."""
+        return now - self._started >= REBUILD_S or self.rebuilt(self.goal.processes.ids)
+
+    def rebuilt(self, processes: frozenset[str]) -> bool:
+        """Whether all of these have reported, and nobody knows better what is in force and to be brought about."""
+        return processes <= self._members.keys() and not any(map(self.outdated, self._members.values()))
 
     @property
     def view(self) -> View:
         if self._view is None:
             self._view = View(
                 self._version, self._sorted(), self.epochs.placement, self.epochs.next, self.epochs.acknowledged,
-                self._wanted,
-                self._group, self._draining,
+                self.goal, dict(self._failures), self._serving, self._group, self._isolated, self._draining,
+                self.metrics_url,
             )  # fmt: skip
         return self._view
 
@@ -172,7 +232,8 @@ class Membership:
         if self._group is not None and not self._heard_of(self._group, now):
             return
         # Versions rise across restarts of the controller, and so do groups that are numbered after them.
-        group = regroup(self.epochs.placement, self._sorted(), self._group, self._version + 1)
+        number = max(self._version, self._newest_group) + 1
+        group = regroup(self.epochs.placement, self._sorted(), self._group, number)
         if group != self._group:
             self._put(group)
             if group is not None:
@@ -197,4 +258,4 @@ class Membership:
 
 def _news(member: Member) -> Member:
     """`member` without what changes and need not wake every other member."""
-    return replace(member, detail={}, group=None, broken=0, told=0)
+    return replace(member, detail={}, group=None, broken=0, told=0, aims=0)

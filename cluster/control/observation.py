@@ -36,7 +36,7 @@ def observe(
         "imbalance": None if load is None else load.imbalance,
         "members": [_member(member, operator, placement, load) for member in view.members],
         "load": None if load is None else load.recent_LE.round().astype(int).tolist(),
-        "layer_imbalance": None if load is None else [_layer(load, placement, layer) for layer in layers],
+        "layer_skew": None if load is None else [_layer(load, placement, layer) for layer in layers],
         "placement": None if placement.epoch == known_epoch else _placement(placement),
         "rebalancer": asdict(rebalancer.health),
         "last_action": receipt_shown(operator.receipts[-1], membership) if operator.receipts else None,
@@ -73,7 +73,7 @@ def _member(member: Member, operator: Operator, placement: Placement, load: Load
 
 
 def _layer(load: Load, placement: Placement, layer: int) -> float | None:
-    """Imbalance of a layer's experts; None where it has none."""
+    """Most over mean of the rows of a layer's experts; None where it has none."""
     return imbalance(load.recent_LE[layer].tolist()) if placement.replicas[layer] else None
 
 

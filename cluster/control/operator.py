@@ -10,26 +10,27 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cluster.control.epochs import Change
 from cluster.control.events import Events, Kind
 from cluster.control.membership import Membership
+from cluster.control.tally import Tally
 from cluster.errors import PlacementError
 from cluster.placement import edit
 from cluster.placement.layout import Floats
 from cluster.placement.load import imbalance
 from cluster.placement.placement import Placement
 from cluster.placement.planner import Forecast, Limits, Plan, Worker, balance
+from cluster.placement.spares import homeless
 from cluster.placement.steps import steps
 
 _log = logging.getLogger(__name__)
 
 _STEP = 64  # replicas that are added under one epoch, about
 _RECEIPTS = 100
-_POLL_S = 0.1
 
 MakeChange = Callable[[Placement, str], Awaitable[Change]]
 
@@ -63,46 +64,82 @@ class Operator:
     """Carries out verbs one at a time. `change` brings a placement into force, see `Controller.change`."""
 
     def __init__(
-        self, membership: Membership, change: MakeChange, expert_bytes: int, events: Events | None = None
+        self,
+        membership: Membership,
+        change: MakeChange,
+        expert_bytes: int,
+        events: Events | None = None,
+        least_homes: int = 1,
     ) -> None:
-        """`events`: where every action is told of."""
+        """`events`: where every action is told of. `least_homes`: replicas that no verb may leave an expert without."""
         self.receipts: deque[Receipt] = deque(maxlen=_RECEIPTS)
-        self.drained: set[str] = set()  # expert workers that are to hold nothing
+        self.tally = Tally()
         self._membership = membership
         self._change = change
         self._expert_bytes = expert_bytes
+        self._least_homes = least_homes
+        self._urgent = 0
         self.events = events or Events()
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()  # held by the one verb that is under way
+
+    @property
+    def drained(self) -> frozenset[str]:
+        """Expert workers that are to hold nothing."""
+        return self._membership.goal.drained
 
     async def replicate(self, layer: int, expert: int, worker: str | None) -> Receipt:
         """Another replica of an expert; `worker` None: on the one with most room that has none."""
-        async with self._lock:
+        async with self.lock:
             target = worker or self._roomiest(layer, expert)
             goal = edit.replicate(self._placement, layer, expert, target)
             return await self._go([goal], f"replicate layer {layer}, expert {expert} to {target}")
 
     async def drop(self, layer: int, expert: int, worker: str) -> Receipt:
         """One replica less."""
-        async with self._lock:
-            goal = edit.drop(self._placement, layer, expert, worker)
+        async with self.lock:
+            goal = self._checked(edit.drop(self._placement, layer, expert, worker))
             return await self._go([goal], f"drop layer {layer}, expert {expert} from {worker}")
 
     async def move(self, layer: int, expert: int, source: str | None, target: str) -> Receipt:
         """A replica elsewhere."""
-        async with self._lock:
+        async with self.lock:
             goal = edit.move(self._placement, layer, expert, source, target)
             return await self._go([goal], f"move layer {layer}, expert {expert} to {target}")
 
+    async def pin(self, layer: int, expert: int, worker: str) -> Receipt:
+        """A replica of an expert on `worker`, which is loaded where there is none, stays there whatever is planned."""
+        async with self.lock:
+            goal = edit.pin(self._placement, layer, expert, worker)
+            return await self._go([goal], f"pin layer {layer}, expert {expert} to {worker}")
+
+    async def unpin(self, layer: int, expert: int, worker: str) -> Receipt:
+        """A plan may take that replica away again."""
+        async with self.lock:
+            goal = edit.unpin(self._placement, layer, expert, worker)
+            return await self._go([goal], f"unpin layer {layer}, expert {expert} from {worker}")
+
+    async def urgently(self, goal: Placement, action: str) -> Receipt:
+        """Bring `goal` into force before whatever else is under way; a change that is not published yet gives way."""
+        self._urgent += 1
+        try:
+            self._membership.give_way(f"gave way to the {action}", time.monotonic())
+            return await self._go([goal], action)
+        finally:
+            self._urgent -= 1
+
     async def apply(self, homes_LE: list[list[dict[str, float]]]) -> Receipt:
         """A whole placement: by layer and expert, the workers that are to hold it and their shares."""
-        async with self._lock:
+        async with self.lock:
             now = self._placement
             if [len(experts) for experts in homes_LE] != [len(experts) for experts in now.replicas]:
                 raise PlacementError(f"the model has {now.n_layers} layers of {now.n_experts} experts")
             named = {worker for experts in homes_LE for homes in experts for worker in homes}
-            goal = Placement.of(now.epoch + 1, sorted(named), homes_LE)
-            edit.check(goal, self._membership.slots)
-            return await self._reach(goal, "apply a placement")
+            goal = self._checked(Placement.of(now.epoch + 1, sorted(named), homes_LE, now.pins))
+            edit.check(goal, self._membership.slots, now)
+            if missing := sorted(now.pins - goal.all_replicas()):
+                pin = f"{missing[0].layer}:{missing[0].expert}@{missing[0].worker}"
+                raise PlacementError(f"{pin} is pinned; `expertmesh placement unpin {pin}` lets it go")
+            return await self.reach(goal, "apply a placement")
 
     def plan(self, limits: Limits | None = None, without: Iterable[str] = (), loads_LE: Floats | None = None) -> Plan:
         """What `rebalance` would do for the recent load, or for `loads_LE`, rows of each expert. PlacementError when
@@ -115,13 +152,14 @@ class Operator:
             raise PlacementError(
                 f"the model has {now.n_layers} layers of {now.n_experts} experts; these loads are of another"
             )
-        return balance(loads_LE, self._workers(without), now, limits or Limits(expert_bytes=self._expert_bytes))
+        limits = replace(limits or Limits(expert_bytes=self._expert_bytes), least_homes=self._least_homes)
+        return balance(loads_LE, self._workers(without), now, limits)
 
     async def rebalance(self, limits: Limits | None = None, action: str = "rebalance") -> Receipt:
         """The placement that suits the recent load."""
-        async with self._lock:
+        async with self.lock:
             plan = self.plan(limits)
-            return await self._reach(plan.placement, action, plan.forecast)
+            return await self.reach(plan.placement, action, plan.forecast)
 
     @property
     def recent_rows(self) -> float:
@@ -137,59 +175,22 @@ class Operator:
 
     async def drain(self, worker: str) -> Receipt:
         """Everything that `worker` holds goes elsewhere, and nothing comes to it until `undrain`."""
-        async with self._lock:
+        async with self.lock:
             if worker not in self._membership.slots and worker not in self._placement.workers:
                 there = ", ".join(sorted(self._membership.slots)) or "none"
                 raise PlacementError(f"there is no expert worker {worker}; there are {there}")
             # What the others hold stays: a drain is no rebalance.
             plan = self.plan(Limits(expert_bytes=self._expert_bytes, tolerance=np.inf), [worker])
-            receipt = await self._reach(plan.placement, f"drain {worker}", plan.forecast)
-            self.drained.add(worker)
+            receipt = await self.reach(plan.placement, f"drain {worker}", plan.forecast)
+            self._aim(self.drained | {worker})
             return receipt
-
-    async def scale(self, n_workers: int, timeout_s: float) -> Receipt:
-        """As many expert workers: new ones get experts once they are ready, those with the highest numbers go first.
-
-        PlacementError when they are not ready within `timeout_s`, or the rest cannot hold all experts: there are then
-        as many as before.
-        """
-        async with self._lock:
-            before = self._membership.wanted
-            if not before:
-                raise PlacementError("this cluster has no expert workers of its own that could become more or fewer")
-            if n_workers < 1:
-                raise PlacementError("there has to be at least one expert worker")
-            ordered = sorted(before, key=_number)
-            kept, last = ordered[:n_workers], _number(ordered[-1])
-            new = [f"expert-{last + 1 + i}" for i in range(n_workers - len(kept))]
-            leaving = ordered[n_workers:]
-            self._membership.want([*before, *new])
-            try:
-                await self._await_ready(new, timeout_s)
-                limits = Limits(expert_bytes=self._expert_bytes, tolerance=np.inf if leaving else 0.01)
-                plan = self.plan(limits, leaving)
-                receipt = await self._reach(plan.placement, f"scale to {n_workers} expert workers", plan.forecast)
-            except PlacementError:
-                self._membership.want(before)
-                raise
-            self._membership.want([*kept, *new])
-            self.drained -= set(leaving)
-            return receipt
-
-    async def _await_ready(self, workers: list[str], timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            ready = {m.id for m in self._membership.view.members if m.role == "expert" and m.state == "ready"}
-            missing = [worker for worker in workers if worker not in ready]
-            if not missing:
-                return
-            if time.monotonic() > deadline:
-                raise PlacementError(f"{', '.join(missing)} did not start within {timeout_s:g} s")
-            await asyncio.sleep(_POLL_S)
 
     def undrain(self, worker: str) -> None:
         """The next `rebalance` may use `worker` again."""
-        self.drained.discard(worker)
+        self._aim(self.drained - {worker})
+
+    def _aim(self, drained: frozenset[str]) -> None:
+        self._membership.aim(replace(self._membership.goal, drained=drained))
 
     @property
     def _placement(self) -> Placement:
@@ -223,7 +224,8 @@ class Operator:
             raise PlacementError(f"every expert worker has a replica of layer {layer}, expert {expert}")
         return max(sorted(room), key=lambda worker: room[worker])
 
-    async def _reach(self, goal: Placement, action: str, forecast: Forecast | None = None) -> Receipt:
+    async def reach(self, goal: Placement, action: str, forecast: Forecast | None = None) -> Receipt:
+        """`goal` in steps that each fit beside what is there. The caller holds `lock`."""
         way = list(steps(self._placement, goal, self._membership.slots, _STEP))
         return await self._go(way, action, forecast)
 
@@ -235,21 +237,28 @@ class Operator:
         receipt.imbalance_before = 1.0 if load is None else load.imbalance
         self.receipts.append(receipt)
         self.events.add(_kind(action), f"{action}: begun")
-        began = time.monotonic()
+        began, reached, urgent = time.monotonic(), before.epoch, self._urgent
         try:
             for placement in way:
+                if self._urgent > urgent:
+                    raise PlacementError(f"{action}: gave way to a fail-over")
+                if not urgent:  # a fail-over may need more than what is planned for
+                    edit.check(placement, self._membership.slots, self._placement)
                 change = await self._change(placement, action)
+                reached = placement.epoch
                 receipt.added += len(change.adds)
                 receipt.removed += len(change.removes)
         except PlacementError as error:
             receipt.error = str(error)
-            await self._back(before)
+            if not self._urgent and self._placement.epoch == reached:  # else a fail-over's placement counts
+                await self._back(before)
             raise
         finally:
             receipt.seconds = time.monotonic() - began
             receipt.epoch_after = self._placement.epoch
             load = self._membership.load
             receipt.rows_then = {} if load is None else dict(load.total)
+            self.tally.add(receipt)
             outcome = receipt.error or (
                 f"epoch {receipt.epoch_after} after {receipt.seconds:.2f} s, {receipt.added} replicas loaded, "
                 f"{receipt.removed} unloaded"
@@ -257,6 +266,17 @@ class Operator:
             self.events.add(_kind(action), f"{action}: {outcome}", level="error" if receipt.error else "good")
             _log.info("%s: %s", action, outcome)
         return receipt
+
+    def _checked(self, goal: Placement) -> Placement:
+        """`goal`, unless it takes an expert below the replicas that it is to have."""
+        before = set(homeless(self._placement, (), self._least_homes))
+        for layer, expert in homeless(goal, (), self._least_homes):
+            if (layer, expert) not in before and goal.replicas[layer][expert]:
+                raise PlacementError(
+                    f"layer {layer}, expert {expert} would have {len(goal.replicas[layer][expert])} replicas; "
+                    f"with --spare-replicas {self._least_homes - 1} there are to be {self._least_homes}"
+                )
+        return goal
 
     async def _back(self, before: Placement) -> None:
         """After a step that failed: the placement that was in force when the action began."""
@@ -269,9 +289,7 @@ class Operator:
 
 def _kind(action: str) -> Kind:
     verb = action.partition(" ")[0].rstrip(":")
-    return "rebalance" if verb == "rebalance" else "scale" if verb == "scale" else "placement"
-
-
-def _number(worker: str) -> int:
-    """N of `expert-N`."""
-    return int(worker.rpartition("-")[2])
+    kinds: dict[str, Kind] = {
+        "rebalance": "rebalance", "scale": "scale", "fail-over": "failover", "end": "failover"
+    }  # fmt: skip
+    return kinds.get(verb, "placement")

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_OPEN_PATHS = ("/health", "/ready", "/version", "/metrics")  # they cost nothing and end at once
+# They cost nothing, and nobody waits for their end: pages follow `/live` for ever.
+_OPEN_PATHS = ("/health", "/ready", "/version", "/metrics", "/live")
 
 
 class Drain:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
@@ -13,9 +14,14 @@ import torch
 
 from cluster.config import Config
 from cluster.control.client import ControllerClient
+from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.fleet.metrics import serve_metrics
 from cluster.fleet.shard_keeper import ShardKeeper
+from cluster.fleet.weight_source import WeightSource
+from cluster.fleet.worker_readings import Loads, WorkerReadings
+from cluster.observe.exposition import Reading
 from cluster.placement.placement import Placement
 from cluster.router.sizing import expert_format_of
 from workers.checkpoint import Checkpoint
@@ -32,6 +38,7 @@ from workers.transport.device.server import DeviceServer
 from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import STEP_LIMIT_S
 from workers.transport.grpc.credentials import Credentials
+from workers.transport.grpc.peer_weights import PeerWeights
 from workers.transport.grpc.server import ExpertServer
 from workers.transport.shm.worker import ShmAcceptor
 
@@ -60,9 +67,16 @@ class ExpertWorker:
         self._device = torch.device("cpu")
         self._state: State = "starting"
         self._keeper: ShardKeeper | None = None
+        self._weights: WeightSource | None = None
         self._view: View | None = None
         self._group: Group | None = None
         self._server: ExpertServer | CollectiveServer | None = None
+        self._loads = Loads()
+        self._shard: ExpertShard | None = None
+        self._metrics_url = serve_metrics(
+            config, worker, "expert", self._readings, epoch=self._epoch, state=lambda: self._state,
+            device=lambda: describe(self._device),
+        )  # fmt: skip
         self._first_view = asyncio.Event()
         self._membership = ControllerClient(controller, self._member, self._on_view)
         self._started = start_or_end(self._start(), worker)
@@ -71,6 +85,10 @@ class ExpertWorker:
         """The address it serves at, once the shard is loaded; raises what went wrong, CheckpointError above all."""
         return await asyncio.shield(self._started)
 
+    async def inflict(self, fault: Fault) -> None:
+        """Do to this process what `expertmesh chaos` wants."""
+        inflict(fault, os.getpid())
+
     async def _start(self) -> str:
         await self._first_view.wait()
         assert self._view is not None
@@ -78,7 +96,10 @@ class ExpertWorker:
         shard, source = await asyncio.to_thread(self._load, placement)
         self._server = server = await asyncio.to_thread(self._make_server, shard, source)
         await asyncio.to_thread(server.start)
-        self._keeper = ShardKeeper(self._worker, shard, source, placement.epoch, self._membership.tell)
+        self._weights = self._make_weights(shard, source)
+        tell = self._membership.tell
+        self._keeper = ShardKeeper(self._worker, shard, self._weights, placement.epoch, tell, self._loads)
+        self._shard = shard
         self._source = None
         self._state = "ready"
         self._on_view(self._view)  # which may have changed meanwhile
@@ -90,7 +111,9 @@ class ExpertWorker:
         self._device = device = pick(config.expert_device, self._gpu_ids)
         self._source = source = Checkpoint(self._checkpoint, device, finite=config.check_weights)
         dtype = compute_dtype(config.dtype, source.spec.dtype, device, config.router_device)
+        began = time.perf_counter()
         shard = load_shard(source, placement.shard(self._worker), dtype, expert_format_of(config, device, dtype))
+        self._loads.add(shard.n_held, time.perf_counter() - began)
         share = config.gpus_per_expert_worker * config.gpu_memory_utilization
         self._capacity = capacity(device, share, shard.expert_bytes)
         return shard, source
@@ -103,7 +126,7 @@ class ExpertWorker:
                 self._worker,
                 node_address(),
                 model=source.fingerprint(shard.dtype),
-                epoch=lambda: 0 if self._keeper is None else self._keeper.epoch,
+                epoch=self._epoch,
                 credentials=self._credentials,
                 ways=self._ways(shard),
             )
@@ -111,6 +134,13 @@ class ExpertWorker:
         return CollectiveServer(
             shard, self._worker, host, deadline_s=config.collective_deadline_s, on_change=self._membership.tell
         )
+
+    def _make_weights(self, shard: ExpertShard, source: Checkpoint) -> WeightSource:
+        """Where the weights of further experts come from. Workers ask each other over gRPC."""
+        peers = None
+        if self._config.transport != "collective":
+            peers = PeerWeights(self._worker, source.fingerprint(shard.dtype), self._credentials)
+        return WeightSource(self._config.weights, source, peers)
 
     def _ways(self, shard: ExpertShard) -> tuple[Callable[[Batcher], Acceptor], ...]:
         """The faster ways that routers may offer."""
@@ -142,19 +172,34 @@ class ExpertWorker:
             node=self._node,
             state=self._state,
             address="" if server is None else server.address,
-            epoch=0 if self._keeper is None else self._keeper.epoch,
+            metrics_url=self._metrics_url,
+            epoch=self._epoch(),
             group=self._group,
             broken=server.broken if isinstance(server, CollectiveServer) else 0,
             slots=self._slots(),
+            most_slots=self._config.expert_slots or self._capacity.slots,
             bytes_per_s=self._capacity.bytes_per_s,
             preparation=None if self._keeper is None else self._keeper.preparation,
-            detail=describe(self._device) | loading(self._source) | ({} if server is None else server.numbers()),
+            detail=({} if self._weights is None else {"replicas_from_peers": self._weights.from_peers})
+            | describe(self._device)
+            | loading(self._source)
+            | ({} if server is None else server.numbers()),
         )
 
+    def _readings(self) -> Iterable[Reading]:
+        """For the scrape's thread."""
+        if self._shard is None or self._server is None:
+            return ()
+        return WorkerReadings(self._shard, self._server.batcher, self._loads, self._slots)()
+
+    def _epoch(self) -> int:
+        return 0 if self._keeper is None else self._keeper.epoch
+
     def _slots(self) -> int:
-        """Experts it has room for: as configured, as its GPU has memory, or half more than an equal share of all."""
+        """Experts it has room for: as configured, as its GPU has memory, or half more than an equal share."""
         config = self._config
         if config.expert_slots or self._capacity.slots or self._view is None:
             return config.expert_slots or self._capacity.slots
-        placement = self._view.placement
-        return -(-3 * placement.n_layers * placement.n_experts // (2 * max(1, config.expert_workers or 1)))
+        placement, n_workers = self._view.placement, max(1, config.expert_workers or 1)
+        n_replicas = placement.n_layers * placement.n_experts * (1 + config.spare_replicas)
+        return -(-3 * n_replicas // (2 * n_workers))

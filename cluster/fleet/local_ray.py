@@ -25,6 +25,8 @@ from workers.kernels.cores import available_cores
 
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; only control messages pass through it
 _KILL_AFTER_S = 5.0
+_LONGEST_STREAM_S = 3600
+_PROCESSES = 1000  # of each kind that a node of our own takes: memory is the limit
 
 FILES = ("haproxy",)  # in the run directory: by what HAProxy is started; its sockets come and go as it is replaced
 LOGS = Path("session_latest", "logs")  # below the run directory
@@ -49,12 +51,13 @@ def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str
         return {**_COMMON, "RAY_AUTH_MODE": "token"} if wants_token else _COMMON
     haproxy = run_dir / "haproxy"
     haproxy_exec.install(haproxy, config.host, config.port)
-    drain_s = int(config.drain_timeout_s) + 1
     return {
         **_COMMON,
         # Under this name Ray knows the setting that makes a node's address 127.0.0.1: all its servers bind to that.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        # Without its head Ray starts nothing, but what runs goes on; its own limit is a minute.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run_dir / "haproxy.cfg"),
@@ -64,7 +67,8 @@ def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, available_cores() // 4))),
         "RAY_SERVE_HAPROXY_MAXCONN": str(most_clients(open_files)),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(drain_s),
+        # A HAProxy that was replaced, as gateways came or went, keeps the streams it has.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_LONGEST_STREAM_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # Serve starts HAProxy again after the third check in a row that finds none; its own period is 10 s.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
@@ -80,6 +84,8 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus
     """
     import ray
 
+    from cluster.fleet.launcher import EXPERT_RESOURCE, ROUTER_RESOURCE
+
     address = None if config.ray_address is None else check_there(config.ray_address)
     common: dict[str, Any] = {"namespace": "expertmesh", "log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -93,6 +99,7 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus
                     include_dashboard=False,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     num_gpus=n_gpus,
+                    resources=dict.fromkeys((ROUTER_RESOURCE, EXPERT_RESOURCE), _PROCESSES),
                     _node_ip_address="127.0.0.1",
                     _temp_dir=str(run_dir),
                     **common,
@@ -138,9 +145,11 @@ def _claim_serve(address: str) -> None:
     from ray import serve
 
     from cluster.control.client import NAME, NAMESPACE
+    from cluster.fleet.launcher import end_all
 
     if _exists(NAME, NAMESPACE):
         raise StartError(f"Ray at {address} runs an ExpertMesh already")
+    end_all()
     if not _exists("SERVE_CONTROLLER_ACTOR", "serve"):
         return
     if others := serve.status().applications.keys() - {APPLICATION}:
@@ -166,7 +175,10 @@ def stop(config: Config) -> None:
     from ray import serve
 
     if config.ray_address is not None and ray.is_initialized():
-        serve.shutdown()  # type: ignore[no-untyped-call]  # our actors end with us; what Serve runs does not
+        from cluster.fleet.launcher import end_all
+
+        end_all()
+        serve.shutdown()  # type: ignore[no-untyped-call]
     family = psutil.Process().children(recursive=True)
     ray.shutdown()
     _, alive = psutil.wait_procs(family, timeout=_KILL_AFTER_S)

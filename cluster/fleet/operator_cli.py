@@ -13,6 +13,7 @@ from cluster.errors import ExpertMeshError, PlacementError
 
 Port = Annotated[int | None, typer.Option(help="of the gateway, when several clusters run")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Replica = Annotated[str, typer.Argument(metavar="L:E@W", help="layer, expert and worker")]
 Where = Annotated[str, typer.Argument(metavar="L:E", help="layer and expert, both from 0")]
 
 placement = typer.Typer(no_args_is_help=True, help="See and change which expert worker holds which expert.")
@@ -21,7 +22,7 @@ placement = typer.Typer(no_args_is_help=True, help="See and change which expert 
 @placement.command()
 def show(port: Port = None, as_json: Json = False) -> None:
     """Workers with their room and load, and the homes of every expert with several."""
-    answer = _ask("GET", "/placement", port)
+    answer = ask("GET", "/placement", port)
     if as_json:
         typer.echo(json.dumps(answer))
         return
@@ -38,6 +39,8 @@ def show(port: Port = None, as_json: Json = False) -> None:
             if len(homes) > 1:
                 shown = ", ".join(f"{worker} {share:.0%}" for worker, share in sorted(homes.items()))
                 typer.echo(f"  {layer}:{expert} on {shown}")
+    for pin in answer["pins"]:
+        typer.echo(f"  {pin} is pinned")
 
 
 @placement.command()
@@ -51,12 +54,12 @@ def plan(
 ) -> None:
     """What `rebalance` would do; with --json a file that `placement apply` takes."""
     if trace is None:
-        answer = _ask("GET", "/placement/plan", port)
+        answer = ask("GET", "/placement/plan", port)
     else:
         from cluster.routing.trace import read_trace
 
         loads_LE = read_trace(trace).total().chosen_LE
-        answer = _ask("POST", "/placement/plan", port, {"loads": loads_LE.tolist()})
+        answer = ask("POST", "/placement/plan", port, {"loads": loads_LE.tolist()})
     typer.echo(json.dumps(answer) if as_json else _forecast(answer["forecast"]))
 
 
@@ -69,7 +72,7 @@ def apply(
         homes = json.loads(file.read_text(encoding="utf-8"))["homes"]
     except (ValueError, KeyError, TypeError) as error:
         raise PlacementError(f"{file} is not what `expertmesh placement plan --json` prints: {error!r}") from error
-    _report(_ask("PUT", "/placement", port, {"homes": homes}))
+    _report(ask("PUT", "/placement", port, {"homes": homes}))
 
 
 @placement.command()
@@ -82,7 +85,7 @@ def move(
     """Load an expert on another worker, then unload it where it was."""
     layer, expert = _where(where)
     body = {"layer": layer, "expert": expert, "source": source, "target": to}
-    _report(_ask("POST", "/placement/move", port, body))
+    _report(ask("POST", "/placement/move", port, body))
 
 
 @placement.command()
@@ -93,44 +96,55 @@ def replicate(
 ) -> None:
     """Give an expert another replica."""
     layer, expert = _where(where)
-    _report(_ask("POST", "/placement/replicate", port, {"layer": layer, "expert": expert, "worker": to}))
+    _report(ask("POST", "/placement/replicate", port, {"layer": layer, "expert": expert, "worker": to}))
 
 
 @placement.command()
-def drop(
-    where: Annotated[str, typer.Argument(metavar="L:E@W", help="layer, expert and worker")], port: Port = None
-) -> None:
+def drop(where: Replica, port: Port = None) -> None:
     """Take one replica of an expert away; never the last one."""
-    pair, _, worker = where.partition("@")
-    layer, expert = _where(pair)
-    if not worker:
-        raise PlacementError(f"{where} names no worker; write it as {where}@expert-0")
-    _report(_ask("POST", "/placement/drop", port, {"layer": layer, "expert": expert, "worker": worker}))
+    _report(ask("POST", "/placement/drop", port, _replica(where)))
+
+
+@placement.command()
+def pin(where: Replica, port: Port = None) -> None:
+    """Keep a replica where it is, whatever is planned; where there is none it is loaded."""
+    _report(ask("POST", "/placement/pin", port, _replica(where)))
+
+
+@placement.command()
+def unpin(where: Replica, port: Port = None) -> None:
+    """Let plans move a pinned replica again."""
+    _report(ask("POST", "/placement/unpin", port, _replica(where)))
 
 
 @placement.command()
 def receipts(port: Port = None) -> None:
     """The latest actions as JSON: forecast, cost, error, and the imbalance since."""
-    typer.echo(json.dumps(_ask("GET", "/receipts", port), indent=2))
+    typer.echo(json.dumps(ask("GET", "/receipts", port), indent=2))
 
 
 def rebalance(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False, port: Port = None
 ) -> None:
     """Place experts by the load of the last minutes: more replicas for busy ones, shares so that workers are even."""
-    answer = _ask("POST", "/rebalance", port, {"dry_run": dry_run})
+    answer = ask("POST", "/rebalance", port, {"dry_run": dry_run})
     typer.echo(_forecast(answer["forecast"]))
     if not dry_run:
         _report(answer)
 
 
 def scale(
-    expert_workers: Annotated[int, typer.Option(min=1, help="expert workers there are to be")],
+    expert_workers: Annotated[int | None, typer.Option(min=1, help="expert workers there are to be")] = None,
+    routers: Annotated[int | None, typer.Option(min=1, help="routers there are to be")] = None,
+    gateways: Annotated[int | None, typer.Option(min=1, help="gateways there are to be")] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="for new ones to be ready")] = 300.0,
     port: Port = None,
 ) -> None:
-    """More or fewer expert workers while requests run; when it cannot be, there are as many as before."""
-    _report(_ask("POST", "/scale", port, {"expert_workers": expert_workers, "timeout_s": timeout_s}))
+    """More or fewer processes while requests run; when it cannot be, there are as many as before."""
+    sizes = {"expert_workers": expert_workers, "routers": routers, "gateways": gateways}
+    if not any(sizes.values()):
+        raise PlacementError("say how many of what: --expert-workers, --routers, --gateways")
+    _report(ask("POST", "/scale", port, sizes | {"timeout_s": timeout_s}))
 
 
 def drain(
@@ -140,16 +154,24 @@ def drain(
 ) -> None:
     """Move everything away from an expert worker, so that it can be ended."""
     if undo:
-        _ask("POST", f"/workers/{worker}/undrain", port)
+        ask("POST", f"/workers/{worker}/undrain", port)
         typer.echo(f"{worker} may be used again")
     else:
-        _report(_ask("POST", f"/workers/{worker}/drain", port))
+        _report(ask("POST", f"/workers/{worker}/drain", port))
 
 
 def _where(text: str) -> tuple[int, int]:
     if (found := re.fullmatch(r"(\d+):(\d+)", text)) is None:
         raise PlacementError(f"{text} is not LAYER:EXPERT, as in 3:5")
     return int(found[1]), int(found[2])
+
+
+def _replica(text: str) -> dict[str, Any]:
+    pair, _, worker = text.partition("@")
+    layer, expert = _where(pair)
+    if not worker:
+        raise PlacementError(f"{text} names no worker; write it as {text}@expert-0")
+    return {"layer": layer, "expert": expert, "worker": worker}
 
 
 def _forecast(forecast: dict[str, Any]) -> str:
@@ -167,7 +189,7 @@ def _report(receipt: dict[str, Any]) -> None:
     )
 
 
-def _ask(method: str, path: str, port: int | None, body: dict[str, Any] | None = None) -> Any:
+def ask(method: str, path: str, port: int | None, body: dict[str, Any] | None = None) -> Any:
     """The answer of the running cluster's admin API. Raises PlacementError with its reason for a refusal."""
     import httpx
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 
 # Held until this process ends. A port that was only found free can be drawn by any connection before it is bound: it
@@ -17,3 +18,11 @@ def reserve_port(host: str = "127.0.0.1") -> int:
     holder.bind((host, 0))  # and does not listen: connections go to whoever does
     _held.append(holder)
     return int(holder.getsockname()[1])
+
+
+def free_port(host: str, first: int) -> int:
+    """`first` if it is free, else any that is. Somebody else may take it before it is bound."""
+    for port in (first, 0):
+        with contextlib.suppress(OSError), socket.create_server((host, port)) as found:
+            return int(found.getsockname()[1])
+    raise OSError(f"no port of {host} is free")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -16,6 +17,7 @@ from cluster.gateway.defaults import SamplingDefaults, read_defaults
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.gateway.vocabulary import check_rows
+from cluster.observe.cardinality import per_expert
 from cluster.router import memory
 from cluster.router.build import dense_bytes, expert_bytes
 from cluster.router.sizing import cluster_dtype, context_limit, pool_blocks, step_bytes
@@ -25,6 +27,7 @@ from workers.device import Gpu, gpus
 from workers.kernels.cores import available_cores
 from workers.kernels.threads import worker_threads
 from workers.model.kv_cache import bytes_per_block
+from workers.spec import ModelSpec
 
 _PROCESS_BYTES = 256 * 2**20  # Python, torch and gRPC in each of our processes
 _RAY_BYTES = 1024 * 2**20  # Ray, Serve and the gateways
@@ -68,7 +71,8 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     if spec.experts and config.max_batch_tokens > (most := wire.most_tokens(spec.hidden_size, spec.top_k, dtype)):
         raise StartError(f"--max-batch-tokens {config.max_batch_tokens}: rows of this model travel {most} at most")
     replica = expert_bytes(opened, dtype, config.expert_device, config)
-    experts = replica * len(spec.experts)
+    n_replicas = len(spec.experts) * (1 + config.spare_replicas)
+    experts = replica * n_replicas
     dense = dense_bytes(opened, dtype, config.router_device)
     block = bytes_per_block(spec, config.block_size, dtype)
     work = step_bytes(config, spec, dtype) if config.router_device == "cuda" else _STEP_BYTES
@@ -76,6 +80,7 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     config, uses = arrange(config, found, needs)
     transport = choose(config, has_experts=bool(spec.experts))
     n_workers = config.expert_workers if config.expert_workers and transport.transport != "local" else 0
+    check_spares(config, n_workers, n_replicas)
     n_blocks = pool_blocks(config, spec, dtype)
     wanted = {"processes": _PROCESS_BYTES * (config.routers + n_workers) + _RAY_BYTES}
     if (config.expert_device if n_workers else config.router_device) == "cpu":
@@ -87,7 +92,13 @@ def plan(config: Config, checkpoint: Path) -> Plan:
     cores = available_cores()
     return Plan(
         expert_bytes=replica,
-        config=replace(config, transport=transport.transport),
+        config=replace(
+            config,
+            transport=transport.transport,
+            served_model_name=model_name(config, checkpoint),
+            per_expert_metrics=_per_expert(config, spec),
+            cluster_name=config.cluster_name or f"{socket.gethostname()}:{config.port}",
+        ),
         gpus=found,
         uses=uses,
         transport=transport,
@@ -107,6 +118,27 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         memory=wanted,
         load_bytes=opened.stored_bytes(routers=config.routers),
     )
+
+
+def _per_expert(config: Config, spec: ModelSpec) -> Literal["on", "off"]:
+    layers = spec.n_layers - len(spec.dense_layers)
+    return "on" if per_expert(config.per_expert_metrics, layers, spec.n_experts) else "off"
+
+
+def check_spares(config: Config, n_workers: int, n_replicas: int) -> None:
+    """StartError unless so many workers can hold the replicas that `--spare-replicas` asks for."""
+    if not config.spare_replicas:
+        return
+    if n_workers <= config.spare_replicas:
+        raise StartError(
+            f"--spare-replicas {config.spare_replicas} needs {config.spare_replicas + 1} expert workers or more; "
+            f"there are {n_workers}"
+        )
+    if 0 < config.expert_slots * n_workers < n_replicas + n_workers:  # one slot each stays free for moves
+        raise StartError(
+            f"--spare-replicas {config.spare_replicas} makes {n_replicas} replicas, which need --expert-slots "
+            f"{-(-n_replicas // n_workers) + 1} on {n_workers} expert workers"
+        )
 
 
 def model_name(config: Config, checkpoint: Path) -> str:

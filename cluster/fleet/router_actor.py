@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
 from cluster.config import Config
 from cluster.control.client import ControllerClient
+from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.fleet.fault_proxy import FaultProxy
+from cluster.fleet.metrics import serve_metrics
+from cluster.observe.exposition import Reading
 from workers.transport.grpc.credentials import Credentials
 
 log = logging.getLogger(__name__)
@@ -56,10 +60,15 @@ class Router:
         self._first_view = asyncio.Event()
         self._changes: set[asyncio.Task[None]] = set()
         self._exchange: Exchange | None = None
+        self._proxy = FaultProxy() if config.allow_chaos else None
         self._collective: CollectiveTransport | None = None
         self._store: object = None  # of the groups whose first router this one is; lives as long as the process
         self._store_address = ""
+        self._engine: Engine | None = None
         self._service: GenerationService | None = None
+        self._metrics_url = serve_metrics(
+            config, router_id, "router", self._readings, epoch=self._epoch, state=self._state, device=self._describe
+        )
         self._loop = asyncio.get_event_loop()
         self._membership = ControllerClient(controller, self._member, self._on_view)
         self._started = start_or_end(self._start(), router_id)
@@ -68,9 +77,16 @@ class Router:
         """The address it serves at, once the model is loaded; raises what went wrong."""
         return await asyncio.shield(self._started)
 
+    async def inflict(self, fault: Fault) -> None:
+        """Do to this process what `expertmesh chaos` wants. Raises KeyError for a worker that it does not know."""
+        if fault.kind != "partition":
+            inflict(fault, os.getpid())
+        elif self._proxy is not None:
+            await asyncio.to_thread(self._proxy.partition, fault.peer, fault.seconds)
+
     async def _start(self) -> str:
         await self._first_view.wait()
-        engine = await asyncio.to_thread(self._build)
+        self._engine = engine = await asyncio.to_thread(self._build)
         from cluster.router.admission import Admission
         from cluster.router.service import GenerationService
 
@@ -109,7 +125,7 @@ class Router:
         way, ways = self._make_ways(source, dtype)
         self._exchange = exchange = Exchange(
             self._view.placement,
-            self._view.addresses("expert"),
+            self._addresses(self._view),
             self._make_transport(source, ways),
             reply_timeout_s=self._config.reply_timeout_s,
             rejoin_timeout_s=self._config.rejoin_timeout_s,
@@ -135,6 +151,11 @@ class Router:
             log.error("no routing trace is written: %s", error)
             return None
 
+    def _addresses(self, view: View) -> dict[str, str]:
+        """Where this router finds the expert workers."""
+        addresses = dict(view.addresses("expert"))
+        return addresses if self._proxy is None else self._proxy.through(addresses)
+
     def _make_ways(self, source: Checkpoint, dtype: torch.dtype) -> tuple[StepWay | None, tuple[FastWay, ...]]:
         """What captured steps take, and what all rows do where both ends can."""
         if self._config.transport == "shm":
@@ -151,7 +172,7 @@ class Router:
         way, spec = ShmWay(), source.spec
         if not isinstance(ops_for(source.device, dtype), CpuOps):
             return None, (way,)
-        return RingSteps(way, spec.n_layers, spec.n_experts, self._config.reply_timeout_s), (way,)
+        return RingSteps(way, spec.n_layers, spec.n_experts), (way,)
 
     def _make_device_way(self, source: Checkpoint, dtype: torch.dtype) -> DeviceWay | None:
         """Through device memory, where routers and workers are on GPUs and rows may take that way."""
@@ -186,7 +207,8 @@ class Router:
         if config.transport in ("device", "shm", "grpc"):
             dtype = compute_dtype(config.dtype, source.spec.dtype, source.device, config.expert_device)
             model = source.fingerprint(dtype)
-            return GrpcTransport(self._id, model, self._credentials, epoch=self._epoch, ways=ways)
+            tell = self._membership.tell
+            return GrpcTransport(self._id, model, self._credentials, epoch=self._epoch, ways=ways, on_reach=tell)
         host = bind_address(config.collective_interface, config.trusted_network, self._host)
         self._store, self._store_address = host_store(host)
         self._collective = CollectiveTransport(
@@ -214,7 +236,7 @@ class Router:
         if self._collective is not None:
             self._collective.join(view.group)
         if self._exchange is not None:
-            self._exchange.publish(view.placement, view.addresses("expert"))
+            self._exchange.publish(view.placement, self._addresses(view))
             if self._exchange.epoch < view.placement.epoch:
                 self._begin(self._acknowledge(view.placement.epoch))
         if self._service is not None:
@@ -237,7 +259,18 @@ class Router:
 
         Workers of a cluster that is being stopped still answer, and a router restarted then has requests to finish.
         """
-        if self._service is None or self._view is None or self._service.state != "starting":
+        if self._service is None or self._view is None:
+            return
+        if self._id in self._view.goal.leaving and self._service.state in ("ready", "isolated"):
+            await self._service.set_state("draining")
+            self._membership.tell()
+        elif self._id in self._view.isolated and self._service.state == "ready":
+            await self._service.isolate()
+            self._membership.tell()
+        elif self._id not in self._view.isolated and self._service.state == "isolated":
+            await self._service.set_state("ready")
+            self._membership.tell()
+        if self._service.state != "starting":
             return
         if self._collective is not None and not self._collective.ready:
             return
@@ -251,27 +284,51 @@ class Router:
             id=self._id,
             pid=os.getpid(),
             node=self._node,
-            state=cast(State, "starting" if self._service is None else self._service.state),
+            state=cast(State, self._state()),
+            metrics_url=self._metrics_url,
             address="" if self._service is None else self._service.address,
             epoch=self._epoch(),
             # Before it has loaded it would keep the others waiting.
             store="" if self._service is None else self._store_address,
             group=None if self._view is None else self._view.group,
             broken=0 if self._collective is None else self._collective.broken,
+            unreachable=() if self._exchange is None else tuple(sorted(self._exchange.unreachable)),
             load=None if self._exchange is None else self._exchange.load(),
             detail=self._detail(),
         )
 
-    def _detail(self) -> dict[str, object]:
-        if self._device is None:  # torch is not even imported
+    def _state(self) -> str:
+        return "starting" if self._service is None else self._service.state
+
+    def _readings(self) -> Iterable[Reading]:
+        """For the scrape's thread."""
+        if self._engine is None:
+            return
+        from cluster.router import readings
+
+        yield from readings.of_engine(self._engine)
+        per_expert = self._config.per_expert_metrics == "on"
+        if self._exchange is not None:
+            yield from readings.of_exchange(self._exchange, per_expert)
+        elif per_expert:
+            yield from readings.of_own_experts(self._engine)
+
+    def _describe(self) -> dict[str, object]:
+        """The device; nothing before it is known, when torch is not even imported."""
+        if self._device is None:
             return {}
         from workers.device import describe
 
-        numbers = {} if self._service is None else self._service.numbers()
+        return describe(self._device)
+
+    def _detail(self) -> dict[str, object]:
+        if self._device is None:
+            return {}
+        numbers = {} if self._service is None else self._service.numbers() | {"open": self._service.n_open}
         if self._exchange is not None and self._exchange.steps is not None:
             counters = self._exchange.counters
             numbers |= {"captured_steps": counters.captured_steps, "void_steps": counters.void_steps}
-        return describe(self._device) | loading(self._source) | numbers
+        return self._describe() | loading(self._source) | numbers
 
     def _epoch(self) -> int:
         if self._exchange is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.errors import ExpertMeshError, StartError
+from cluster.errors import ConfigError, ExpertMeshError, StartError
 from cluster.state_dir import VARIABLE, cache_home
 
 # Ray and HAProxy put Unix sockets below the run directory, whose paths may have 107 bytes.
@@ -36,6 +36,7 @@ class RunState:
     model: str
     transport: str
     transport_reason: str
+    cluster: str = ""  # its name, in the labels of its metrics
 
     @property
     def alive(self) -> bool:
@@ -106,11 +107,22 @@ def credentials_path(run_dir: Path) -> Path:
     return run_dir / "credentials.json"
 
 
-def make_admin_token(run_dir: Path) -> str:
-    """A new token for the admin API, kept where only this user reads it."""
-    token = secrets.token_urlsafe(32)
+def make_admin_token(run_dir: Path, given: Path | None = None) -> str:
+    """The token for the admin API, kept where only this user reads it: that in the file `given`, or a new one."""
+    token = secrets.token_urlsafe(32) if given is None else read_token(given)
     with open(os.open(run_dir / _TOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
         file.write(token)
+    return token
+
+
+def read_token(file: Path) -> str:
+    """The token in a file. ConfigError when there is none."""
+    try:
+        token = file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the admin token in {file} cannot be read: {error}") from error
+    if not token:
+        raise ConfigError(f"{file} holds no admin token")
     return token
 
 

@@ -17,9 +17,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from cluster.config import Config
 from cluster.config_load import tls_files
 from cluster.errors import ExpertMeshError, RayGone
-from cluster.fleet import local_ray, preflight, ray_logs, snapshot
+from cluster.fleet import local_ray, preflight, prometheus, ray_logs, snapshot
 from cluster.fleet.mps import Mps
 from cluster.fleet.open_files import raise_limit
+from cluster.fleet.prometheus import Prometheus
 from cluster.fleet.ray_token import ensure_token
 from cluster.fleet.run_state import RunDirectory, RunState, credentials_path, make_admin_token
 from cluster.fleet.signals import Signals, Stopped
@@ -46,6 +47,8 @@ def serve(config: Config, console: Console) -> None:
         open_files = raise_limit()
         if config.ray_address is None:
             preflight.check_port(config.host, config.port)
+        if config.prometheus:
+            prometheus.check_installed()
         checkpoint = resolve(config.model)
         with console.status(f"checking {checkpoint}"):
             plan = preflight.plan(config, checkpoint)
@@ -89,9 +92,10 @@ def _run(config: Config, plan: preflight.Plan, run: RunDirectory, signals: Signa
         model=plan.model_name,
         transport=plan.transport.transport,
         transport_reason=plan.transport.reason,
+        cluster=plan.config.cluster_name or "",
     )
     state.write()
-    mps = Mps(run.path)
+    mps, metrics = Mps(run.path), Prometheus(run.path)
 
     def give_up() -> None:
         console.print("stopped", style="dim")
@@ -119,9 +123,13 @@ def _run(config: Config, plan: preflight.Plan, run: RunDirectory, signals: Signa
             console.print(f"Ray at {address}", style="dim", highlight=False)
             state = replace(state, ray_address=address)
             state.write()
+            if config.prometheus:
+                metrics.start(signals.check)
+                console.print(f"Prometheus at {metrics.url}", style="dim", highlight=False)
             _serve(config, plan, state, run, signals, console, began)
         finally:
             with console.status("stopping"):
+                metrics.stop()
                 local_ray.stop(config)
                 mps.stop()
             state.remove()
@@ -145,11 +153,12 @@ def _serve(
     console: Console,
     began: float,
 ) -> None:
-    from cluster.fleet.launch import start_actors, wait_ready
+    from cluster.fleet.launch import start_controller, wait_ready
 
     credentials = Credentials.generate(tls_files(config), config.trusted_network)
     credentials.write(credentials_path(Path(state.run_dir)))  # for `bench serve --router`
-    cluster = start_actors(config, plan, state.url, credentials, make_admin_token(Path(state.run_dir)))
+    admin_token = make_admin_token(Path(state.run_dir), config.admin_token_file)
+    cluster = start_controller(config, plan, state.url, credentials, admin_token)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
     for use in plan.uses:
         console.print(str(use), style="dim", highlight=False)
@@ -184,7 +193,7 @@ def _supervise(
 ) -> None:
     """Keep the snapshot and tell of processes that leave and return, until a signal comes.
 
-    Ray restarts what dies; the data plane repairs itself. How many workers there are to be, the controller says.
+    Ray restarts what dies; the data plane repairs itself; how many processes there are is the controller's business.
     Raises ExpertMeshError if Ray ends, or if somebody removed files that the cluster cannot be reached without.
     """
     heard = whole = time.monotonic()
@@ -203,7 +212,6 @@ def _supervise(
             continue
         if view is not None:
             heard = time.monotonic()
-            cluster.follow(view)
             snapshot.write(state, view)
             watch.see(view)
 

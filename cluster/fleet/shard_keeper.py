@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 
 from cluster.control.view import Preparation, View
+from cluster.fleet.weight_source import WeightSource
+from cluster.fleet.worker_readings import Loads
 from cluster.router.memory import check_memory
-from workers.checkpoint import Checkpoint
 from workers.kernels.memory import give_back
 from workers.probe import Probe, probe
 from workers.shard import ExpertShard
@@ -26,13 +28,21 @@ class ShardKeeper:
     """
 
     def __init__(
-        self, worker: str, shard: ExpertShard, source: Checkpoint, epoch: int, on_change: Callable[[], None]
+        self,
+        worker: str,
+        shard: ExpertShard,
+        source: WeightSource,
+        epoch: int,
+        on_change: Callable[[], None],
+        loads: Loads | None = None,
     ) -> None:
+        """`loads`: counts what is loaded."""
         self.epoch = epoch  # of the newest placement of which everything is here
         self.preparation: Preparation | None = None
         self._worker = worker
         self._shard = shard
         self._source = source
+        self._loads = loads or Loads()
         self._on_change = on_change
         self._view: View | None = None
         self._changed = asyncio.Event()
@@ -63,7 +73,7 @@ class ShardKeeper:
 
     def _apply(self, view: View) -> None:
         wanted = frozenset(view.placement.shard(self._worker))
-        self._load(wanted)
+        self._load(wanted, view)
         self.epoch = view.placement.epoch
         if view.next is None:
             self.preparation = None
@@ -76,7 +86,7 @@ class ShardKeeper:
         """Load what the next placement adds, and probe every expert that gets a replica and is here."""
         assert view.next is not None
         try:
-            self._load(view.next.shard(self._worker))
+            self._load(view.next.shard(self._worker), view)
             before, after = view.placement.all_replicas(), view.next.all_replicas()
             tested = {(replica.layer, replica.expert) for replica in after - before}
             probes: dict[tuple[int, int], Probe] = {
@@ -87,12 +97,21 @@ class ShardKeeper:
             return Preparation(view.next.epoch, {}, str(error) or type(error).__name__)
         return Preparation(view.next.epoch, probes)
 
-    def _load(self, experts: Iterable[tuple[int, int]]) -> None:
+    def _load(self, experts: Iterable[tuple[int, int]], view: View) -> None:
         missing = sorted(frozenset(experts) - self.held)
         if missing:
             check_memory({f"{len(missing)} experts": len(missing) * self._shard.expert_bytes}, self._shard.device)
-        for layer, expert in missing:
-            self._shard.load(layer, expert, self._source.expert(layer, expert, self._shard.weight_dtype))
+        addresses = view.addresses("expert")
+        try:
+            for layer, expert in missing:
+                holders = view.placement.holders(layer, expert)
+                others = {w: addresses[w] for w in holders if w != self._worker and w in addresses}
+                began = time.perf_counter()
+                self._source.load(self._shard, layer, expert, others)
+                self._loads.add(1, time.perf_counter() - began)
+        finally:
+            if missing:
+                self._source.rest()
 
     def _unload(self, experts: Iterable[tuple[int, int]]) -> None:
         unwanted = sorted(experts)

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from cluster.control.view import Member, View
 from cluster.errors import ExpertMeshError
+from cluster.fleet import targets
 from cluster.fleet.run_state import RunState, find
 
 _NAME = "status.json"
@@ -39,6 +40,7 @@ def write(state: RunState, view: View) -> None:
         "written": time.time(),
         "processes": [_process(member) for member in view.members],
     }
+    targets.write(Path(state.run_dir), view.targets(), state.cluster)
     draft = Path(state.run_dir, f"{_NAME}.{os.getpid()}")
     with contextlib.suppress(OSError):
         draft.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -19,6 +19,8 @@ from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.messages.routes import message_routes
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.openai_routes import openai_routes
+from cluster.gateway.page.feed import Feed, Source
+from cluster.gateway.page.routes import page_routes
 from cluster.gateway.responses.routes import response_routes
 from cluster.gateway.service_routes import service_routes
 from cluster.gateway.token_routes import token_routes
@@ -27,9 +29,15 @@ from cluster.router.grammar import GrammarCompiler
 
 
 def create_app(
-    config: Config, model: ModelCard, tokenizer: Tokenizer, session: Session, metrics: Metrics | None = None
+    config: Config,
+    model: ModelCard,
+    tokenizer: Tokenizer,
+    session: Session,
+    metrics: Metrics | None = None,
+    source: Source | None = None,
 ) -> FastAPI:
-    """The OpenAI-compatible API of one model. `metrics` says which gateway it is, where there are several.
+    """The OpenAI-compatible API of one model. `metrics` says which gateway it is, where there are several. `source`: of
+    what the live page shows; None: there is no page.
 
     Raises ConfigError where the keys cannot be read, or where none is asked for and `config.host` can be reached from
     other machines.
@@ -61,6 +69,9 @@ def create_app(
     app.include_router(response_routes(gateway), dependencies=secured)
     app.include_router(token_routes(gateway), dependencies=secured)
     app.include_router(service_routes(gateway, app.version))
+    if source is not None and config.live_page:
+        facts = {"model": model.id, "version": app.version, "gateway": gateway.metrics.gateway}
+        app.include_router(page_routes(Feed(source, facts), source))
     return app
 
 

@@ -17,7 +17,7 @@ from cluster.gateway.generation import Answer, Choice, Echo, RunningUsage, Usage
 from cluster.gateway.logprobs import finite
 from cluster.gateway.prompts import echo_of, prompts
 from cluster.gateway.schemas.completions import CompletionRequest
-from cluster.gateway.sequence_text import Delta, ScoredToken, SequenceText
+from cluster.gateway.sequence_text import Delta, ScoredToken
 from cluster.gateway.sse import DONE, TextEvents, error_event, event
 from cluster.gateway.structured import grammar_of
 from cluster.gateway.token_fields import TokenFields
@@ -72,18 +72,13 @@ def _choices(
     # To the router an answer without tokens makes sense for its scores only; an echo alone does not get that far.
     checked = params if max_tokens else replace(params, prompt_logprobs=params.prompt_logprobs or 0)
     sampling.check(gateway, prompt_ids, checked, prompt="prompt", max_tokens="max_tokens")
-    stops = sampling.stop_strings(request)
+    text = sampling.sequence_texts(gateway, request, after_text=True, special=request.skip_special_tokens is False)
     return [
         Choice(
             start + i,
             prompt_ids,
             sampling.nth(params, i),
-            SequenceText(
-                gateway.tokenizer.detokenizer(after_text=True, special=request.skip_special_tokens is False),
-                stops,
-                params.min_tokens,
-                shows_stop=bool(request.include_stop_str_in_output),
-            ),
+            text(),
             echo=echo,
         )
         for i in range(n)

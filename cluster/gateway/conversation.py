@@ -9,14 +9,14 @@ from typing import Any
 
 from cluster.errors import RequestError
 from cluster.gateway import sampling
+from cluster.gateway.call_grammar import answer_or_calls, required_calls
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Choice
 from cluster.gateway.prompts import check_length, encode
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.schemas.messages import FunctionCall, Message
-from cluster.gateway.sequence_text import SequenceText
 from cluster.gateway.structured import grammar_of
-from cluster.gateway.tools import Toolbox, call_grammar, parser, taught, toolbox
+from cluster.gateway.tools import Toolbox, format_of, marks, parser, taught, toolbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,9 @@ def render(gateway: Gateway, request: ChatRequest, tools: Toolbox) -> str:
     if request.documents is not None:
         more["documents"] = request.documents
     if described is not None and gateway.tokenizer.tool_format is None:
-        messages, described = taught(messages, described), None
+        form = format_of(gateway, tools)
+        assert form is not None
+        messages, described = taught(messages, described, form), None
     generate = request.add_generation_prompt is not False
     if not request.continue_final_message:
         return gateway.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tools=described, **more)
@@ -93,12 +95,9 @@ async def converse(gateway: Gateway, request: ChatRequest, *, logprobs: int | No
     gateway.check_model(request.model)
     gateway.check_unknown(request)
     tools = toolbox(request)
-    grammar = await call_grammar(gateway, tools)
-    if asked := await grammar_of(gateway, request):
-        if grammar:
-            message = "'response_format' and a required tool call exclude each other"
-            raise RequestError(message, code="invalid_value", param="tool_choice")
-        grammar = asked
+    grammar = await required_calls(gateway, tools)  # where it is, nothing else is said that could follow a format
+    if not grammar and (asked := await grammar_of(gateway, request)):
+        grammar = await answer_or_calls(gateway, tools, asked)
     prompt = render(gateway, request, tools)
     check_length(gateway, prompt, "messages")
     prompt_ids = await encode(gateway, prompt, add_special_tokens=bool(request.add_special_tokens))
@@ -112,19 +111,13 @@ async def converse(gateway: Gateway, request: ChatRequest, *, logprobs: int | No
     params = sampling.sampling_params(gateway, request, max_tokens=limit, logprobs=logprobs)
     params = replace(params, grammar=grammar)
     sampling.check(gateway, prompt_ids, params, prompt="messages", max_tokens=name)
-    stops = sampling.stop_strings(request)
-    shows_special = request.skip_special_tokens is False or _marks_are_special(gateway, tools)
+    text = sampling.sequence_texts(gateway, request, special=_shows_special(gateway, request, tools))
     choices = [
         Choice(
             i,
             prompt_ids,
             sampling.nth(params, i),
-            SequenceText(
-                gateway.tokenizer.detokenizer(special=shows_special),
-                stops,
-                params.min_tokens,
-                shows_stop=bool(request.include_stop_str_in_output),
-            ),
+            text(),
             parser=parser(gateway, tools, prompt, follows_grammar=bool(grammar)),
         )
         for i in range(request.n or 1)
@@ -140,6 +133,8 @@ def echoed(request: ChatRequest) -> str:
     return str(content)
 
 
-def _marks_are_special(gateway: Gateway, tools: Toolbox) -> bool:
-    """Whether calls begin with a special token, which has no text otherwise."""
-    return tools.described is not None and gateway.tokenizer.tool_format == "mistral"
+def _shows_special(gateway: Gateway, request: ChatRequest, tools: Toolbox) -> bool:
+    """Whether special tokens are part of the text: asked for, or what it is taken apart by."""
+    return request.skip_special_tokens is False or any(
+        gateway.tokenizer.special_id(mark) is not None for mark in marks(gateway, tools)
+    )

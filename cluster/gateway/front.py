@@ -10,12 +10,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.errors import RequestError
 from cluster.gateway.bodies import read_body
 from cluster.gateway.hosts import Hosts
-from cluster.gateway.http_errors import error_response
+from cluster.gateway.http_errors import ERROR_CODE, error_response
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.metrics import Metrics
+from cluster.gateway.page import routes as page_routes
 
 # Probes, scrapers and the description of the API ask for no key; they show nothing of a request or an answer.
-OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/version", "/metrics", "/metrics/own", "/openapi.json", "/docs"})
+OPEN_PATHS = page_routes.OPEN_PATHS | frozenset(
+    {"/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json", "/docs"}
+)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 CLIENT_GONE = 499
 
@@ -61,7 +64,9 @@ class Front:
             raise
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, status).inc()
+            self._metrics.requests[route, str(status)] += 1
+            if (code := scope.get(ERROR_CODE)) is not None:
+                self._metrics.rejected[code] += 1
 
     async def _handle(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         try:
@@ -75,6 +80,7 @@ class Front:
             more = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
             if error.status in (408, 413):  # the rest of the body stays unread: the connection is of no more use
                 more = {"Connection": "close"}
+            scope[ERROR_CODE] = error.code
             await error_response(error, scope["path"], more)(scope, receive, send)
             return
         if body is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from starlette.responses import Response
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
+from cluster.gateway.metrics import SequenceMeter
 from cluster.gateway.parsers.message_parser import MessageParser
 from cluster.gateway.parsers.parts import Content, Part
 from cluster.gateway.sampling import Streaming
@@ -166,16 +166,12 @@ async def _echo(choice: Choice) -> AsyncGenerator[tuple[Choice, Delta], None]:
 
 
 async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice, Delta], None]:
-    metrics, text = gateway.metrics, choice.text
-    metrics.prompt_tokens.inc(len(choice.prompt_ids))
-    metrics.open_sequences.inc()
-    last, histogram = time.perf_counter(), metrics.first_token
+    text, reason = choice.text, "abort"
+    meter = SequenceMeter(gateway.metrics, len(choice.prompt_ids))
     try:
         async with aclosing(gateway.session.generate(choice.prompt_ids, choice.params)) as outputs:
             async for output in outputs:
-                now = time.perf_counter()
-                histogram.observe(now - last)
-                last, histogram = now, metrics.next_token
+                meter.output()
                 if output.finish == "error" or output.finish == "cancelled":
                     raise output.error or RequestError("The sequence was ended", code="internal_error", status=500)
                 choice.cached_tokens += output.cached_tokens
@@ -183,13 +179,16 @@ async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice,
                 delta.token_ids, delta.routing = output.token_ids, output.routing
                 if choice.parser is not None:
                     _parse(choice.parser, delta)
+                reason = delta.finish or reason
                 yield choice, delta
                 if delta.finish is not None:
                     return
         raise RequestError("The sequence broke off", code="internal_error", status=500)
+    except RequestError as error:
+        reason = "error" if error.status >= 500 else "refused"
+        raise
     finally:
-        metrics.open_sequences.dec()
-        metrics.tokens.inc(text.n_tokens)
+        meter.end(text.n_tokens, reason)
 
 
 def parts_of(choice: Choice, delta: Delta) -> Sequence[Part]:

@@ -29,6 +29,9 @@ _WANTED = {
 }
 
 
+ERROR_CODE = "expertmesh.error_code"  # in the ASGI scope of a request that was refused
+
+
 def envelope(error: RequestError) -> dict[str, Any]:
     kind = "server_error" if error.status >= 500 else _TYPES.get(error.status, "invalid_request_error")
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
@@ -51,21 +54,25 @@ def install(app: FastAPI) -> None:
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
-        return error_response(error, request.url.path)
+        return refuse(request, error)
+
+    def refuse(request: Request, error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
+        request.scope[ERROR_CODE] = error.code
+        return error_response(error, request.url.path, headers)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(explain(error.errors(), error.body), request.url.path)
+        return refuse(request, explain(error.errors(), error.body))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
         refusal = RequestError(error.detail, code=code, status=error.status_code)
-        return error_response(refusal, request.url.path, error.headers)
+        return refuse(request, refusal, error.headers)
 
     async def unforeseen(request: Request, _error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path)
-        return error_response(internal_error(), request.url.path)
+        return refuse(request, internal_error())
 
     app.add_exception_handler(RequestError, refused)
     app.add_exception_handler(RequestValidationError, invalid)

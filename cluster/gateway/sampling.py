@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
 from cluster.gateway.schemas.sampling import SamplingFields
+from cluster.gateway.sequence_text import SequenceText
 from cluster.router import limits
 from cluster.router.params import SamplingParams
 
@@ -78,9 +79,20 @@ def check(gateway: Gateway, prompt_ids: list[int], params: SamplingParams, *, pr
         raise
 
 
-def stop_strings(request: SamplingFields) -> tuple[str, ...]:
+def sequence_texts(
+    gateway: Gateway, request: SamplingFields, *, after_text: bool = False, special: bool
+) -> Callable[[], SequenceText]:
+    """Makes the text of each sequence of `request`. `after_text`: it goes on with the prompt's; `special`: special
+    tokens are part of it."""
     stop = request.stop or ()
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+
+    def text() -> SequenceText:
+        detokenizer = gateway.tokenizer.detokenizer(after_text=after_text, special=special)
+        shows_stop = bool(request.include_stop_str_in_output)
+        return SequenceText(detokenizer, stops, request.min_tokens or 0, shows_stop=shows_stop)
+
+    return text
 
 
 def _first(asked: Number | None, said: Number | None, default: Number) -> Number:

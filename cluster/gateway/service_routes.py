@@ -6,12 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import Response
 
 from cluster.errors import RequestError
 from cluster.gateway import response_bodies
 from cluster.gateway.context import Gateway
+from cluster.observe.discovery import target_groups
 
 _TEXT = {"schema": {"type": "string"}}
 
@@ -48,13 +49,13 @@ def service_routes(gateway: Gateway, version: str) -> APIRouter:
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}})
     async def metrics() -> Response:
-        """The Prometheus series of all gateways, each with its name in the label `gateway`."""
-        return Response(await gateway.metrics.of_all(), media_type=CONTENT_TYPE_LATEST)
+        """The Prometheus series of all processes of the cluster: one target is enough."""
+        return Response(await gateway.metrics.of_all(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    @router.get("/metrics/own", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}})
-    async def own_metrics() -> Response:
-        """The Prometheus series of the gateway that answers; through a port of several that is any of them."""
-        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    @router.get("/metrics/targets")
+    async def metrics_targets() -> list[dict[str, Any]]:
+        """The endpoints of all processes, for Prometheus' HTTP discovery: instead of `/metrics`, not beside it."""
+        return target_groups(gateway.metrics.targets, gateway.metrics.cluster)
 
     if gateway.config.info_endpoints:
         _add_info(router, gateway)

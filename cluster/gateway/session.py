@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -12,7 +13,9 @@ from typing import Self
 
 from cluster.errors import RequestError
 from cluster.gateway.journal import Entry
+from cluster.gateway.latency import Waits
 from cluster.gateway.router_stream import RouterStream
+from cluster.gateway.suspects import MAX_LOSSES, Suspects
 from cluster.router.codec import decode_output, decode_refusal, encode_cancel
 from cluster.router.params import SamplingParams, StepOutput
 from workers.pb import generation_pb2 as pb
@@ -20,9 +23,6 @@ from workers.transport.grpc.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
-# A request that was on this many routers in a row when they died, without a token between, is probably why they did.
-# Many, because routers that die for another reason can do so again while a long prompt is computed anew.
-_MAX_LOSSES = 32
 _FULL_RETRY_S = 0.25  # a continued request that finds every queue full asks again after this
 
 
@@ -61,8 +61,10 @@ class Session:
         self._streams: list[RouterStream] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._ids = count()
+        self._suspects = Suspects()
         self._open: dict[str, Entry] = {}  # by request id, oldest first; each says where it runs, or that it waits
         self._requests = self._tokens = self._fail_overs = 0
+        self._first_waits, self._next_waits = Waits(), Waits()
         self.update(routers or {})
 
     async def __aenter__(self) -> Self:
@@ -102,9 +104,14 @@ class Session:
         return any(stream.state == "ready" and not stream.retired for stream in self._streams)
 
     def stats(self) -> SessionStats:
-        streams = tuple(StreamStats(each.router, each.address, each.state, each.n_open) for each in self._streams)
-        waiting = sum(entry.expiry is not None for entry in self._open.values())
+        """From any thread."""
+        streams = tuple(StreamStats(each.router, each.address, each.state, each.n_open) for each in list(self._streams))
+        waiting = sum(entry.expiry is not None for entry in list(self._open.values()))
         return SessionStats(streams, len(self._open), waiting, self._requests, self._tokens, self._fail_overs)
+
+    def waits(self) -> dict[str, tuple[float, float] | None]:
+        """Median and 95th percentile of the last seconds' waits for first and following tokens. In the loop only."""
+        return {"first_token_s": self._first_waits.quantiles(), "next_token_s": self._next_waits.quantiles()}
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[StepOutput, None]:
         """Run one request; the last output has `finish`. Closing the generator cancels the request at once.
@@ -117,10 +124,15 @@ class Session:
         self._open[entry.request_id] = entry
         try:
             self._place(entry)
+            last, waits = time.perf_counter(), self._first_waits
             while True:
                 output = await entry.outputs.get()
                 if isinstance(output, RequestError):
                     raise output
+                if output.token_ids:
+                    now = time.perf_counter()
+                    waits.add(now - last)
+                    last, waits = now, self._next_waits
                 yield output
                 if output.finish is not None:
                     return
@@ -141,7 +153,7 @@ class Session:
     def _place(self, entry: Entry) -> None:
         """Give a request to the ready router with the fewest of ours, or let it wait for one."""
         candidates = self._candidates(entry)
-        if not candidates:
+        if not candidates or self._suspects.holds_back(entry):
             self._wait(entry)
             return
         self._stop_waiting(entry)
@@ -152,6 +164,10 @@ class Session:
     def _place_waiting(self) -> None:
         for entry in [entry for entry in self._open.values() if entry.expiry is not None]:
             self._place(entry)
+
+    def _end_trial(self, entry: Entry) -> None:
+        if self._suspects.clear(entry):
+            self._place_waiting()
 
     def _candidates(self, entry: Entry) -> list[RouterStream]:
         """The ready routers that have not said in this round that their queue is full."""
@@ -180,6 +196,7 @@ class Session:
             entry.stream.send(encode_cancel(entry.request_id))
             _release(entry)
             self._sweep()
+        self._end_trial(entry)
 
     def _sweep(self) -> None:
         """Close the streams of routers that left the fleet, once nothing runs on them."""
@@ -204,6 +221,7 @@ class Session:
             output = decode_output(message)
             self._tokens += len(output.token_ids)
             entry.record(output)
+            self._end_trial(entry)
         self._sweep()
 
     def _refused(self, stream: RouterStream, entry: Entry, error: RequestError) -> None:
@@ -214,7 +232,8 @@ class Session:
             entry.full.add(stream)
             if self._candidates(entry):
                 self._place(entry)
-            elif entry.accepted:
+            elif entry.accepted and entry.full_rounds * _FULL_RETRY_S < self._rejoin_timeout_s:
+                entry.full_rounds += 1
                 asyncio.get_running_loop().call_later(_FULL_RETRY_S, self._retry, entry)
             else:
                 entry.fail(error)
@@ -239,7 +258,7 @@ class Session:
         entry.losses += 1
         entry.full.clear()
         self._fail_overs += 1
-        if entry.losses >= _MAX_LOSSES:
+        if entry.losses >= MAX_LOSSES:
             log.error("request %s lost %d routers in a row; given up", entry.request_id, entry.losses)
             message = f"{entry.losses} routers in a row were lost while they worked on this request"
             entry.fail(RequestError(message, code="internal_error", status=500))

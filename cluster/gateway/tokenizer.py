@@ -147,6 +147,11 @@ class Tokenizer:
         """How the chat template teaches the model to call functions; None: it does not."""
         return tool_format_of(self._template_source or "")
 
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written as `text`."""
+        token: int | None = self._tokenizer.token_to_id(text) if text else None
+        return None if token is None or self.pieces.shown[token] else token
+
     def teaches(self, mark: str) -> bool:
         """Whether the chat template holds `mark`."""
         return mark in (self._template_source or "")

@@ -1,4 +1,4 @@
-"""The tools of a chat request: what the template is told of them, what the answer must follow, how calls are found."""
+"""The tools of a chat request: what the template is told of them, and how calls are found."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from typing import Any
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
-from cluster.gateway.parsers.formats import DEFAULT_FORMAT, END_THINK, THINK, TOOL_FORMATS
+from cluster.gateway.parsers.formats import DEFAULT_FORMAT, END_THINK, THINK, TOOL_FORMATS, ToolFormat
 from cluster.gateway.parsers.message_parser import MessageParser
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.schemas.fields import JsonObject
 from cluster.gateway.schemas.messages import Function, NamedFunction, NamedTool
-from cluster.gateway.structured import ANY_OBJECT, compiled
-from cluster.router import grammar
 
 _TAUGHT = (
     "You can call functions to help the user. They are described here, as JSON:\n{tools}\n"
-    'To call one, answer with <tool_call>{{"name": NAME, "arguments": ARGUMENTS}}</tool_call>, where ARGUMENTS is a '
-    "JSON object that its parameters describe."
+    "To call one, answer with {example}, where ARGUMENTS is a JSON object that its parameters describe."
 )
 
 
@@ -68,31 +65,19 @@ def toolbox(request: ChatRequest) -> Toolbox:
     return Toolbox(functions, choice, legacy or request.parallel_tool_calls is False, legacy)
 
 
-async def call_grammar(gateway: Gateway, tools: Toolbox) -> str:
-    """What the answer follows where a call is required; "" where it is not."""
-    schemas = {function.name: function.parameters or ANY_OBJECT for function in tools.functions}
-    if tools.named is not None:
-        return await compiled(gateway, "tools", schemas[tools.named], grammar.from_json_schema)
-    if tools.choice != "required":
-        return ""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "parameters": schema},
-            "required": ["name", "parameters"],
-            "additionalProperties": False,
-        }
-        for name, schema in schemas.items()
-    ]
-    # The definitions that a function's schema refers to are looked for at the root.
-    shared: dict[str, Any] = {}
-    for schema in schemas.values():
-        for key in ("$defs", "definitions"):
-            shared.setdefault(key, {}).update(schema.get(key, {}))
-    whole = {"type": "array", "minItems": 1, "items": {"anyOf": calls}} | {k: v for k, v in shared.items() if v}
-    if tools.one_call:
-        whole["maxItems"] = 1
-    return await compiled(gateway, "tools", whole, grammar.from_json_schema)
+def format_of(gateway: Gateway, tools: Toolbox) -> ToolFormat | None:
+    """How the model writes calls; None where it has nothing to call."""
+    if tools.described is None:
+        return None
+    return TOOL_FORMATS[gateway.config.tool_call_parser or gateway.tokenizer.tool_format or DEFAULT_FORMAT]
+
+
+def marks(gateway: Gateway, tools: Toolbox) -> set[str]:
+    """What the answer is taken apart by."""
+    found = set() if (form := format_of(gateway, tools)) is None else {form.opening, form.closing}
+    if gateway.tokenizer.teaches(THINK):
+        found |= {THINK, END_THINK}
+    return found - {""}
 
 
 def parser(gateway: Gateway, tools: Toolbox, prompt: str, *, follows_grammar: bool) -> MessageParser | None:
@@ -100,11 +85,9 @@ def parser(gateway: Gateway, tools: Toolbox, prompt: str, *, follows_grammar: bo
     thinks = gateway.tokenizer.teaches(THINK) and not follows_grammar
     if tools.described is None and not thinks:
         return None
-    form = None
-    if tools.described is not None:
-        form = TOOL_FORMATS[gateway.config.tool_call_parser or gateway.tokenizer.tool_format or DEFAULT_FORMAT]
     return MessageParser(
-        form,
+        format_of(gateway, tools),
+        names=frozenset(function.name for function in tools.functions),
         only_calls=tools.choice == "required",
         named=tools.named,
         one_call=tools.one_call,
@@ -113,20 +96,20 @@ def parser(gateway: Gateway, tools: Toolbox, prompt: str, *, follows_grammar: bo
     )
 
 
-def taught(messages: Sequence[dict[str, Any]], tools: Sequence[JsonObject]) -> list[dict[str, Any]]:
+def taught(messages: Sequence[dict[str, Any]], tools: Sequence[JsonObject], form: ToolFormat) -> list[dict[str, Any]]:
     """`messages` for a template that knows nothing of tools: they are described in the system message, and calls and
     results written as text."""
-    text = _TAUGHT.format(tools="\n".join(json.dumps(tool["function"]) for tool in tools))
+    example = form.written([f'{{"name": NAME, "{form.arguments}": ARGUMENTS}}'])
+    text = _TAUGHT.format(tools="\n".join(json.dumps(tool["function"]) for tool in tools), example=example)
     told: list[dict[str, Any]] = []
     for message in messages:
         content = message.get("content") or ""
         if message["role"] == "tool":
             told.append({"role": "user", "content": f"<tool_response>{content}</tool_response>"})
         elif message.get("tool_calls"):
-            calls = [json.dumps(call["function"]) for call in message["tool_calls"]]
-            told.append(
-                {"role": "assistant", "content": content + "".join(f"<tool_call>{c}</tool_call>" for c in calls)}
-            )
+            calls = [call["function"] for call in message["tool_calls"]]
+            texts = [json.dumps({"name": call["name"], form.arguments: call["arguments"]}) for call in calls]
+            told.append({"role": "assistant", "content": content + form.written(texts)})
         else:
             told.append(message)
     if told and told[0]["role"] == "system":

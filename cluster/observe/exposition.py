@@ -46,7 +46,7 @@ class Readings(Collector):
     """
 
     def __init__(self, process: str, sources: Iterable[Source], aliases: Aliases | None = None) -> None:
-        self._process = process
+        self.process = process
         self._sources = tuple(sources)
         self._aliases = aliases
 
@@ -59,7 +59,7 @@ class Readings(Collector):
 
     def _add(self, families: dict[str, Metric], reading: Reading) -> None:
         series, value, labels = reading
-        own = () if OWN_LABEL[series.set_by] is None else (self._process,)
+        own = () if OWN_LABEL[series.set_by] is None else (self.process,)
         _put(families, series.name, series, series.all_labels, (*own, *labels), value)
         if self._aliases is not None and series.vllm:
             names = ("model_name", "engine", *_as_vllm(series.labels))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from cluster.errors import PlacementError
-from cluster.placement.placement import Placement
+from cluster.placement.placement import Placement, Replica
 
 
 def replicate(placement: Placement, layer: int, expert: int, worker: str) -> Placement:
@@ -14,7 +15,23 @@ def replicate(placement: Placement, layer: int, expert: int, worker: str) -> Pla
     if worker in homes[layer][expert]:
         raise PlacementError(f"{worker} has a replica of layer {layer}, expert {expert} already")
     homes[layer][expert] = dict.fromkeys((*homes[layer][expert], worker), 1.0)
-    return Placement.of(placement.epoch + 1, _with(placement.workers, worker), homes)
+    return _next(placement, homes, worker)
+
+
+def pin(placement: Placement, layer: int, expert: int, worker: str) -> Placement:
+    """The next placement, in which `worker` has a replica of `(layer, expert)` that no plan takes away."""
+    homes = _homes(placement, layer, expert)
+    if worker not in homes[layer][expert]:
+        placement = replicate(placement, layer, expert, worker).numbered(placement.epoch)
+    pins = placement.pins | {Replica(worker, layer, expert)}
+    return replace(placement, epoch=placement.epoch + 1, pins=pins)
+
+
+def unpin(placement: Placement, layer: int, expert: int, worker: str) -> Placement:
+    """The next placement, in which that replica may go wherever a plan wants it."""
+    if (pinned := Replica(worker, layer, expert)) not in placement.pins:
+        raise PlacementError(f"layer {layer}, expert {expert} is not pinned to {worker}")
+    return replace(placement, epoch=placement.epoch + 1, pins=placement.pins - {pinned})
 
 
 def drop(placement: Placement, layer: int, expert: int, worker: str) -> Placement:
@@ -27,8 +44,9 @@ def drop(placement: Placement, layer: int, expert: int, worker: str) -> Placemen
         raise PlacementError(
             f"{worker} has the only replica of layer {layer}, expert {expert}; replicate or move it instead"
         )
+    _check_pin(placement, Replica(worker, layer, expert))
     del here[worker]
-    return Placement.of(placement.epoch + 1, placement.workers, homes)
+    return _next(placement, homes)
 
 
 def move(placement: Placement, layer: int, expert: int, source: str | None, target: str) -> Placement:
@@ -48,15 +66,18 @@ def move(placement: Placement, layer: int, expert: int, source: str | None, targ
         raise PlacementError(_absent(placement, layer, expert, source))
     if target in here:
         raise PlacementError(f"{target} has a replica of layer {layer}, expert {expert} already")
+    _check_pin(placement, Replica(source, layer, expert))
     here[target] = here.pop(source)
-    return Placement.of(placement.epoch + 1, _with(placement.workers, target), homes)
+    return _next(placement, homes, target)
 
 
-def check(placement: Placement, slots: Mapping[str, int]) -> None:
+def check(placement: Placement, slots: Mapping[str, int], before: Placement | None = None) -> None:
     """Raise PlacementError unless every expert has a replica, each on a worker of `slots`, and none has too many.
 
-    slots: how many replicas each worker that there is can hold; 0: not known.
+    slots: how many replicas each worker that there is can hold; 0: not known. before: what a worker has there it may
+    keep while it is away, since it comes back with that.
     """
+    had = frozenset() if before is None else before.all_replicas()
     for layer, experts in enumerate(placement.replicas):
         for expert, holders in enumerate(experts):
             if not holders:
@@ -64,8 +85,9 @@ def check(placement: Placement, slots: Mapping[str, int]) -> None:
             if len(set(holders)) != len(holders):
                 raise PlacementError(f"layer {layer}, expert {expert} has two replicas on one worker")
     for worker in placement.workers:
-        n_held = len(placement.shard(worker))
-        if n_held and worker not in slots:
+        shard = placement.shard(worker)
+        n_held = len(shard)
+        if worker not in slots and any(Replica(worker, *pair) not in had for pair in shard):
             raise PlacementError(f"there is no expert worker {worker}; there are {', '.join(sorted(slots)) or 'none'}")
         if n_held > slots.get(worker, 0) > 0:
             raise PlacementError(f"{worker} has room for {slots[worker]} experts and would hold {n_held}")
@@ -81,8 +103,16 @@ def _homes(placement: Placement, layer: int, expert: int) -> list[list[dict[str,
     return placement.homes()
 
 
-def _with(workers: tuple[str, ...], worker: str) -> tuple[str, ...]:
-    return workers if worker in workers else (*workers, worker)
+def _next(placement: Placement, homes: list[list[dict[str, float]]], worker: str | None = None) -> Placement:
+    """The placement after `placement`, with other homes; `worker` may be new in it."""
+    workers = placement.workers if worker is None or worker in placement.workers else (*placement.workers, worker)
+    return Placement.of(placement.epoch + 1, workers, homes, placement.pins)
+
+
+def _check_pin(placement: Placement, replica: Replica) -> None:
+    if replica in placement.pins:
+        where = f"{replica.layer}:{replica.expert}@{replica.worker}"
+        raise PlacementError(f"{where} is pinned; `expertmesh placement unpin {where}` lets it go")
 
 
 def _absent(placement: Placement, layer: int, expert: int, worker: str) -> str:

@@ -40,16 +40,16 @@ class Layout(NamedTuple):
         return sums.reshape(n_layers, n_workers) / speed_W
 
 
-def replicate_and_pack(loads_LE: Floats, worker_S: Ints, speed_W: Floats) -> Layout:
-    """Greedy; every expert gets a slot. S >= E."""
+def replicate_and_pack(loads_LE: Floats, worker_S: Ints, speed_W: Floats, least: int = 1) -> Layout:
+    """Greedy; every expert gets `least` slots, of which one may be missing where slots are few. S >= least * E."""
     n_layers, n_experts = loads_LE.shape
     n_slots, n_workers = len(worker_S), len(speed_W)
     layer_L = np.arange(n_layers)
-    count_LE = np.ones((n_layers, n_experts), np.int64)
+    count_LE = np.full((n_layers, n_experts), least)
     expert_LS: Ints = np.full((n_layers, n_slots), FREE)
-    expert_LS[:, :n_experts] = np.arange(n_experts)
-    each_LE = loads_LE.copy()
-    for slot in range(n_experts, n_slots):
+    expert_LS[:, : least * n_experts] = np.tile(np.arange(n_experts), least)
+    each_LE = loads_LE / least
+    for slot in range(least * n_experts, n_slots):
         most_L = each_LE.argmax(1)
         worth_L = each_LE[layer_L, most_L] > 0
         expert_LS[worth_L, slot] = most_L[worth_L]

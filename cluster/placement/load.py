@@ -61,14 +61,14 @@ def merged(loads: Iterable[Load]) -> Load | None:
 class LoadMeter:
     """Reads counters that another thread only ever adds to, so that counting needs no lock.
 
-    rows_LE: the live rows of each expert. worker_rows: the live rows of each worker. One thread calls `read`; how
+    rows_LE: the live rows of each expert. worker_rows: gives the rows of each worker. One thread calls `read`; how
     often makes no difference to what the window says of steady traffic.
     """
 
     def __init__(
         self,
         rows_LE: NDArray[np.int64],
-        worker_rows: Mapping[str, int],
+        worker_rows: Callable[[], Mapping[str, int]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rows_LE = rows_LE
@@ -76,7 +76,7 @@ class LoadMeter:
         self._clock = clock
         self._at = clock()
         self._seen_LE = rows_LE.copy()
-        self._seen = dict(worker_rows)
+        self._seen = dict(worker_rows())
         self._recent_LE = np.zeros(rows_LE.shape)
         self._recent: dict[str, float] = {}
 
@@ -87,7 +87,7 @@ class LoadMeter:
         kept = math.exp(-passed / WINDOW_S)
         # Rows of this interval were spread over it, so they have been forgotten in part already.
         fresh = (1 - kept) * WINDOW_S / passed if passed > 0 else 1.0
-        seen_LE, seen = self._rows_LE.copy(), dict(self._worker_rows)
+        seen_LE, seen = self._rows_LE.copy(), dict(self._worker_rows())
         self._recent_LE = self._recent_LE * kept + (seen_LE - self._seen_LE) * fresh
         self._recent = {
             worker: self._recent.get(worker, 0.0) * kept + (rows - self._seen.get(worker, 0)) * fresh

@@ -31,9 +31,16 @@ class Placement:
     workers: tuple[str, ...]
     replicas: tuple[tuple[tuple[int, ...], ...], ...]
     shares: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    pins: frozenset[Replica] = frozenset()  # replicas that stay where they are, whatever is planned
 
     @classmethod
-    def of(cls, epoch: int, workers: Iterable[str], homes_LE: Sequence[Sequence[Homes]]) -> Self:
+    def of(
+        cls,
+        epoch: int,
+        workers: Iterable[str],
+        homes_LE: Sequence[Sequence[Homes]],
+        pins: frozenset[Replica] = frozenset(),
+    ) -> Self:
         """From the homes of each expert. Shares are scaled to add up to 1; equal ones where all are 0."""
         names = tuple(workers)
         index = {worker: i for i, worker in enumerate(names)}
@@ -42,7 +49,7 @@ class Placement:
             ordered = [sorted((index[worker], share) for worker, share in homes.items()) for homes in experts]
             replicas.append(tuple(tuple(i for i, _ in homes) for homes in ordered))
             shares.append(tuple(_scaled([share for _, share in homes]) for homes in ordered))
-        return cls(epoch, names, tuple(replicas), tuple(shares))
+        return cls(epoch, names, tuple(replicas), tuple(shares), pins)
 
     @property
     def n_layers(self) -> int:
@@ -97,7 +104,9 @@ class Placement:
         """The same of `layers` alone, in this order; -1 stands for a layer without experts."""
         replicas = tuple(self.replicas[layer] if layer >= 0 else () for layer in layers)
         shares = None if self.shares is None else tuple(self.shares[layer] if layer >= 0 else () for layer in layers)
-        return replace(self, replicas=replicas, shares=shares)
+        at = {layer: i for i, layer in enumerate(layers) if layer >= 0}
+        pins = frozenset(pin._replace(layer=at[pin.layer]) for pin in self.pins if pin.layer in at)
+        return replace(self, replicas=replicas, shares=shares, pins=pins)
 
     def numbered(self, epoch: int) -> Placement:
         """The same placement under another epoch."""
@@ -110,17 +119,35 @@ def _scaled(shares: Sequence[float]) -> tuple[float, ...]:
 
 
 def striped(
-    n_layers: int, n_experts: int, workers: Sequence[str], epoch: int = 1, dense_layers: Collection[int] = ()
+    n_layers: int,
+    n_experts: int,
+    workers: Sequence[str],
+    epoch: int = 1,
+    dense_layers: Collection[int] = (),
+    spares: int = 0,
 ) -> Placement:
     """One replica each, dealt out like cards: expert e of layer l goes to worker (e + l) mod N.
 
     The shift by layer keeps a worker from holding the same expert index everywhere, so that N which does not divide
     the number of experts still gives shards within one replica of each other over all layers. The `dense_layers` have
     no experts.
+
+    spares: further replicas of each expert, fewer than there are workers, which get rows when the first one is lost.
+    Those of a worker's experts are dealt out over all the others, so that a loss burdens each of them a little.
     """
     n = len(workers)
-    replicas = tuple(
-        tuple(((expert + layer) % n,) for expert in range(0 if layer in dense_layers else n_experts))
-        for layer in range(n_layers)
+
+    def homes(layer: int, expert: int) -> dict[str, float]:
+        first = (expert + layer) % n
+        turn = expert // n + layer
+        others = ((first + 1 + (turn + spare) % (n - 1)) % n for spare in range(spares))
+        return {workers[first]: 1.0} | {workers[other]: 0.0 for other in others}
+
+    return Placement.of(
+        epoch,
+        workers,
+        [
+            [homes(layer, expert) for expert in range(0 if layer in dense_layers else n_experts)]
+            for layer in range(n_layers)
+        ],
     )
-    return Placement(epoch=epoch, workers=tuple(workers), replicas=replicas)

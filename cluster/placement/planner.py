@@ -1,9 +1,9 @@
 """Which replicas to have, where, and with which shares: from loads to a plan. Pure and deterministic.
 
 Replica counts, homes and shares are one problem and are solved as one, layer by layer, since a step waits for the
-slowest worker of every layer: the largest time of a worker is to be least. Of two ways to fill a layer's slots
-(`layout`) the better one counts, with rows divided as its homes allow (`shares`); and a layer whose present homes do as
-well when their rows are divided anew keeps them.
+slowest worker of every layer: the largest time of a worker is to be least. Of three ways to fill a layer's slots
+(`layout`, `pairs`) the best one counts, with rows divided as its homes allow (`shares`); and a layer whose present
+homes do as well when their rows are divided anew keeps them.
 
 Legend: L layers, E experts of a layer, S slots of a layer, W workers.
 """
@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.errors import PlacementError
-from cluster.placement.homes import keep, match
+from cluster.placement.homes import Rules, keep, match, obey
 from cluster.placement.layout import FREE, Floats, Ints, Layout, fill_exactly, replicate_and_pack
+from cluster.placement.pairs import pair_up
 from cluster.placement.placement import Placement
 from cluster.placement.shares import divide
 from cluster.placement.swaps import swap
@@ -42,6 +43,7 @@ class Limits:
     expert_bytes: int = 1
     moved_bytes: int | None = None  # at most so many are loaded; None: any number
     tolerance: float = 0.01  # a layer within this of the best that was found keeps its homes
+    least_homes: int = 1  # of every expert, each on another worker
     bytes_per_s: float = 1e9  # at which replicas are loaded: for the forecast
 
 
@@ -69,7 +71,9 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
     """The placement that makes the largest worker load least, its epoch following `current`.
 
     loads_LE: rows of each expert, [L, E], at least 0. Only `workers` hold anything afterwards. Raises PlacementError
-    when their slots do not suffice for one replica of every expert.
+    when their slots do not suffice for `Limits.least_homes` of every expert.
+
+    What is pinned in `current` stays, and takes its share.
     """
     sparse = [layer for layer, experts in enumerate(current.replicas) if experts]
     if len(sparse) < current.n_layers:
@@ -79,11 +83,7 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
     limits = limits or Limits()
     fleet = _interleaved(workers)
     n_layers, n_experts = loads_LE.shape
-    if sum(worker.slots for worker in fleet) < n_layers * n_experts:
-        raise PlacementError(
-            f"{n_layers * n_experts} experts do not fit into the {sum(worker.slots for worker in fleet)} slots of "
-            f"{len(fleet)} workers; more workers, or a larger --expert-slots, make room"
-        )
+    _check(current, fleet, n_experts, limits.least_homes)
     # An expert without rows needs a home all the same, and a little is what makes it count.
     loads_LE = np.maximum(loads_LE, loads_LE.mean() * 1e-6 + 1e-12)
     speed_W = np.array([worker.speed for worker in fleet])
@@ -92,10 +92,14 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
     options: list[_Option] = []
     for layers, slots_W in _slots(fleet, n_layers, n_experts):
         worker_S = np.repeat(np.arange(len(fleet)), slots_W)
-        kept = divide(loads_LE[layers], keep(current, layers, fleet, worker_S, loads_LE[layers]), speed_W)
-        best = match(_best(loads_LE[layers], worker_S, speed_W), kept, speed_W)
+        rules = Rules.of(current, layers, fleet, n_experts, limits.least_homes)
+        here_LE = loads_LE[layers]
+        kept = divide(here_LE, keep(current, layers, fleet, worker_S, here_LE, rules), speed_W)
+        best = match(_best(here_LE, worker_S, speed_W, rules.least), kept, speed_W)
+        if (ruled := obey(best, here_LE, len(fleet), rules)) is not best:
+            best = divide(here_LE, ruled, speed_W)
         enough_L = best.times(speed_W).max(1) * (1 + limits.tolerance)
-        swapped = divide(loads_LE[layers], swap(kept, speed_W, enough_L), speed_W)
+        swapped = divide(here_LE, obey(swap(kept, speed_W, enough_L), here_LE, len(fleet), rules), speed_W)
         times = [layout.times(speed_W).max(1) for layout in (kept, swapped, best)]
         for i, layer in enumerate(layers.tolist()):
             homes[layer] = _homes(kept, i, fleet, n_experts)
@@ -112,7 +116,7 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
             left -= option.moves - moves_L[option.layer]
             homes[option.layer], moves_L[option.layer] = option.homes, option.moves
     names = sorted(worker.name for worker in fleet)
-    placement = Placement.of(current.epoch + 1, names, homes)
+    placement = Placement.of(current.epoch + 1, names, homes, current.pins)
     return Plan(placement, _forecast(loads_LE, fleet, current, placement, int(moves_L.sum()), limits))
 
 
@@ -141,14 +145,38 @@ class _Option:
     moves: int
 
 
-def _best(loads_LE: Floats, worker_S: Ints, speed_W: Floats) -> Layout:
-    """The better of both ways for each layer, without regard to what is where."""
+def _check(current: Placement, fleet: Sequence[Worker], n_experts: int, least: int) -> None:
+    """Raise PlacementError unless the workers have room for `least` homes of every expert, and for what is pinned."""
+    n_slots, needed = sum(worker.slots for worker in fleet), current.n_layers * n_experts * least
+    if len(fleet) < least:
+        raise PlacementError(f"{least} replicas of every expert need {least} workers; there are {len(fleet)}")
+    if n_slots < needed:
+        experts = f"{needed} experts" if least == 1 else f"{least} replicas of {needed // least} experts"
+        raise PlacementError(
+            f"{experts} do not fit into the {n_slots} slots of "
+            f"{len(fleet)} workers; more workers, or a larger --expert-slots, make room"
+        )
+    names = {worker.name for worker in fleet}
+    for pin in sorted(current.pins):
+        if pin.worker not in names:
+            where = f"{pin.layer}:{pin.expert}@{pin.worker}"
+            raise PlacementError(f"{where} is pinned; `expertmesh placement unpin {where}` lets it go")
+
+
+def _best(loads_LE: Floats, worker_S: Ints, speed_W: Floats, least: int) -> Layout:
+    """The best of all ways for each layer, without regard to what is where."""
     mean_L = loads_LE.sum(1) / speed_W.sum()
-    layout = divide(loads_LE, replicate_and_pack(loads_LE, worker_S, speed_W), speed_W)
+    layout = divide(loads_LE, replicate_and_pack(loads_LE, worker_S, speed_W, least), speed_W)
     expert_LS, rows_LS = layout.expert_LS.copy(), layout.rows_LS.copy()
     largest_L = layout.times(speed_W).max(1)
-    if len(worker_S) < loads_LE.shape[1] + len(speed_W) - 1:
-        return layout  # it would cut an expert at every worker, and there are not so many slots
+    if least == 1 and (np.bincount(worker_S, minlength=len(speed_W)) == 2).all() and (speed_W == speed_W[0]).all():
+        paired = pair_up(loads_LE, worker_S, largest_L * speed_W[0])
+        found = (paired.expert_LS != FREE).any(1)
+        expert_LS[found], rows_LS[found] = paired.expert_LS[found], paired.rows_LS[found]
+        largest_L = Layout(expert_LS, rows_LS, worker_S).times(speed_W).max(1)
+    if least > 1 or len(worker_S) < loads_LE.shape[1] + len(speed_W) - 1:
+        # The other way would cut an expert at every worker, and there are not so many slots.
+        return Layout(expert_LS, rows_LS, worker_S)
     left = np.arange(len(loads_LE))
     for slack in _SLACKS:
         left = left[largest_L[left] > mean_L[left] * (1 + slack)]

@@ -52,4 +52,4 @@ def steps(current: Placement, goal: Placement, slots: Mapping[str, int], at_most
         changed = [pair for pair in changed if pair not in set(taken)]
         epoch += 1
         names = workers if changed else goal.workers
-        yield Placement.of(epoch, names, now)
+        yield Placement.of(epoch, names, now, goal.pins)

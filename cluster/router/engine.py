@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,6 +25,7 @@ from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogpr
 from cluster.router.scheduler import Chunk, Scheduler
 from cluster.router.sequence import Sequence, State
 from cluster.router.sizing import context_limit
+from cluster.router.step_counters import StepCounters
 from workers.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class _Flight:
     wanted_S: list[int]
     completes_S: list[bool]
     first_S: list[int]  # the position of each chunk's first row
+    began: float  # time.monotonic()
     computed: Computed | None = None
 
     @property
@@ -108,7 +111,7 @@ class Engine:
         # Held while the scheduler's state is looked at or changed, and not while the model computes. Blocks that are
         # freed meanwhile are still written by that step; nobody can get them before it has ended.
         self._lock = threading.Lock()
-        self._steps = self._tokens = self._rows = self._cached = 0
+        self.counters = StepCounters()
 
     def submit(
         self, request_id: str, prompt_ids: Items[int], params: SamplingParams, emitted_ids: Items[int] = ()
@@ -176,16 +179,17 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             free_blocks=self._blocks.n_free,
             total_blocks=self._blocks.n_blocks,
-            steps=self._steps,
-            tokens=self._tokens,
-            rows=self._rows,
+            steps=self.counters.steps,
+            tokens=self.counters.tokens,
+            rows=self.counters.rows,
             preemptions=self._scheduler.preemptions,
-            cached_tokens=self._cached,
+            cached_tokens=self.counters.cached,
         )
 
     def _start(self, outputs: list[StepOutput]) -> _Flight | None:
         """The next step, under way; None: there is nothing to compute, or it failed."""
         chunks: list[Chunk] = []
+        began = time.monotonic()
         try:
             with self._lock:
                 outputs += [self._end(each, "error", self._overdue()) for each in self._scheduler.overdue()]
@@ -197,11 +201,11 @@ class Engine:
                 wanted_S = [logits_wanted(chunk) for chunk in chunks]
                 batch = make_batch(chunks, wanted_S, self._blocks.block_size)
                 completes_S = [chunk.completes for chunk in chunks]
-                flight = _Flight(chunks, wanted_S, completes_S, [chunk.sequence.computed for chunk in chunks])
+                first_S = [chunk.sequence.computed for chunk in chunks]
+                flight = _Flight(chunks, wanted_S, completes_S, first_S, began)
                 seats = [chunk.sequence.ahead for chunk in chunks]
-            self._steps += 1
-            self._rows += batch.n_rows
-            flight.computed = self._compute.start(self._steps, batch, seats, flight.draws)
+            self.counters.started(batch.n_rows)
+            flight.computed = self._compute.start(self.counters.steps, batch, seats, flight.draws)
             return flight
         except Exception as error:
             with self._lock:
@@ -242,7 +246,8 @@ class Engine:
 
         Those that were cancelled while the model computed get nothing any more.
         """
-        end = 0
+        end, now = 0, time.monotonic()
+        self.counters.seconds.add(now - flight.began)
         tokens = iter(drawn)
         steps = zip(flight.chunks, flight.wanted_S, flight.completes_S, flight.first_S, strict=True)
         for chunk, wanted, completes, first in steps:
@@ -257,7 +262,7 @@ class Engine:
                 experts_NLK = computed.routing(end - wanted, end)
                 sequence.note_routing(first + chunk.n - wanted, experts_NLK)
             if given is not None:
-                outputs.append(self._emit(sequence, given))
+                outputs.append(self._emit(sequence, given, now))
             elif completes:  # only the scores of its prompt were wanted
                 outputs.append(self._end(sequence, "length"))
 
@@ -272,19 +277,18 @@ class Engine:
                 sequence.sampling.grammar.wait(_GRAMMAR_WAIT_S)
                 return
 
-    def _emit(self, sequence: Sequence, given: Drawn) -> StepOutput:
+    def _emit(self, sequence: Sequence, given: Drawn, now: float) -> StepOutput:
         """Commit a token, and end the sequence with it if it is the last."""
         if isinstance(given.token, RequestError):
             return self._end(sequence, "error", given.token)
         scores = sequence.take_prompt_logprobs()
         sequence.append(given.token)
-        self._tokens += 1
+        cached = self.counters.emitted(sequence, now)
         finish = sequence.finish()
         if finish is not None:
+            self.counters.ended(sequence, now)
             self._close(sequence.request_id)
         logprobs = () if given.logprobs is None else (given.logprobs,)
-        cached = sequence.cached if sequence.n_emitted == 1 else 0
-        self._cached += cached
         routing = sequence.take_routing() if sequence.params.routing else None
         return StepOutput(
             sequence.request_id, (given.token,), logprobs, scores, finish, cached_tokens=cached, routing=routing

@@ -49,6 +49,16 @@ def from_lark(source: str) -> str:
     return LLMatcher.grammar_from_lark(source)
 
 
+def from_lark_with(source: str, named: Mapping[str, str]) -> str:
+    """As `from_lark`, where `@name` in `source` is a text of the grammar `named["name"]`."""
+    grammars: list[dict[str, Any]] = [{"lark_grammar": source}]
+    for name, inner in named.items():
+        # JSON where it was made of a schema, else Lark's syntax
+        parts = json.loads(inner)["grammars"] if inner.startswith("{") else [{"lark_grammar": inner}]
+        grammars += [parts[0] | {"name": name}, *parts[1:]]
+    return json.dumps({"grammars": grammars})
+
+
 def from_choice(choices: Sequence[str]) -> str:
     """One of `choices`."""
     return from_lark("start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))

@@ -99,7 +99,7 @@ class Scheduler:
     def overdue(self) -> list[Sequence]:
         """Those who have waited too long, of whom nothing was computed yet, here or elsewhere."""
         latest = time.monotonic() - self.max_wait_s
-        return [each for each in self.waiting if each.arrived < latest and not each.admitted and not each.n_emitted]
+        return [each for each in self.waiting if each.arrived < latest and not each.admitted_at and not each.n_emitted]
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, with blocks for all of them. Empty only when there is nothing to do."""
@@ -156,7 +156,8 @@ class Scheduler:
         sequence.computed = len(found) * self.blocks.block_size
         if not sequence.n_emitted:
             sequence.cached = sequence.computed
-        sequence.state, sequence.admitted = State.RUNNING, True
+        sequence.state = State.RUNNING
+        sequence.admitted_at = sequence.admitted_at or time.monotonic()
         self.running.append(sequence)
         return sequence
 

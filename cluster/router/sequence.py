@@ -30,13 +30,14 @@ class Sequence:
     """
 
     __slots__ = (
-        "admitted",
+        "admitted_at",
         "ahead",
         "arrived",
         "block_keys",
         "blocks",
         "cached",
         "computed",
+        "first_token_at",
         "n_prompt",
         "params",
         "prompt_logprobs",
@@ -73,7 +74,8 @@ class Sequence:
         self.block_keys: list[bytes] = []  # of its first blocks, each a function of all tokens up to its end
         self.state = State.WAITING
         self.arrived = time.monotonic()
-        self.admitted = False  # once, even if it was preempted since
+        self.admitted_at = 0.0  # the first time, even if it was preempted since; 0: not yet
+        self.first_token_at = 0.0  # of this router's
         # By position; grows as the prompt is computed. None: not wanted, or sent already, be it by another router.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None and not emitted_ids:

@@ -38,7 +38,7 @@ _MAX_PENDING_BYTES = 32 * 1024 * 1024
 class GenerationService:
     """Serves `engine` on `host:port` (port 0: any free one) until `stop`.
 
-    `state` is what gateways hear: "starting" and "draining" routers get no new requests. `exchange` is the engine's
+    `state` is what gateways hear: only "ready" routers get new requests. `exchange` is the engine's
     way to its experts when they are elsewhere; only its numbers are asked for here. All methods belong to the
     asyncio loop that called `start`.
     """
@@ -103,11 +103,19 @@ class GenerationService:
         await self._server.start()
 
     async def set_state(self, state: str) -> None:
-        """Tell every gateway and the health service: "starting", "ready" or "draining"."""
+        """Tell every gateway and the health service: "starting", "ready", "isolated" or "draining"."""
         self.state = state
         await self._server.set_serving(state == "ready")
         for stream in self._streams.values():
             stream.announce(state)
+
+    async def isolate(self) -> None:
+        """Serve nobody until the state is another: the gateways continue what is open on other routers."""
+        log.warning("router %s cannot reach what others reach; %d requests go on elsewhere", self.router, self.n_open)
+        await self.set_state("isolated")
+        for stream in list(self._streams.values()):
+            self._drop(stream, list(stream.open))
+            stream.close()
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and let the open ones finish; False when some were still open after `timeout_s`."""
@@ -173,8 +181,9 @@ class GenerationService:
             stream.close()
 
     def _submit(self, stream: GatewayStream, submit: pb.Submit) -> None:
-        if self.state == "draining":
-            error = RequestError("this router is being stopped", code="draining", status=503, retry_after_s=1)
+        if self.state in ("draining", "isolated"):  # another router is asked
+            why = "is being stopped" if self.state == "draining" else "cannot reach every expert worker"
+            error = RequestError(f"this router {why}", code="draining", status=503, retry_after_s=1)
             stream.refuse(submit.request_id, error)
             return
         if submit.request_id in stream.open:

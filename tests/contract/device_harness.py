@@ -55,6 +55,16 @@ class StepTransport:
         self._ways.pop(worker, None)
         self._replies.pop(worker, None)
 
+    def way(self, worker: str) -> str:
+        return "local"
+
+    def answers(self, worker: str) -> bool:
+        return worker in self._ways
+
+    @property
+    def unreachable(self) -> Mapping[str, str]:
+        return {}
+
     def room(self, worker: str, n_bytes: int) -> None:
         return None
 
@@ -90,7 +100,7 @@ class StepTransport:
             if time.monotonic() > end:
                 return None
             time.sleep(0.002)
-        if not way.begin_step(len(x_PD), Tag(0, 0, 0, 0, 0, 0)):
+        if not way.begin_step(len(x_PD), Tag(0, 0, 0, 0, 0, 0), 1.0):
             return None
         y_PD = x_PD
         for each in range(model.n_layers):

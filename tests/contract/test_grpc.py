@@ -243,7 +243,7 @@ def test_describe_and_health(workers: GrpcWorkers, channel: grpc.Channel) -> Non
 
 
 def test_a_worker_that_stops_answers_what_has_arrived(workers: GrpcWorkers, channel: grpc.Channel) -> None:
-    gate, server = workers.shards["a"].open, workers._servers["a"]
+    gate, server = workers.shards["a"].open, workers.servers["a"]
     transport = workers.transport()
     transport.connect("a", workers.addresses["a"])
     server.drain()
@@ -251,10 +251,10 @@ def test_a_worker_that_stops_answers_what_has_arrived(workers: GrpcWorkers, chan
     assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     gate.clear()
     transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
-    time.sleep(0.3)
+    time.sleep(0.15)  # not long: a closed gate holds up the loop that answers whether the process lives
     stopping = threading.Thread(target=server.stop, args=(20,))
     stopping.start()
-    time.sleep(0.3)
+    time.sleep(0.15)
     gate.set()
     out_PD = torch.empty(1, 32)
     transport.receive("a", TAG, 20, out_PD)

@@ -179,6 +179,8 @@ def test_the_command_line_says_what_was_done_and_why_not(fleet: RunningCluster) 
         (("placement", "drop", f"99:0@{target}"), "there is no layer 99"),
         (("placement", "drop", "1:3"), "names no worker"),
         (("drain", "expert-7"), "there is no expert worker expert-7"),
+        (("placement", "unpin", f"1:3@{target}"), "is not pinned"),
+        (("chaos", "kill", "expert-0", "--streams", "0", "--url", fleet.url), "not started with --allow-chaos"),
     ):
         refused = fleet.command(*arguments)
         assert refused.returncode == 1 and reason in refused.stderr, (arguments, refused.stderr)

@@ -3,7 +3,9 @@ kill -9, leaves processes behind, or fails without saying why."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from cluster.observe.series.table import TABLE
 from tests.cluster_fixture import (
     LOOPBACK,
     RunningCluster,
@@ -29,6 +32,7 @@ from tests.cluster_fixture import (
     text,
     wait_until,
 )
+from tests.promtool import check_metrics
 
 pytestmark = pytest.mark.cluster
 
@@ -45,9 +49,33 @@ def test_answers_and_says_who_does_what(cluster: RunningCluster) -> None:
         assert psutil.pid_exists(process["pid"])
         assert process["node"]
         assert process["address"] or process["role"] == "controller"
-    gateway = next(process for process in status["processes"] if process["role"] == "gateway")
-    assert httpx.get(gateway["metrics_url"]).status_code == 200
     assert cluster.command("status").returncode == 0
+
+
+def test_every_process_shows_its_series_and_is_discovered(cluster: RunningCluster) -> None:
+    """Would catch: a process without an endpoint, a series that nobody sets, a scrape of the whole that lacks one."""
+    chat(cluster, "hello", max_tokens=4)
+    processes = cluster.status()["processes"]
+    found = set()
+    for process in processes:
+        assert httpx.get(process["metrics_url"].replace("/metrics", "/ready")).status_code == 200
+        text = httpx.get(process["metrics_url"]).text
+        assert check_metrics(text) == "", process["id"]
+        found |= {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+    # Those of a GPU, of a change of the placement, of a refusal, of a restart, of captured steps through device memory.
+    unset = {"expertmesh_requests_rejected_total", "expertmesh_member_restarts_total"}
+    missing = {s.name for s in TABLE if not any(word in s.name for word in ("_gpu_", "_action", "moved", "_gain_"))}
+    assert missing - found - unset == {"expertmesh_process_scraped"}
+    whole = httpx.get(f"{cluster.url}/metrics").text
+    assert check_metrics(whole) == ""
+    for process in processes:
+        assert f'expertmesh_process_resident_bytes{{process="{process["id"]}"}}' in whole
+    tokens = re.findall(r"^expertmesh_expert_tokens_total{.*} ([0-9.]+)$", whole, re.MULTILINE)
+    assert tokens and sum(map(float, tokens)) > 0
+    by_http = httpx.get(f"{cluster.url}/metrics/targets").json()
+    assert sorted(group["labels"]["instance"] for group in by_http) == sorted(process["id"] for process in processes)
+    by_file = json.loads(Path(cluster.status()["run_dir"], "prometheus_targets.json").read_text())
+    assert by_file == by_http
 
 
 def test_nothing_listens_beyond_loopback(cluster: RunningCluster) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18workers/pb/experts.proto\x12\x15\x65xpertmesh.experts.v1\"\x07\n\x05\x46rame\"\x11\n\x0f\x44\x65scribeRequest\"\xa6\x01\n\rDescribeReply\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12*\n\x05slots\x18\x03 \x03(\x0b\x32\x1b.expertmesh.experts.v1.Slot\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\x04\x12\x17\n\x0f\x63ompute_seconds\x18\x06 \x01(\x01\x12\x0f\n\x07streams\x18\x07 \x01(\r\"3\n\x04Slot\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x32\xaf\x01\n\x07\x45xperts\x12J\n\x08\x45xchange\x12\x1c.expertmesh.experts.v1.Frame\x1a\x1c.expertmesh.experts.v1.Frame(\x01\x30\x01\x12X\n\x08\x44\x65scribe\x12&.expertmesh.experts.v1.DescribeRequest\x1a$.expertmesh.experts.v1.DescribeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18workers/pb/experts.proto\x12\x15\x65xpertmesh.experts.v1\"\x07\n\x05\x46rame\"/\n\x0eWeightsRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\xa6\x01\n\rDescribeReply\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12*\n\x05slots\x18\x03 \x03(\x0b\x32\x1b.expertmesh.experts.v1.Slot\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\x04\x12\x17\n\x0f\x63ompute_seconds\x18\x06 \x01(\x01\x12\x0f\n\x07streams\x18\x07 \x01(\r\"3\n\x04Slot\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x32\x81\x02\n\x07\x45xperts\x12J\n\x08\x45xchange\x12\x1c.expertmesh.experts.v1.Frame\x1a\x1c.expertmesh.experts.v1.Frame(\x01\x30\x01\x12P\n\x07Weights\x12%.expertmesh.experts.v1.WeightsRequest\x1a\x1c.expertmesh.experts.v1.Frame0\x01\x12X\n\x08\x44\x65scribe\x12&.expertmesh.experts.v1.DescribeRequest\x1a$.expertmesh.experts.v1.DescribeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FRAME']._serialized_start=51
   _globals['_FRAME']._serialized_end=58
-  _globals['_DESCRIBEREQUEST']._serialized_start=60
-  _globals['_DESCRIBEREQUEST']._serialized_end=77
-  _globals['_DESCRIBEREPLY']._serialized_start=80
-  _globals['_DESCRIBEREPLY']._serialized_end=246
-  _globals['_SLOT']._serialized_start=248
-  _globals['_SLOT']._serialized_end=299
-  _globals['_EXPERTS']._serialized_start=302
-  _globals['_EXPERTS']._serialized_end=477
+  _globals['_WEIGHTSREQUEST']._serialized_start=60
+  _globals['_WEIGHTSREQUEST']._serialized_end=107
+  _globals['_DESCRIBEREQUEST']._serialized_start=109
+  _globals['_DESCRIBEREQUEST']._serialized_end=126
+  _globals['_DESCRIBEREPLY']._serialized_start=129
+  _globals['_DESCRIBEREPLY']._serialized_end=295
+  _globals['_SLOT']._serialized_start=297
+  _globals['_SLOT']._serialized_end=348
+  _globals['_EXPERTS']._serialized_start=351
+  _globals['_EXPERTS']._serialized_end=608
 # @@protoc_insertion_point(module_scope)

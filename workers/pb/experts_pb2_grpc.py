@@ -40,6 +40,11 @@ class ExpertsStub:
                 request_serializer=workers_dot_pb_dot_experts__pb2.Frame.SerializeToString,
                 response_deserializer=workers_dot_pb_dot_experts__pb2.Frame.FromString,
                 _registered_method=True)
+        self.Weights = channel.unary_stream(
+                '/expertmesh.experts.v1.Experts/Weights',
+                request_serializer=workers_dot_pb_dot_experts__pb2.WeightsRequest.SerializeToString,
+                response_deserializer=workers_dot_pb_dot_experts__pb2.Frame.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/expertmesh.experts.v1.Experts/Describe',
                 request_serializer=workers_dot_pb_dot_experts__pb2.DescribeRequest.SerializeToString,
@@ -65,6 +70,14 @@ class ExpertsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Weights(self, request, context):
+        """The weights of one replica, for another worker that is to hold it too. The words that go before the first frame
+        (workers/transport/grpc/peer_weights.py) say what they are; each frame is a CRC-32 and at most 1 MiB of raw bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """What this worker holds and how it is doing. For the controller and for people; not on the data path.
         """
@@ -78,6 +91,11 @@ def add_ExpertsServicer_to_server(servicer, server):
             'Exchange': grpc.stream_stream_rpc_method_handler(
                     servicer.Exchange,
                     request_deserializer=workers_dot_pb_dot_experts__pb2.Frame.FromString,
+                    response_serializer=workers_dot_pb_dot_experts__pb2.Frame.SerializeToString,
+            ),
+            'Weights': grpc.unary_stream_rpc_method_handler(
+                    servicer.Weights,
+                    request_deserializer=workers_dot_pb_dot_experts__pb2.WeightsRequest.FromString,
                     response_serializer=workers_dot_pb_dot_experts__pb2.Frame.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
@@ -113,6 +131,33 @@ class Experts:
             target,
             '/expertmesh.experts.v1.Experts/Exchange',
             workers_dot_pb_dot_experts__pb2.Frame.SerializeToString,
+            workers_dot_pb_dot_experts__pb2.Frame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Weights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.experts.v1.Experts/Weights',
+            workers_dot_pb_dot_experts__pb2.WeightsRequest.SerializeToString,
             workers_dot_pb_dot_experts__pb2.Frame.FromString,
             options,
             channel_credentials,

@@ -43,6 +43,10 @@ class ExpertsStub:
       error:   UTF-8 text
     and is cut into frames of at most 1088 KiB; the first carries the header, which says how many bytes follow.
     """
+    Weights: _grpc.UnaryStreamMultiCallable[_experts_pb2.WeightsRequest, _experts_pb2.Frame]
+    """The weights of one replica, for another worker that is to hold it too. The words that go before the first frame
+    (workers/transport/grpc/peer_weights.py) say what they are; each frame is a CRC-32 and at most 1 MiB of raw bytes.
+    """
     Describe: _grpc.UnaryUnaryMultiCallable[_experts_pb2.DescribeRequest, _experts_pb2.DescribeReply]
     """What this worker holds and how it is doing. For the controller and for people; not on the data path."""
 
@@ -60,6 +64,10 @@ class ExpertsAsyncStub(ExpertsStub):
       reply:   expert rows [P, D], unweighted, in the order of the request's pairs
       error:   UTF-8 text
     and is cut into frames of at most 1088 KiB; the first carries the header, which says how many bytes follow.
+    """
+    Weights: _aio.UnaryStreamMultiCallable[_experts_pb2.WeightsRequest, _experts_pb2.Frame]  # type: ignore[assignment]
+    """The weights of one replica, for another worker that is to hold it too. The words that go before the first frame
+    (workers/transport/grpc/peer_weights.py) say what they are; each frame is a CRC-32 and at most 1 MiB of raw bytes.
     """
     Describe: _aio.UnaryUnaryMultiCallable[_experts_pb2.DescribeRequest, _experts_pb2.DescribeReply]  # type: ignore[assignment]
     """What this worker holds and how it is doing. For the controller and for people; not on the data path."""
@@ -81,6 +89,16 @@ class ExpertsServicer(metaclass=_abc_1.ABCMeta):
           reply:   expert rows [P, D], unweighted, in the order of the request's pairs
           error:   UTF-8 text
         and is cut into frames of at most 1088 KiB; the first carries the header, which says how many bytes follow.
+        """
+
+    @_abc_1.abstractmethod
+    def Weights(
+        self,
+        request: _experts_pb2.WeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_experts_pb2.Frame], _abc.AsyncIterator[_experts_pb2.Frame]]:
+        """The weights of one replica, for another worker that is to hold it too. The words that go before the first frame
+        (workers/transport/grpc/peer_weights.py) say what they are; each frame is a CRC-32 and at most 1 MiB of raw bytes.
         """
 
     @_abc_1.abstractmethod

@@ -5,7 +5,7 @@ Shape legend: T token rows of one part, P (token, expert) pairs of one part, D h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -76,14 +76,20 @@ class Received(NamedTuple):
     compute_ns: int
 
 
+class StepTraffic(NamedTuple):
+    """What a captured step exchanged with one worker."""
+
+    sent_bytes: int
+    received_bytes: int
+    waited_seconds: float
+    compute_seconds: float  # as the worker says
+
+
 class StepReport(NamedTuple):
     """What a captured step did. Legend: L layers, E experts."""
 
     rows_LE: NDArray[np.int64]  # pairs of each expert
-    sent_bytes: int = 0
-    received_bytes: int = 0
-    waited_seconds: float = 0.0
-    compute_seconds: tuple[float, ...] = ()  # of each worker, as it says
+    traffic: tuple[StepTraffic, ...] = ()  # of each worker, where the way knows it
 
 
 class Transport(Protocol):
@@ -101,9 +107,19 @@ class Transport(Protocol):
     def disconnect(self, worker: str) -> None:
         """Forget `worker`. What is in flight is lost."""
 
+    def answers(self, worker: str) -> bool:
+        """Whether `worker` would answer, as far as is known without waiting. Of use for one that failed."""
+
+    @property
+    def unreachable(self) -> Mapping[str, str]:
+        """Workers known not to answer, though they may be there for others, and at which address. From any thread."""
+
     def room(self, worker: str, n_bytes: int) -> memoryview | None:
         """Where the next request to `worker`, of so many bytes, may be laid out, so that sending it copies nothing.
         None: anywhere."""
+
+    def way(self, worker: str) -> str:
+        """How rows travel to `worker` now: "local", "grpc", "shm", "device" or "collective"."""
 
     def send(self, worker: str, rows: Rows) -> None:
         """Hand over `rows` and return at once. Raises WorkerLost when the stream is known to be broken."""

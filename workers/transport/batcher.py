@@ -24,6 +24,8 @@ from workers.wire import Header, Request
 
 _log = logging.getLogger(__name__)
 
+_SIZES = 14
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -46,8 +48,10 @@ class Batcher:
         self._home = torch.device(home)
         self._computing = threading.Lock()
         self._waiting: list[Job] = []
-        self.rows = 0  # pairs computed since start
+        # Since start:
+        self.rows = 0  # pairs computed
         self.compute_seconds = 0.0
+        self.calls = [0] * (_SIZES + 2)  # calls by their pairs: at most 1, 2, 4, ... 2 ** _SIZES, and more
 
     def respond(
         self, header: Header, request: Request, is_wanted: Callable[[], bool], out_PD: Tensor | None = None
@@ -95,8 +99,7 @@ class Batcher:
             reply = self.shard.answer(message)
             if reply is not None:
                 spent = time.perf_counter_ns() - began
-                self.rows += wire.stamp(reply, spent)
-                self.compute_seconds += spent / 1e9
+                self._count(wire.stamp(reply, spent), spent)
             return reply
         finally:
             self._computing.release()
@@ -110,8 +113,7 @@ class Batcher:
             if not self.shard.answer_at(request, n_bytes, n_pairs, reply_at):
                 return False
             spent = time.perf_counter_ns() - began
-            self.rows += wire.stamp(reply, spent)
-            self.compute_seconds += spent / 1e9
+            self._count(wire.stamp(reply, spent), spent)
             return True
         finally:
             self._computing.release()
@@ -127,9 +129,13 @@ class Batcher:
                 return [self._compute(layer, [job])[0] for job in jobs]
             return [(error, 0)]
         spent = time.perf_counter_ns() - began
-        self.compute_seconds += spent / 1e9
-        self.rows += sum(map(len, replies))
+        self._count(sum(map(len, replies)), spent)
         return [(y_PD, spent) for y_PD in replies]
+
+    def _count(self, n_pairs: int, spent_ns: int) -> None:
+        self.rows += n_pairs
+        self.compute_seconds += spent_ns / 1e9
+        self.calls[min((n_pairs - 1).bit_length(), _SIZES + 1)] += 1
 
     def _take(self, layer: int) -> None:
         jobs = [job for job in self._waiting if job.header.tag.layer == layer]

@@ -32,6 +32,19 @@ class LocalTransport:
         """Forget `worker`. What is in flight is lost."""
         self._queues.pop(worker, None)
 
+    def way(self, worker: str) -> str:
+        """Calls within this process."""
+        return "local"
+
+    def answers(self, worker: str) -> bool:
+        """Whether `worker` is there."""
+        return worker in self._shards
+
+    @property
+    def unreachable(self) -> Mapping[str, str]:
+        """None: a worker that is connected and away is lost to everybody."""
+        return {}
+
     def room(self, worker: str, n_bytes: int) -> None:
         """Anywhere."""
 

@@ -16,6 +16,7 @@ from cluster.gateway.messages.schemas import (
     ToolUseBlock,
 )
 from cluster.gateway.schemas.chat import ChatRequest
+from cluster.gateway.schemas.messages import function_tool, named_tool
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _SAME = ("temperature", "top_p", "top_k", "stream", "max_tokens")
@@ -25,16 +26,9 @@ def chat_request(body: CountRequest) -> ChatRequest:
     """The same as a chat request. Raises pydantic.ValidationError where chat would not take it."""
     asked: dict[str, Any] = {"model": body.model, "messages": list(_messages(body))}
     if body.tools is not None:
-        asked["tools"] = [
-            {
-                "type": "function",
-                "function": {"name": tool.name, "description": tool.description, "parameters": tool.input_schema},
-            }
-            for tool in body.tools
-        ]
+        asked["tools"] = [function_tool(tool.name, tool.description, tool.input_schema) for tool in body.tools]
     if (choice := body.tool_choice) is not None:
-        named = {"type": "function", "function": {"name": choice.name}}
-        asked["tool_choice"] = named if choice.type == "tool" else _CHOICES[choice.type]
+        asked["tool_choice"] = named_tool(choice.name) if choice.type == "tool" else _CHOICES[choice.type]
         asked["parallel_tool_calls"] = not choice.disable_parallel_tool_use
     if isinstance(body, MessagesRequest):
         asked |= {name: getattr(body, name) for name in _SAME} | {"stop": body.stop_sequences}

@@ -17,10 +17,12 @@ class CallScanner:
     Takes objects with `name` and `arguments` (or `parameters`), one, several after another, or a list of them; and a
     bare name in front of an object of arguments. Arguments are passed on as they are written, so what a client joins
     from a stream is what it gets in one piece. `closed`: as many brackets were closed as opened, and some were.
+    `names`: an object that names none of them is no call; empty: every name is one.
     """
 
-    def __init__(self, first_index: int = 0) -> None:
+    def __init__(self, first_index: int = 0, names: frozenset[str] = frozenset()) -> None:
         self.n_calls = first_index
+        self._names = names
         self.closed = False
         self._brackets: list[str] = []
         self._level = 0  # brackets open inside a call's object; 0: not in one
@@ -122,7 +124,8 @@ class CallScanner:
 
     def _end_value(self, parts: list[Part]) -> None:
         if self._in_value and self._key in _NAME_KEYS:
-            self._name = _string(self._word) or None
+            name = _string(self._word)
+            self._name = name if name and (not self._names or name in self._names) else None
             if self._name and self._waiting:
                 self._start(parts)
                 parts.append(CallArguments(self.n_calls, self._waiting))

@@ -16,6 +16,7 @@ class MessageParser:
 
     `tools`: calls are looked for in this format; `only_calls`: the whole answer is JSON of calls, as a grammar made it;
     `named`: the whole answer is the arguments of this function; `one_call`: what follows the first call is dropped.
+    `names` of the functions: where calls have no mark, an object that names none of them is content.
     `thinks`: the answer may begin with reasoning; `is_thinking`: the prompt began it already.
     """
 
@@ -26,6 +27,7 @@ class MessageParser:
         only_calls: bool = False,
         named: str | None = None,
         one_call: bool = False,
+        names: frozenset[str] = frozenset(),
         thinks: bool = False,
         is_thinking: bool = False,
     ) -> None:
@@ -33,6 +35,7 @@ class MessageParser:
         self._tools = tools
         self._named = named
         self._one_call = one_call
+        self._names = names
         self._held = ""  # may be the beginning of a marker
         self._unread = ""  # since a call began, until its name was read: shown as it is if it never is
         self._called = False  # whether the scanner has found a call
@@ -117,7 +120,8 @@ class MessageParser:
         return rest
 
     def _begin_calls(self, marker: str) -> None:
-        self._scanner, self._unread, self._called, self._take = CallScanner(self.n_calls), marker, False, self._calls
+        self._scanner = CallScanner(self.n_calls, frozenset() if marker else self._names)
+        self._unread, self._called, self._take = marker, False, self._calls
 
     def _calls(self, text: str, parts: list[Part]) -> str:
         assert self._scanner is not None

@@ -14,7 +14,7 @@ from cluster.gateway.responses.schemas import (
     ResponsesRequest,
 )
 from cluster.gateway.schemas.chat import ChatRequest
-from cluster.gateway.schemas.messages import TextPart
+from cluster.gateway.schemas.messages import TextPart, function_tool, named_tool
 
 Told = dict[str, Any]
 
@@ -30,18 +30,9 @@ def chat_request(body: ResponsesRequest, before: Sequence[Told]) -> tuple[ChatRe
     asked |= {name: getattr(body, name) for name in ("temperature", "top_p", "stream", "parallel_tool_calls")}
     asked["max_completion_tokens"] = body.max_output_tokens
     if body.tools is not None:
-        asked["tools"] = [
-            {
-                "type": "function",
-                "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
-            }
-            for tool in body.tools
-        ]
+        asked["tools"] = [function_tool(tool.name, tool.description, tool.parameters) for tool in body.tools]
     choice = body.tool_choice
-    if isinstance(choice, NamedFunctionTool):
-        asked["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
-    else:
-        asked["tool_choice"] = choice
+    asked["tool_choice"] = named_tool(choice.name) if isinstance(choice, NamedFunctionTool) else choice
     if body.text is not None and (form := body.text.format) is not None:
         asked["response_format"] = {"type": form.type}
         if form.type == "json_schema":

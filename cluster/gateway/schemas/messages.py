@@ -68,3 +68,13 @@ class NamedFunction(Body):
 class NamedTool(Body):
     type: Literal["function"]
     function: NamedFunction
+
+
+def function_tool(name: str, description: str | None, parameters: JsonObject | None) -> JsonObject:
+    """A tool as chat requests have it, for what came through another endpoint."""
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def named_tool(name: str | None) -> JsonObject:
+    """The choice of one tool, as chat requests have it."""
+    return {"type": "function", "function": {"name": name}}

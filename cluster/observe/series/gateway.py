@@ -16,7 +16,7 @@ REJECTED: Final = Series(
 )  # fmt: skip
 FINISHED: Final = Series(
     "expertmesh_requests_finished_total", "counter", "", "gateway", ("reason",),
-    "Sequences that ended: stop, length, tool_calls, error, or abort: the client left",
+    "Sequences that ended: stop, length, error, or abort: the client left",
     vllm="vllm:request_success_total",
 )  # fmt: skip
 OPEN: Final = Series(

@@ -60,7 +60,7 @@ DECODE: Final = Series(
 # The exchange. Its counters of rows are of first sendings alone: what is sent again after a loss is not counted again.
 EXPERT_TOKENS: Final = Series(
     "expertmesh_expert_tokens_total", "counter", "", "router", ("layer", "expert"),
-    "Token rows that the gate gave to the expert",
+    "Token rows that the gate gave to the expert; in the last layer only rows whose logits are wanted",
 )  # fmt: skip
 WORKER_TOKENS: Final = Series(
     "expertmesh_worker_tokens_total", "counter", "", "router", ("layer", "worker"),
@@ -109,7 +109,11 @@ RETRIES: Final = Series(
 )  # fmt: skip
 DEADLINES: Final = Series(
     "expertmesh_exchange_deadlines_missed_total", "counter", "", "router", ("worker",),
-    "Replies that did not come in time",
+    "Replies that did not come in time, of experts without another replica",
+)  # fmt: skip
+HEDGES: Final = Series(
+    "expertmesh_exchange_hedges_total", "counter", "", "router", ("worker",),
+    "Replies that took longer than such replies do, so that another replica was asked",
 )  # fmt: skip
 FENCED: Final = Series(
     "expertmesh_exchange_fenced_replies_total", "counter", "", "router", (),

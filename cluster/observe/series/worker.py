@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cluster.observe.series.base import STEP_ROWS, Series
+from cluster.observe.series.base import CALL_SIZES, Series
 
 ROWS: Final = Series(
     "expertmesh_worker_computed_tokens_total", "counter", "", "expert worker", (),
@@ -15,7 +15,7 @@ COMPUTE: Final = Series(
 )
 CALL_ROWS: Final = Series(
     "expertmesh_worker_call_tokens", "histogram", "", "expert worker", (),
-    "Token rows of one call of the experts of a layer, over all routers that waited for it", STEP_ROWS,
+    "Token rows of one call of the experts of a layer, over all routers that waited for it", CALL_SIZES,
 )  # fmt: skip
 SLOTS: Final = Series(
     "expertmesh_worker_slots", "gauge", "", "expert worker", (), "Experts that the worker has room for"

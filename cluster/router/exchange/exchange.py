@@ -5,6 +5,7 @@ Legend: T token rows, K experts a token, P pairs, D hidden size, L layers, E exp
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class Dispatched(NamedTuple):
     """A dispatch in flight: what `combine` needs. Combined best in the order of dispatch."""
 
     epoch: int
+    began: float  # time.perf_counter()
     rows_PD: Tensor  # every pair's row, as the workers give it
     parts: tuple[Part, ...]
     plan: Plan | None  # where the rows belong; None: no rows
@@ -77,18 +79,46 @@ class Exchange:
         """The acknowledgement: no rows are, or will be, routed under an older epoch than this one."""
         return self._views.epoch
 
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The workers of the newest placement."""
+        return self._views.published.placement.workers
+
+    @property
+    def ejected(self) -> frozenset[str]:
+        """Workers that are passed over where another replica can take their rows."""
+        return frozenset(self._pool.ejected)
+
+    @property
+    def dense_layers(self) -> frozenset[int]:
+        """Layers without experts."""
+        replicas = self._views.published.placement.replicas
+        return frozenset(layer for layer, experts in enumerate(replicas) if not experts)
+
+    @property
+    def dropped_replies(self) -> int:
+        """Replies that came when nobody awaited them any more."""
+        return self._pool.transport.dropped_replies
+
+    @property
+    def unreachable(self) -> frozenset[str]:
+        """Expert workers that do not answer this router where the newest view has them. From any thread."""
+        addresses = self._views.published.addresses
+        silent = self._pool.transport.unreachable.items()
+        return frozenset(worker for worker, address in silent if addresses.get(worker) == address)
+
     def load(self) -> Load:
         """The rows of experts and workers. From any thread, but always the same one."""
         return self._meter.read()
 
     def numbers(self) -> dict[str, Any]:
         """How the exchange is doing, under the names of the generation service's DescribeReply. From any thread."""
-        ejected = set(self._pool.ejected)
+        ejected = self.ejected
         return {
             "epoch": self.epoch,
-            "connected": [worker for worker in self._views.published.placement.workers if worker not in ejected],
+            "connected": [worker for worker in self.workers if worker not in ejected],
             "repairs": self.counters.repairs,
-            "dropped_replies": self._pool.transport.dropped_replies,  # came when nobody awaited them any more
+            "dropped_replies": self.dropped_replies,
         }
 
     def publish(self, placement: Placement, addresses: Mapping[str, str]) -> None:
@@ -99,7 +129,7 @@ class Exchange:
         """Number the dispatches that follow. What the step before dispatched and did not combine is given up."""
         self._sender.begin_step(step)
         if self._captured is not None:
-            self._captured.is_under_way = False
+            self._captured.abandon()
 
     def close(self) -> None:
         """Let a step that waits for a worker fail at once. The transport is the owner's to close."""
@@ -134,10 +164,10 @@ class Exchange:
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched:
         """Send the rows to the workers of their experts and return at once; see `workers.model.experts.Experts`."""
-        sender = self._sender
+        sender, began = self._sender, time.perf_counter()
         epoch = sender.enter()
         if not len(x_TD):
-            return Dispatched(epoch, torch.empty_like(x_TD), (), None)
+            return Dispatched(epoch, began, torch.empty_like(x_TD), (), None)
         ids_TK = expert_ids_TK.cpu()
         routes = sender.routes
         rows_E = np.bincount(ids_TK.numpy().ravel(), minlength=self._n_experts) if routes.has_choice(layer) else None
@@ -147,13 +177,14 @@ class Exchange:
             self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag, sender.room
         )
         rows_PD = x_TD.new_empty(plan.n_pairs, x_TD.shape[1])
+        self.counters.split_seconds += time.perf_counter() - began
         parts = []
         first = 0
         for worker, rows in split_W:
             at = slice(first, first := first + rows.n_pairs)
             out_PD = rows_PD if rows.n_pairs == plan.n_pairs else rows_PD[at]
             parts.append(sender.send(worker, rows, at, out_PD))
-        return Dispatched(epoch, rows_PD, tuple(parts), plan)
+        return Dispatched(epoch, began, rows_PD, tuple(parts), plan)
 
     def combine(self, handle: Dispatched) -> Tensor:
         """y_TD, in the dtype of the rows; see `workers.model.experts.Experts`.
@@ -162,14 +193,19 @@ class Exchange:
         """
         y_TD = handle.rows_PD
         if handle.plan is not None:
-            parts, rows_PD = handle.parts, handle.rows_PD
+            parts, rows_PD, counters = handle.parts, handle.rows_PD, self.counters
             if lost := self._sender.receive(parts, rows_PD):
                 for part in parts:  # what the transport has of them does not outlive the replies to come
                     if part.reply.loss is None:
                         rows_PD[part.at] = part.reply.out_PD
                 repair(self._sender, lost, rows_PD, self._rejoin_timeout_s)
-                y_TD = self._ops.weighted_sum((rows_PD,), handle.plan)
+                given: list[Tensor] = [rows_PD]
             else:
-                y_TD = self._ops.weighted_sum([part.reply.out_PD for part in parts], handle.plan)
+                given = [part.reply.out_PD for part in parts]
+            received = time.perf_counter()
+            y_TD = self._ops.weighted_sum(given, handle.plan)
+            now = time.perf_counter()
+            counters.combine_seconds += now - received
+            counters.exchanges.add(now - handle.began)
         self._views.leave(handle.epoch)
         return y_TD

@@ -15,7 +15,7 @@ from cluster.router.exchange.sender import Part, Sender
 from cluster.router.exchange.split import rows_of
 from workers.errors import WorkerLost
 
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.25
 
 
 def repair(sender: Sender, lost: list[Part], rows_PD: Tensor, timeout_s: float) -> None:
@@ -26,7 +26,7 @@ def repair(sender: Sender, lost: list[Part], rows_PD: Tensor, timeout_s: float) 
     began = time.monotonic()
     pause_s = _FIRST_PAUSE_S
     while lost:
-        sender.counters.repairs += len(lost)
+        sender.counters.retries.update(part.reply.worker for part in lost)
         sender.follow(lost)
         lost = sender.receive([again for part in lost for again in _resend(sender, part)], rows_PD)
         if not lost:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cluster.placement.routes import Routes
-from cluster.router.exchange.counters import Counters
+from cluster.router.exchange.counters import Counters, Traffic
 from cluster.router.exchange.views import Views
 from cluster.router.exchange.worker_pool import Reply, WorkerPool
 from workers.transport.base import Rows, Tag
@@ -25,6 +25,7 @@ class Part(NamedTuple):
     rows: Rows
     at: slice | Tensor
     reply: Reply
+    traffic: Traffic
 
 
 class Sender:
@@ -79,27 +80,35 @@ class Sender:
 
     def send(self, worker: int, rows: Rows, at: slice | Tensor, out_PD: Tensor) -> Part:
         """Send `rows` to a worker of `routes`; a loss shows in the reply."""
-        name, counters = self.routes.workers[worker], self.counters
-        counters.sent_bytes += rows.n_bytes
-        counters.worker_rows[name] = counters.worker_rows.get(name, 0) + rows.n_pairs
-        return Part(rows, at, self.pool.send(name, rows, out_PD))
+        name, pool = self.routes.workers[worker], self.pool
+        began = time.perf_counter()
+        reply = pool.send(name, rows, out_PD, self.routes.has_others(rows.tag.layer, worker))
+        traffic = self.counters.of(name, pool.transport.way(name))
+        traffic.requests += 1
+        traffic.sent_bytes += rows.n_bytes
+        traffic.dispatch_seconds += time.perf_counter() - began
+        return Part(rows, at, reply, traffic)
 
     def receive(self, parts: Iterable[Part], rows_PD: Tensor) -> list[Part]:
         """Wait for the replies and put them in their places; returns the parts that were lost."""
         counters = self.counters
         lost = []
-        began = time.perf_counter()
+        now = time.perf_counter()
         for part in parts:
-            reply = part.reply
+            reply, traffic, began = part.reply, part.traffic, now
             self.pool.wait(reply)
+            now = time.perf_counter()
+            traffic.wait_seconds += now - began
             if reply.loss is not None:
+                if reply.is_late:
+                    (counters.hedged if reply.has_other else counters.late)[reply.worker] += 1
                 lost.append(part)
                 continue
             if not isinstance(part.at, slice):
                 rows_PD.index_copy_(0, part.at.to(rows_PD.device), reply.out_PD.to(rows_PD.device))
-            counters.received_bytes += reply.out_PD.nbytes
-            counters.compute_seconds[reply.worker] += reply.compute_ns / 1e9
-        counters.waited_seconds += time.perf_counter() - began
+            traffic.received_bytes += reply.out_PD.nbytes
+            traffic.compute_seconds += reply.compute_ns / 1e9
+            counters.add_rows(reply.worker, part.rows.tag.layer, part.rows.n_pairs)
         return lost
 
     def _connect(self) -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cluster.router.exchange.patience import Patience
 from workers.errors import GroupLost, WorkerLost
 from workers.transport.base import Rows, Tag, Transport
 
 _FIRST_EJECTION_S, _LAST_EJECTION_S = 5.0, 60.0
+_REOPEN_S = 1.0  # between two tries to reach a worker whose ejection is over
 
 
 @dataclass(slots=True, eq=False)
@@ -25,20 +27,26 @@ class Reply:
     worker: str
     tag: Tag
     out_PD: Tensor
+    n_rows: int
+    has_other: bool  # whether another replica could give it
     settled: bool = False
     loss: WorkerLost | None = None
+    is_late: bool = False  # it was lost because it did not come in time
     compute_ns: int = 0
 
 
 class WorkerPool:
     """A transport, and how each worker has been doing. Owned by the step loop, like the transport.
 
-    A worker answers in the order it was asked, so whoever waits for a reply first takes in those before it.
+    A worker answers in the order it was asked, so whoever waits for a reply first takes in those before it. A reply
+    that another replica could give as well is not waited for longer than such replies take (`Patience`); the worker is
+    then passed over for a while, longer each time it is slow or lost again.
     """
 
     def __init__(self, transport: Transport, reply_timeout_s: float) -> None:
         self.transport = transport
         self._reply_timeout_s = reply_timeout_s
+        self._patience = Patience(reply_timeout_s)
         self._addresses: dict[str, str] = {}
         self._in_flight: defaultdict[str, deque[Reply]] = defaultdict(deque)
         self._ejected_until: dict[str, float] = {}
@@ -74,21 +82,42 @@ class WorkerPool:
             self.transport.connect(worker, self._addresses[worker])
 
     def probe(self) -> bool:
-        """Take back workers whose ejection is over; true when there was one."""
+        """Take back workers whose ejection is over and that answer; true when there was one."""
         now = time.monotonic()
         due = [worker for worker, until in self._ejected_until.items() if now >= until]
+        back = [worker for worker in due if self._is_back(worker)]
         for worker in due:
-            del self._ejected_until[worker]
-            self.reopen(worker)
-        return bool(due)
+            if worker in back:
+                del self._ejected_until[worker]
+            else:
+                self._ejected_until[worker] = now + _REOPEN_S
+        return bool(back)
+
+    def _is_back(self, worker: str) -> bool:
+        self.reopen(worker)
+        return self.transport.answers(worker)
+
+    def limit(self, n_rows: int, has_other: bool) -> float:
+        """Seconds that a reply of `n_rows` is waited for, which another replica could give as well or not."""
+        return self._patience.limit(n_rows) if has_other else self._reply_timeout_s
+
+    def came(self, n_rows: int, seconds: float) -> None:
+        """Replies of `n_rows` were awaited for so long."""
+        self._patience.came(n_rows, seconds)
 
     def abandon(self) -> None:
         """Nothing that is in flight is wanted any more."""
         self._in_flight.clear()
 
-    def send(self, worker: str, rows: Rows, out_PD: Tensor) -> Reply:
-        """Send `rows`; the reply will be in `out_PD`. A worker that cannot be reached shows in the reply."""
-        reply = Reply(worker, rows.tag, out_PD)
+    def send(self, worker: str, rows: Rows, out_PD: Tensor, has_other: bool = False) -> Reply:
+        """Send `rows`; the reply will be in `out_PD`. A worker that cannot be reached shows in the reply.
+
+        has_other: whether another replica could give the reply.
+        """
+        reply = Reply(worker, rows.tag, out_PD, rows.n_pairs, has_other)
+        if worker in self._ejected_until and not self.transport.answers(worker):
+            _lose(reply, WorkerLost(worker, "does not answer"))  # whoever wrote to it would wait
+            return reply
         try:
             self.transport.send(worker, rows)
         except WorkerLost as loss:
@@ -102,13 +131,15 @@ class WorkerPool:
         in_flight = self._in_flight[reply.worker]
         while not reply.settled:
             first = in_flight.popleft()
+            began = time.monotonic()
+            timeout_s = self.limit(first.n_rows, first.has_other)
             try:
-                rows_PD, first.compute_ns = self.transport.receive(
-                    first.worker, first.tag, self._reply_timeout_s, first.out_PD
-                )
+                rows_PD, first.compute_ns = self.transport.receive(first.worker, first.tag, timeout_s, first.out_PD)
             except WorkerLost as loss:
+                first.is_late = time.monotonic() - began >= timeout_s
                 self._failed(first, loss)
             else:
+                self.came(first.n_rows, time.monotonic() - began)
                 first.settled = True
                 if first is reply:
                     first.out_PD = rows_PD

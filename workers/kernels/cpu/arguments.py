@@ -237,7 +237,7 @@ class RingStep(NamedTuple):
     epoch: int
     step: int
     limit_ns: int  # how long a reply may take
-    void: int  # 0: no; -1: a worker answered something else; 1 + w: worker w did not answer
+    void: int  # whether a worker did not answer, or with something else
 
 
 class RingAsk(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +94,20 @@ class CollectiveTransport:
     def disconnect(self, worker: str) -> None:
         """Forget `worker`. What is in flight is lost."""
         self._connected.discard(worker)
+
+    def way(self, worker: str) -> str:
+        """The group of all routers and workers."""
+        return "collective"
+
+    def answers(self, worker: str) -> bool:
+        """Whether `worker` is in a group that works."""
+        mesh = self._mesh
+        return mesh is not None and mesh.broken is None and worker in mesh.group.workers
+
+    @property
+    def unreachable(self) -> Mapping[str, str]:
+        """None: whoever does not answer one of a group has left it for all."""
+        return {}
 
     def room(self, worker: str, n_bytes: int) -> None:
         """Anywhere: requests are copied to where the group sends from."""

@@ -57,6 +57,11 @@ class CollectiveServer:
         """Take part in `group` as soon as it is built. From any thread; returns at once, and may be repeated."""
         self._joiner.join(group)
 
+    @property
+    def batcher(self) -> Batcher:
+        """What computes, and counts that."""
+        return self._work.batcher
+
     def start(self) -> None:
         """Nothing to do: requests come with the first group."""
 

@@ -85,9 +85,9 @@ class DeviceWay:
             self._side.conducts(int(numbers[0]))
         return True
 
-    def begin_step(self, n_rows: int, tag: Tag) -> bool:
-        """Agree on a step with up to `n_rows` rows, whose number is one of both sides and not that of `tag`; False when
-        the workers do not answer in time."""
+    def begin_step(self, n_rows: int, tag: Tag, limit_s: float) -> bool:
+        """Agree on a step with up to `n_rows` rows; False when the workers do not answer in time. It has a number of
+        its own, and the limit that its kernels were made with."""
         conductor = self._joined.get(self._workers[0])
         step = None if conductor is None else self._side.ask(n_rows, words(conductor), self._limit_s)
         if step is None:

@@ -13,6 +13,7 @@ from workers.transport.grpc.credentials import Metadata
 
 EXPERTS_SERVICE = "expertmesh.experts.v1.Experts"
 EXCHANGE_METHOD = f"/{EXPERTS_SERVICE}/Exchange"
+WEIGHTS_METHOD = f"/{EXPERTS_SERVICE}/Weights"
 
 _WORKER, _ROUTER, _MODEL, _EPOCH = (f"expertmesh-{name}" for name in ("worker", "router", "model", "epoch"))
 

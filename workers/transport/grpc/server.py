@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,11 +15,12 @@ import grpc.aio
 import numpy as np
 
 from workers import wire
-from workers.errors import WireError
+from workers.errors import ExpertNotHeld, WireError
 from workers.pb import experts_pb2 as pb
 from workers.shard import ExpertShard
 from workers.transport.base import Accepted, Acceptor, Declined
 from workers.transport.batcher import Batcher, reason
+from workers.transport.grpc import peer_weights
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.handshake import EXPERTS_SERVICE, Hello, key
 from workers.transport.grpc.serving import Context, Server, text_values
@@ -28,13 +29,15 @@ from workers.wire import FRAME_BYTES, HEADER_BYTES, Frame, Header
 
 _log = logging.getLogger(__name__)
 _MOST_STREAMS = 256
+_SOON_READ_BYTES = 1 << 28  # weights that are read in some ten milliseconds
 
 
 class ExpertServer:
-    """Serves one shard to any number of routers: Exchange, Describe and gRPC's health service.
+    """Serves one shard to any number of routers: Exchange, Weights, Describe and gRPC's health service.
 
-    An asyncio loop in a thread of its own receives and answers. Few rows of a router that is alone are computed there;
-    everything else in one other thread, and what arrives meanwhile is its next batch.
+    An asyncio loop in a thread of its own receives and answers. Few rows of a router that is alone are computed there
+    where the weights they need are soon read; everything else in one other thread, and what arrives meanwhile is its
+    next batch.
     """
 
     def __init__(
@@ -69,6 +72,11 @@ class ExpertServer:
             self._loop.close()
             raise OSError(f"expert worker {worker} {error}") from None
 
+    @property
+    def batcher(self) -> Batcher:
+        """What computes, and counts that."""
+        return self._batcher
+
     def start(self) -> None:
         """Take requests from now on; the shard is loaded."""
         self._loop.run(self._start())
@@ -102,6 +110,7 @@ class ExpertServer:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             # No serialisers: frames are the bytes on the wire.
             "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
+            "Weights": grpc.unary_stream_rpc_method_handler(self._weights, pb.WeightsRequest.FromString),
             "Describe": grpc.unary_unary_rpc_method_handler(
                 self._describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
             ),
@@ -204,7 +213,8 @@ class ExpertServer:
 
     async def _respond(self, header: Header, message: memoryview, is_wanted: Callable[[], bool]) -> Iterable[Frame]:
         """The frames of the reply; none if nobody wants it any more."""
-        if self._streams == 1 and (reply := self._batcher.answer(message)) is not None:
+        is_here = self._streams == 1 and self._is_soon_done(header)
+        if is_here and (reply := self._batcher.answer(message)) is not None:
             return ((reply,),)
         job = self._batcher.enqueue(header, wire.request(header, message[HEADER_BYTES:]), is_wanted)
         result = await self._loop.off_loop(self._batcher.outcome, job)
@@ -214,6 +224,26 @@ class ExpertServer:
             return wire.error_frames(header.tag, result)
         y_PD, compute_ns = result
         return wire.reply_frames(header.tag, header.n_tokens, y_PD, compute_ns)
+
+    def _is_soon_done(self, header: Header) -> bool:
+        """Whether it takes milliseconds: the loop has to say meanwhile that this process lives."""
+        layer = header.tag.layer
+        n_experts = len(self._shard.weights(layer)) if layer < self._shard.n_layers else 0
+        return min(header.n_pairs, n_experts) * self._shard.expert_bytes <= _SOON_READ_BYTES
+
+    async def _weights(self, request: pb.WeightsRequest, context: Context) -> AsyncIterator[bytes]:
+        """One replica, for another worker."""
+        asked = Hello.from_metadata(text_values(context.invocation_metadata()))
+        objection = Hello(self._worker, asked.router, self._model, self._epoch()).objection(asked)
+        if objection is not None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, objection)
+        try:
+            said, tensors = await self._loop.off_loop(peer_weights.words, self._shard, request.layer, request.expert)
+        except ExpertNotHeld as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        await context.send_initial_metadata(said)
+        async for piece in peer_weights.pieces(tensors):
+            yield piece
 
     async def _describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         return pb.DescribeReply(

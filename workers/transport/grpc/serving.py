@@ -57,6 +57,14 @@ def channel_options(message_bytes: int) -> list[Option]:
     ]
 
 
+def open_channel(address: str, credentials: Credentials, options: list[Option]) -> grpc.Channel:
+    """A connection of its own, with TLS where the cluster has it. Raises ExpertMeshError without its files."""
+    secured = credentials.for_channel()
+    if secured is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, secured, options)
+
+
 def text_values(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
     """Metadata by name, without what is binary."""
     return {name: value for name, value in metadata or () if isinstance(value, str)}

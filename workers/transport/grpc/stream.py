@@ -13,7 +13,7 @@ import grpc
 
 from workers.transport.grpc.credentials import Credentials, Metadata
 from workers.transport.grpc.handshake import EXCHANGE_METHOD, Hello
-from workers.transport.grpc.serving import channel_options, text_values
+from workers.transport.grpc.serving import channel_options, open_channel, text_values
 from workers.wire import FRAME_BYTES, Frame
 
 _LAST_WORDS_S = 1.0
@@ -47,11 +47,7 @@ class Stream:
         self._cancelled: str | None = None
         self._over = threading.Event()
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        secured, options = credentials.for_channel(), channel_options(FRAME_BYTES)
-        if secured is None:
-            self._channel = grpc.insecure_channel(address, options)
-        else:
-            self._channel = grpc.secure_channel(address, secured, options)
+        self._channel = open_channel(address, credentials, channel_options(FRAME_BYTES))
         exchange: Any = self._channel.stream_stream(EXCHANGE_METHOD)  # no serialisers: frames are the bytes on the wire
         metadata = (*credentials.metadata, *hello.metadata, *offers)
         self._call = exchange(iter(self._outbox.get, None), metadata=metadata)

@@ -16,13 +16,13 @@ from workers.kernels.cpu.ops import CpuOps
 from workers.kernels.cpu.rings import StepRings
 from workers.kernels.dispatch import Plan
 from workers.kernels.ops import Ops
-from workers.transport.base import StepReport, Tag
+from workers.transport.base import StepReport, StepTraffic, Tag
+from workers.transport.shm.memory import NAME
 from workers.transport.shm.ring import RING_BYTES
 from workers.transport.shm.router import Pair, ShmWay
 
 MAX_WORKERS = 16
-_PAIR = {field: index for index, field in enumerate(RingPair._fields)}
-_STEP = {field: index for index, field in enumerate(RingStep._fields)}
+_LIMIT_NS, _VOID = map(RingStep._fields.index, ("limit_ns", "void"))
 
 
 class RingSteps:
@@ -33,7 +33,9 @@ class RingSteps:
     are repaired.
     """
 
-    def __init__(self, way: ShmWay, n_layers: int, n_experts: int, reply_timeout_s: float) -> None:
+    name = NAME
+
+    def __init__(self, way: ShmWay, n_layers: int, n_experts: int) -> None:
         self._way = way
         self._pairs: tuple[Pair, ...] = ()
         self._rings = rings = StepRings(
@@ -43,7 +45,6 @@ class RingSteps:
             count_LE=np.zeros((n_layers, n_experts), np.int64),
             ring_bytes=RING_BYTES,
         )
-        rings.step[_STEP["limit_ns"]] = int(reply_timeout_s * 1e9)
         self.experts = StepExperts(rings, None)
 
     def ready(self, workers: tuple[str, ...], owner_LE: NDArray[np.int32]) -> bool:
@@ -56,34 +57,31 @@ class RingSteps:
         np.copyto(self._rings.owner_LE, owner_LE)
         return True
 
-    def begin_step(self, n_rows: int, tag: Tag) -> bool:
-        """Number a step: true, workers need not be asked beforehand."""
+    def begin_step(self, n_rows: int, tag: Tag, limit_s: float) -> bool:
+        """Number a step: true, workers need not be asked beforehand. limit_s: how long a reply may take."""
         rings = self._rings
         rings.count_LE.fill(0)
         rings.pairs.fill(0)
         rings.step[:3] = np.array((tag.router, tag.epoch, tag.step), np.uint64).view(np.int64)
-        rings.step[_STEP["void"]] = 0
+        rings.step[_LIMIT_NS], rings.step[_VOID] = int(limit_s * 1e9), 0
         for pair, row in zip(self._pairs, rings.pairs, strict=False):
             pair.lend(row)
         return True
 
     def end_step(self) -> StepReport | None:
-        """What the step did; None when it is void."""
-        rings, void = self._rings, int(self._rings.step[_STEP["void"]])
-        if void > 0:
-            self._pairs[void - 1].broken("no answer within the deadline")
-        pairs, self._pairs = self._pairs, ()
+        """What the step did; None when it is void. Replies that are still to come are nobody's then."""
+        rings, (pairs, self._pairs) = self._rings, (self._pairs, ())
         for pair in pairs:
             pair.take_back()
-        if void:
+        if rings.step[_VOID]:
             return None
-        sums = rings.pairs[: len(pairs)]
+        sums = (RingPair(*row) for row in rings.pairs[: len(pairs)].tolist())
         return StepReport(
             rings.count_LE,
-            int(sums[:, _PAIR["request_bytes"]].sum()),
-            int(sums[:, _PAIR["reply_bytes"]].sum()),
-            int(sums[:, _PAIR["waited_ns"]].sum()) / 1e9,
-            tuple((sums[:, _PAIR["compute_ns"]] / 1e9).tolist()),
+            tuple(
+                StepTraffic(row.request_bytes, row.reply_bytes, row.waited_ns / 1e9, row.compute_ns / 1e9)
+                for row in sums
+            ),
         )
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from cluster.control import client as module
 from cluster.control.client import ControllerClient
+from cluster.control.goal import Goal
 from cluster.control.view import Member, View
-from cluster.placement.placement import Placement, striped
+from cluster.placement.placement import striped
 from tests.loop import in_loop, until
 
 ROUTER = Member("router", "router-0", 10, "n", "ready", "127.0.0.1:1")
@@ -24,7 +25,7 @@ class Controller:
         self.calls = 0
         self.sync = SimpleNamespace(remote=self._sync)
 
-    async def _sync(self, member: Member, known: int, placement: Placement | None = None) -> View | None:
+    async def _sync(self, member: Member, known: int, heard: View | None = None) -> View | None:
         self.calls += 1
         await asyncio.sleep(0.001)
         return View(known + 1, (member,), striped(1, 1, ("expert-0",)))
@@ -60,7 +61,7 @@ async def test_a_thread_of_another_kind_can_tell() -> None:
     controller = Controller()
     broken = 0
 
-    async def never(member: Member, known: int, placement: Placement | None = None) -> View:
+    async def never(member: Member, known: int, heard: View | None = None) -> View:
         controller.calls = member.broken
         await asyncio.sleep(60)
         raise AssertionError
@@ -75,16 +76,16 @@ async def test_a_thread_of_another_kind_can_tell() -> None:
 
 
 @in_loop
-async def test_a_restarted_controller_is_given_the_placement_it_asks_for() -> None:
-    given: list[tuple[int, Placement | None]] = []
-    newest = striped(1, 1, ("expert-0",), epoch=4)
+async def test_a_restarted_controller_is_given_the_view_it_asks_for() -> None:
+    given: list[tuple[int, int, View | None]] = []
+    newest = View(7, (), striped(1, 1, ("expert-0",), epoch=4), goal=Goal(revision=3))
 
-    async def sync(member: Member, known: int, placement: Placement | None = None) -> View | None:
+    async def sync(member: Member, known: int, heard: View | None = None) -> View | None:
         await asyncio.sleep(0.001)
-        given.append((member.told, placement))
-        return None if len(given) == 2 else View(7, (member,), newest)
+        given.append((member.told, member.aims, heard))
+        return None if len(given) == 2 else newest
 
     loop = ControllerClient(SimpleNamespace(sync=SimpleNamespace(remote=sync)), lambda: ROUTER, lambda view: None)
     await until(lambda: len(given) >= 4)
     loop.close()
-    assert given[:4] == [(0, None), (4, None), (4, newest), (4, None)]
+    assert given[:4] == [(0, 0, None), (4, 3, None), (4, 3, newest), (4, 3, None)]

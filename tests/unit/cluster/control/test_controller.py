@@ -3,13 +3,17 @@
 import signal
 import subprocess
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cluster.control import controller as module
 from cluster.control import membership
 from cluster.control.controller import Controller
+from cluster.control.goal import Processes
+from cluster.control.options import AdminOptions, MetricsOptions, Options
 from cluster.control.view import Member
+from cluster.placement.placement import striped
 from tests.loop import in_loop, until
 
 
@@ -23,7 +27,9 @@ async def test_a_process_that_is_stopped_is_ended_and_that_of_another_node_is_no
             patch.setattr(module, "ray", SimpleNamespace(get_runtime_context=lambda: context))
             patch.setattr(module, "_SWEEP_S", 0.01)
             patch.setattr(membership, "HUNG_AFTER_S", 0.2)
-            controller = Controller(1, 1, ["expert-0"], [])
+            options = Options(AdminOptions("127.0.0.1", 0, "t"), MetricsOptions("127.0.0.1", 0, False))
+            launcher: Any = SimpleNamespace(present=lambda: frozenset(["expert-0"]))
+            controller = Controller(striped(1, 1, ["expert-0"]), Processes(), launcher, options)
             await controller.sync(Member("expert", "expert-1", other.pid, "elsewhere", "ready", ""), 0)
             await controller.sync(Member("expert", "expert-0", mine.pid, "here", "ready", ""), 0)
             await until(lambda: mine.poll() is not None)

@@ -11,6 +11,7 @@ from cluster.control.groups import regroup
 from cluster.control.membership import LOST_AFTER_S, REBUILD_S, REGROUP_S, Membership
 from cluster.control.view import Member
 from cluster.placement.placement import Placement, striped
+from tests.fake_fleet import goal_of
 from workers.transport.collective.group import Group
 
 ROUTER = Member("router", "router-0", 10, "n", "ready", "127.0.0.1:1", store="127.0.0.1:9")
@@ -67,7 +68,7 @@ def test_a_group_that_broke_is_replaced_once_everybody_has_left_it() -> None:
 
 
 def membership(first_version: int = 100) -> Membership:
-    return Membership(PLACEMENT, [member.id for member in ALL], now=0.0, first_version=first_version)
+    return Membership(PLACEMENT, goal_of(member.id for member in ALL), now=0.0, first_version=first_version)
 
 
 def test_a_restarted_controller_leaves_the_group_alone() -> None:
@@ -114,7 +115,7 @@ class Process:
     alive: bool = True
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.sampled_from(["kill", "start", "break", "report", "sweep", "controller"]), st.integers(0, 4)))
 )
@@ -125,7 +126,7 @@ def test_whatever_happens_everybody_ends_in_one_group(events: list[tuple[str, in
     processes += [Process(replace(EXPERT, id=worker, pid=10 + i)) for i, worker in enumerate(workers)]
     ids = [process.member.id for process in processes]
     now, n_pids = 0.0, 100
-    m = Membership(placement, ids, now, 1)
+    m = Membership(placement, goal_of(ids), now, 1)
     numbers = [0]
 
     def dead(member: Member) -> bool:
@@ -156,7 +157,7 @@ def test_whatever_happens_everybody_ends_in_one_group(events: list[tuple[str, in
         elif kind == "sweep":
             m.sweep(now, dead)
         elif kind == "controller" and any(p.alive for p in processes):
-            m = Membership(placement, ids, now, m.view.version + 1)
+            m = Membership(placement, goal_of(ids), now, m.view.version + 1)
             for survivor in processes:
                 report(survivor)
         report(process)

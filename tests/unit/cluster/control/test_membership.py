@@ -5,18 +5,19 @@ from dataclasses import replace
 import pytest
 
 from cluster.control.membership import HUNG_AFTER_S, LOST_AFTER_S, REBUILD_S, Membership
-from cluster.control.view import Member, Preparation
+from cluster.control.view import Member, Preparation, View
 from cluster.errors import PlacementError
 from cluster.placement.edit import replicate
 from cluster.placement.placement import striped
+from tests.fake_fleet import goal_of
 
 ROUTER = Member("router", "router-0", 10, "n", "ready", "127.0.0.1:1", epoch=1)
 OTHER = Member("router", "router-1", 11, "n", "ready", "127.0.0.1:2", epoch=1)
 EXPERT = Member("expert", "expert-0", 12, "n", "ready", "127.0.0.1:3")
 
 
-def membership(expected: tuple[str, ...] = ()) -> Membership:
-    return Membership(striped(2, 4, ["expert-0"]), expected, now=0.0, first_version=100)
+def membership(processes: tuple[str, ...] = ()) -> Membership:
+    return Membership(striped(2, 4, ["expert-0"]), goal_of(processes), now=0.0, first_version=100)
 
 
 def test_news_changes_the_version_and_numbers_for_people_do_not() -> None:
@@ -84,10 +85,10 @@ def test_a_controller_that_stood_still_itself_ends_nobody() -> None:
 
 def test_a_change_that_no_worker_has_room_for_is_refused() -> None:
     m = membership()
-    m.report(replace(EXPERT, slots=8), 0.0)
+    m.report(replace(EXPERT, most_slots=8), 0.0)
     with pytest.raises(PlacementError, match="there is no expert worker expert-9; there are expert-0"):
         m.propose(replicate(m.view.placement, 0, 0, "expert-9"), "a test", 0.0, 1.0)
-    m.report(replace(EXPERT, slots=7), 0.0)
+    m.report(replace(EXPERT, most_slots=7), 0.0)
     with pytest.raises(PlacementError, match="room for 7 experts and would hold 8"):
         m.propose(m.view.placement.numbered(2), "a test", 0.0, 1.0)
 
@@ -106,7 +107,7 @@ def test_a_restarted_controller_waits_for_the_placement_that_a_member_has_heard_
     m = membership(("router-0",))
     m.report(replace(ROUTER, told=5), 0.1, known_version=10**20)
     assert not m.settled(0.2) and m.view.version >= 10**20
-    m.adopt(striped(2, 4, ["expert-0"], epoch=5))
+    m.adopt(View(10**20, (), striped(2, 4, ["expert-0"], epoch=5)))
     assert m.settled(0.2) and m.view.placement.epoch == 5
 
 

@@ -9,10 +9,12 @@ from fastapi.testclient import TestClient
 
 from cluster.control.api import create_app
 from cluster.control.events import Events
+from cluster.control.goal import Goal
 from cluster.control.membership import Membership
 from cluster.control.observation import observe
 from cluster.control.operator import Operator
 from cluster.control.rebalancer import RebalanceOptions, Rebalancer
+from cluster.control.scaling import Scaler
 from cluster.control.view import Member
 from cluster.placement.load import Load
 from cluster.placement.placement import striped
@@ -21,7 +23,7 @@ WORKERS = ("expert-0", "expert-1", "expert-2")
 
 
 def parts() -> tuple[Membership, Operator, Rebalancer]:
-    membership = Membership(striped(3, 4, WORKERS, dense_layers=[0]), (), 0.0, 1)
+    membership = Membership(striped(3, 4, WORKERS, dense_layers=[0]), Goal(), 0.0, 1)
     for worker in WORKERS:
         membership.report(Member("expert", worker, 1, "n", "ready", "secret:1", epoch=1, slots=9), 0.0)
 
@@ -40,8 +42,9 @@ def test_one_imbalance_everywhere_equal_to_one_computed_by_hand() -> None:
     membership.report(Member("router", "router-0", 1, "n", "ready", "x:1", epoch=1, load=load), 0.0)
     seen = observe(membership, operator, rebalancer)
     assert seen["imbalance"] == 1.5  # 300 / ((300 + 100 + 200) / 3)
-    assert seen["layer_imbalance"] == [None, 1.0, 3.0]  # 240 / ((240 + 80) / 4)
-    client = TestClient(create_app(membership, operator, rebalancer, "t"), headers={"Authorization": "Bearer t"})
+    assert seen["layer_skew"] == [None, 1.0, 3.0]  # 240 / ((240 + 80) / 4)
+    app = create_app(membership, operator, Scaler(membership, operator, 1.0, 10), rebalancer, "t")
+    client = TestClient(app, headers={"Authorization": "Bearer t"})
     assert client.get("/placement").json()["imbalance"] == 1.5
     assert client.get("/observation").json()["imbalance"] == 1.5
     assert [m["rows"] for m in seen["members"] if m["role"] == "expert"] == [300, 100, 200]

@@ -6,58 +6,16 @@ import asyncio
 from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
 from cluster.control import operator as module
 from cluster.control.api import create_app
-from cluster.control.epochs import Change
-from cluster.control.membership import Membership
-from cluster.control.operator import Operator
 from cluster.control.rebalancer import RebalanceOptions, Rebalancer, decide
-from cluster.control.view import Member
 from cluster.errors import PlacementError
-from cluster.placement.load import Load
-from cluster.placement.placement import Placement, striped
 from cluster.placement.planner import Forecast
-
-WORKERS = ("expert-0", "expert-1", "expert-2")
-SKEWED = np.array([[100.0, 10, 10, 10], [5, 5, 5, 500]]) * 100
-
-
-class Fleet:
-    """A membership whose changes come into force at once, but for those in `failing` by their place in order."""
-
-    def __init__(self, slots: int = 8) -> None:
-        self.membership = Membership(striped(2, 4, WORKERS), (), 0.0, 1)
-        for worker in WORKERS:
-            self.membership.report(Member("expert", worker, 1, "n", "ready", "x:1", epoch=1, slots=slots), 0.0)
-        by_worker = dict.fromkeys(WORKERS, 1e5)
-        load = Load(SKEWED.astype(np.int64), SKEWED, dict.fromkeys(WORKERS, 1), by_worker)
-        self.membership.report(Member("router", "router-0", 1, "n", "ready", "x:1", epoch=1, load=load), 0.0)
-        self.failing: set[int] = set()
-        self.changes = 0
-        self.running = 0
-        self.operator = Operator(self.membership, self.change, expert_bytes=10)
-
-    async def change(self, placement: Placement, reason: str) -> Change:
-        self.running += 1
-        assert self.running == 1, "one change at a time"
-        change = self.membership.propose(placement, reason, 0.0, 1.0)
-        await asyncio.sleep(0)
-        self.changes += 1
-        epochs = self.membership.epochs
-        epochs.next, change.ended = None, 1.0
-        self.running -= 1
-        if self.changes in self.failing:
-            raise PlacementError("expert-2: no memory")
-        epochs.placement, epochs.acknowledged = placement, True
-        return change
-
-    @property
-    def homes(self) -> list[list[dict[str, float]]]:
-        return self.membership.epochs.placement.homes()
+from tests.fake_fleet import WORKERS, Fleet
+from tests.loop import until
 
 
 def test_a_verb_that_fails_half_way_leaves_the_placement_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +55,7 @@ def test_what_a_drain_leaves_alone_stays() -> None:
 def test_the_api_asks_for_its_token_and_says_why_not() -> None:
     fleet = Fleet()
     rebalancer = Rebalancer(fleet.operator, RebalanceOptions("advise"), 10)
-    client = TestClient(create_app(fleet.membership, fleet.operator, rebalancer, "secret"))
+    client = TestClient(create_app(fleet.membership, fleet.operator, fleet.scaler, rebalancer, "secret"))
     for token in (None, "Bearer wrong", "secret"):
         answer = client.get("/placement", headers={} if token is None else {"Authorization": token})
         assert answer.status_code == 401
@@ -120,7 +78,9 @@ def test_a_plan_for_other_loads_than_the_recent_ones() -> None:
     fleet = Fleet()
     rebalancer = Rebalancer(fleet.operator, RebalanceOptions(), 10)
     headers = {"Authorization": "Bearer secret"}
-    client = TestClient(create_app(fleet.membership, fleet.operator, rebalancer, "secret"), headers=headers)
+    client = TestClient(
+        create_app(fleet.membership, fleet.operator, fleet.scaler, rebalancer, "secret"), headers=headers
+    )
     # One expert has all rows of a layer: the plan cuts it between all workers, which the recent load does not ask for.
     planned = client.post("/placement/plan", json={"loads": [[0, 0, 0, 900], [300, 300, 300, 300]]}).json()
     assert planned["homes"][0][3] == pytest.approx(dict.fromkeys(WORKERS, 1 / 3), rel=1e-4)
@@ -158,61 +118,8 @@ def test_advice_changes_nothing_and_a_failure_is_not_repeated_at_once() -> None:
 
     async def a_while() -> None:
         task = asyncio.create_task(auto.run())
-        await asyncio.sleep(0.3)
+        await until(lambda: auto.health.actions > 0)
         task.cancel()
 
     asyncio.run(a_while())
     assert fleet.changes >= 2 and auto.health.succeeded and auto.health.actions >= 1, "after a while it tries again"
-
-
-async def follow_wanted(fleet: Fleet, starts: bool = True) -> None:
-    """What `serve` does: a worker that is wanted and was not there is ready soon."""
-    while True:
-        await asyncio.sleep(0.01)
-        known = {member.id for member in fleet.membership.view.members}
-        for worker in set(fleet.membership.wanted) - known if starts else ():
-            fleet.membership.report(Member("expert", worker, 1, "n", "ready", "x:1", epoch=1, slots=8), 0.0)
-
-
-def scale(fleet: Fleet, n: int, starts: bool = True) -> None:
-    async def run() -> None:
-        task = asyncio.create_task(follow_wanted(fleet, starts))
-        try:
-            await fleet.operator.scale(n, timeout_s=0.3)
-        finally:
-            task.cancel()
-
-    asyncio.run(run())
-
-
-def test_more_workers_get_experts_and_fewer_lose_theirs_before_they_go() -> None:
-    fleet = Fleet()
-    fleet.membership.want(WORKERS)
-    scale(fleet, 4)
-    assert fleet.membership.wanted == (*WORKERS, "expert-3")
-    assert fleet.membership.epochs.placement.shard("expert-3")
-    scale(fleet, 2)
-    assert fleet.membership.wanted == ("expert-0", "expert-1")
-    assert {name for experts in fleet.homes for homes in experts for name in homes} == {"expert-0", "expert-1"}
-
-
-def test_a_worker_that_does_not_start_leaves_the_fleet_as_it_was() -> None:
-    fleet = Fleet()
-    with pytest.raises(PlacementError, match="no expert workers of its own"):
-        scale(fleet, 4)
-    fleet.membership.want(WORKERS)
-    before = fleet.homes
-    with pytest.raises(PlacementError, match="expert-3 did not start within"):
-        scale(fleet, 4, starts=False)
-    with pytest.raises(PlacementError, match="do not fit"):
-        scale(fleet, 1)
-    assert fleet.membership.wanted == WORKERS and fleet.homes == before
-
-
-def test_a_worker_that_was_ended_on_purpose_is_forgotten_and_one_that_died_is_not() -> None:
-    fleet = Fleet()
-    fleet.membership.want(WORKERS[:2])
-    fleet.membership.sweep(0.1, lambda member: member.id in ("expert-1", "expert-2"))
-    assert {m.id: m.state for m in fleet.membership.view.members if m.role == "expert"} == {
-        "expert-0": "ready", "expert-1": "lost"
-    }  # fmt: skip

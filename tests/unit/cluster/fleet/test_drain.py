@@ -37,6 +37,8 @@ def test_open_requests_finish_and_new_ones_are_refused() -> None:
         slow = asyncio.create_task(status_of(drain, "/v1/slow"))
         await asyncio.sleep(0)
         assert drain.open == 1
+        await status_of(drain, "/live")  # a page that looks on is no request to finish
+        assert drain.open == 1
         drain.draining = True
         assert await status_of(drain, "/v1/other") == 503
         assert await status_of(drain, "/ready") == 503

@@ -12,6 +12,7 @@ import torch
 from cluster.control.view import View
 from cluster.fleet import shard_keeper as module
 from cluster.fleet.shard_keeper import ShardKeeper
+from cluster.fleet.weight_source import WeightSource
 from cluster.models.random import SMALL, write_random
 from cluster.placement.edit import move
 from cluster.placement.placement import striped
@@ -38,7 +39,10 @@ def shard_of(source: Checkpoint, worker: str) -> ExpertShard:
 async def test_both_ends_of_a_move_probe_and_only_an_acknowledged_one_unloads(source: Checkpoint) -> None:
     changes: list[None] = []
     keepers = {
-        name: ShardKeeper(name, shard_of(source, name), source, 1, lambda: changes.append(None)) for name in "ab"
+        name: ShardKeeper(
+            name, shard_of(source, name), WeightSource("auto", source, None), 1, lambda: changes.append(None)
+        )
+        for name in "ab"
     }
 
     def show(view: View) -> None:
@@ -61,7 +65,7 @@ async def test_both_ends_of_a_move_probe_and_only_an_acknowledged_one_unloads(so
 
 @in_loop
 async def test_a_change_that_was_given_up_leaves_nothing_behind(source: Checkpoint) -> None:
-    keeper = ShardKeeper("b", shard_of(source, "b"), source, 1, lambda: None)
+    keeper = ShardKeeper("b", shard_of(source, "b"), WeightSource("auto", source, None), 1, lambda: None)
     keeper.follow(View(1, (), FIRST, next=SECOND))
     await until(lambda: (0, 0) in keeper.held)
     keeper.follow(View(2, (), FIRST))
@@ -73,7 +77,7 @@ async def test_a_change_that_was_given_up_leaves_nothing_behind(source: Checkpoi
 async def test_what_does_not_fit_is_said_and_what_is_in_force_is_tried_again(
     source: Checkpoint,
 ) -> None:
-    keeper = ShardKeeper("b", shard_of(source, "b"), source, 1, lambda: None)
+    keeper = ShardKeeper("b", shard_of(source, "b"), WeightSource("auto", source, None), 1, lambda: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cluster.router.memory.available_bytes", lambda: 0)
         patch.setattr(module, "_RETRY_S", 0.01)

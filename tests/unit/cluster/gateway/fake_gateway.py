@@ -22,6 +22,7 @@ from cluster.gateway.app import create_app
 from cluster.gateway.context import ModelCard
 from cluster.gateway.defaults import read_defaults
 from cluster.gateway.metrics import Metrics
+from cluster.gateway.page.feed import Source
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.params import Finish, Routing, SamplingParams, StepOutput, TokenLogprobs
 
@@ -97,7 +98,7 @@ class FakeSession:
         routing = None
         if params.routing and len(emitted) > 1:
             i = len(emitted) - 2  # a token's experts come with the next one
-            routing = Routing(i, np.array([[[i, i + 1], [-1, -1], [i, i + 1]]], np.int16))
+            routing = Routing(i, np.array([[[i % 8, (i + 1) % 8], [-1, -1], [i % 8, (i + 1) % 8]]], np.int16))
         return StepOutput("0", tokens, scores, prompt, finish, routing=routing)
 
     @staticmethod
@@ -127,17 +128,19 @@ def serve(
     *,
     max_context: int = 256,
     metrics: Metrics | None = None,
+    source: Source | None = None,
+    session: FakeSession | None = None,
     **options: Any,
 ) -> Iterator[Served]:
-    """`vocab_size`: rows of the model's embedding; default: one for each token."""
+    """`vocab_size`: rows of the model's embedding; default: one for each token. `session`: who generates."""
     tokenizer = Tokenizer(path)
     vocab_size = vocab_size or tokenizer.vocab_size
-    session = FakeSession(vocab_size, tokenizer.eos_ids)
+    session = session or FakeSession(vocab_size, tokenizer.eos_ids)
     model = ModelCard(
         "tiny", str(path), max_context=max_context, vocab_size=vocab_size, created=1_700_000_000,
         defaults=read_defaults(path),
     )  # fmt: skip
-    app = create_app(Config(**options), model, tokenizer, session, metrics)
+    app = create_app(Config(**options), model, tokenizer, session, metrics, source)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -13,6 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.gateway.metrics import Metrics
+from cluster.observe.discovery import Target
+from cluster.observe.endpoint import Endpoint
 from tests.unit.cluster.gateway.fake_gateway import Served, serve
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
@@ -109,7 +111,7 @@ def samples(served: Served) -> dict[str, float]:
     response = httpx.get(f"{served.url}/metrics")
     families = text_string_to_metric_families(response.text)
     return {
-        s.name + "".join(f" {s.labels[k]}" for k in ("route", "status") if k in s.labels): s.value
+        s.name + "".join(f" {s.labels[k]}" for k in ("route", "status", "reason") if k in s.labels): s.value
         for family in families
         for s in family.samples
         if "le" not in s.labels
@@ -124,14 +126,25 @@ def test_metrics_count_requests_tokens_and_times(served: Served) -> None:
     httpx.get(f"{served.url}/nowhere/{time.monotonic()}")
     after = samples(served)
     grown = {name: after[name] - before.get(name, 0) for name in after}
-    assert grown["expertmesh_gateway_requests_total /v1/chat/completions 200"] == 1
-    assert grown["expertmesh_gateway_requests_total /v1/chat/completions 400"] == 1
-    assert grown["expertmesh_gateway_requests_total other 404"] == 1
-    assert grown["expertmesh_gateway_tokens_total"] == 5
-    assert grown["expertmesh_gateway_prompt_tokens_total"] == len(served.session.asked[0][0])
-    assert grown["expertmesh_gateway_first_token_seconds_count"] == 1
-    assert grown["expertmesh_gateway_next_token_seconds_count"] == 4
-    assert after["expertmesh_gateway_open_sequences"] == 0
+    assert grown["expertmesh_http_requests_total /v1/chat/completions 200"] == 1
+    assert grown["expertmesh_http_requests_total /v1/chat/completions 400"] == 1
+    assert grown["expertmesh_http_requests_total other 404"] == 1
+    assert grown["expertmesh_requests_rejected_total invalid_value"] == 1
+    assert grown["expertmesh_requests_rejected_total unknown_url"] == 1
+    assert grown["expertmesh_requests_finished_total length"] == 1
+    n_prompt = len(served.session.asked[0][0])
+    assert grown["expertmesh_generation_tokens_total"] == grown["expertmesh_request_generation_tokens_sum"] == 5
+    assert grown["expertmesh_prompt_tokens_total"] == grown["expertmesh_request_prompt_tokens_sum"] == n_prompt
+    assert grown["expertmesh_time_to_first_token_seconds_count"] == 1
+    assert grown["expertmesh_inter_token_latency_seconds_count"] == 4
+    assert grown["expertmesh_request_time_per_output_token_seconds_count"] == 1
+    whole = grown["expertmesh_request_seconds_sum"]
+    parts = ("time_to_first_token_seconds_sum", "inter_token_latency_seconds_sum")
+    assert whole == pytest.approx(sum(grown[f"expertmesh_{part}"] for part in parts))
+    assert grown["expertmesh_request_time_per_output_token_seconds_sum"] == pytest.approx(
+        grown["expertmesh_inter_token_latency_seconds_sum"] / 4
+    )
+    assert after["expertmesh_requests_open"] == 0
 
 
 def test_keys_close_everything_that_shows_or_costs_something(byte_level_path: Path, tmp_path: Path) -> None:
@@ -157,28 +170,38 @@ def test_a_long_prompt_does_not_hold_up_other_requests(served: Served) -> None:
     assert response.json()["count"] == len(served.tokenizer.encode("word " * 15_000))
 
 
-def test_a_scrape_of_one_of_several_gateways_is_of_all(byte_level_path: Path) -> None:
-    """Behind one port a scrape meets any of them: counters must not jump between those of one and of another."""
-    mine = Metrics("gateway-0")
-    with (
-        serve(byte_level_path, metrics=mine) as one,
-        serve(byte_level_path, metrics=Metrics("gateway-1")) as two,
-    ):
-        mine.peers = {"gateway-1": f"{two.url}/metrics/own", "gateway-2": "http://127.0.0.1:9/metrics/own"}
+def test_a_scrape_of_a_gateway_is_of_all_processes(byte_level_path: Path) -> None:
+    """Behind one port a scrape meets any gateway: counters must not jump between those of one and of another."""
+    mine, other = Metrics("gateway-0"), Metrics("gateway-1")
+    shown = Endpoint(other.collector, "127.0.0.1")
+    with serve(byte_level_path, metrics=mine) as one, serve(byte_level_path, metrics=other) as two:
+        mine.cluster = "here:8000"
+        mine.targets = (
+            Target("gateway-0", "gateway", "http://127.0.0.1:9/metrics"),  # itself: not asked over the network
+            Target("gateway-1", "gateway", shown.url),
+            Target("expert-0", "expert", "http://127.0.0.1:9/metrics"),
+        )
         for _ in range(3):
             httpx.get(f"{two.url}/health")
         httpx.get(f"{one.url}/health")
         text = httpx.get(f"{one.url}/metrics").text
-        own = httpx.get(f"{two.url}/metrics/own").text
+        targets = httpx.get(f"{one.url}/metrics/targets").json()
+    shown.close()
     families = {family.name: family for family in text_string_to_metric_families(text)}
-    up = {sample.labels["gateway"]: sample.value for sample in families["expertmesh_gateway_up"].samples}
-    assert up == {"gateway-0": 1, "gateway-1": 1, "gateway-2": 0}
+    scraped = {sample.labels["process"]: sample.value for sample in families["expertmesh_process_scraped"].samples}
+    assert scraped == {"gateway-0": 1, "gateway-1": 1, "expert-0": 0}
     health = {
         sample.labels["gateway"]: sample.value
-        for sample in families["expertmesh_gateway_requests"].samples
+        for sample in families["expertmesh_http_requests"].samples
         if sample.name.endswith("_total") and sample.labels["route"] == "/health"
     }
     assert health == {"gateway-0": 1, "gateway-1": 3}
     names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(names) == len(set(names)), "a family in two places is no exposition"
-    assert 'gateway="gateway-1"' in own and 'gateway="gateway-0"' not in own
+    assert targets[0] == {
+        "targets": ["127.0.0.1:9"],
+        "labels": {
+            "__metrics_path__": "/metrics", "cluster": "here:8000", "role": "expert", "instance": "expert-0",
+        },
+    }  # fmt: skip
+    assert [group["labels"]["instance"] for group in targets] == ["expert-0", "gateway-0", "gateway-1"]

@@ -13,7 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from pydantic import BaseModel
+from tokenizers import Tokenizer
 
 from tests.unit.cluster.gateway.fake_gateway import Served, serve
 from tests.unit.cluster.gateway.scripted import CALL, prompt, say
@@ -100,11 +102,78 @@ def test_a_call_may_be_required_named_or_forbidden(teaching: Served) -> None:
     assert choice.message.content == CALL and choice.message.tool_calls is None and "tool_call" not in prompt(teaching)
 
 
+def test_a_model_may_call_before_it_answers_in_a_format(teaching: Served) -> None:
+    """Would catch a format that shuts out calls, and one that is refused beside a call that is required."""
+    asked: Any = {"model": "tiny", "messages": [USER], "tools": [WEATHER], "max_tokens": 150}
+    asked["response_format"] = {"type": "json_schema", "json_schema": {"name": "City", "schema": CITY}}
+    say(teaching, CALL)
+    choice = teaching.client().chat.completions.create(**asked).choices[0]
+    assert choice.message.tool_calls[0].function.arguments == '{"city": "Paris"}'
+    grammar = teaching.session.asked[-1][1].grammar
+    for text, follows in {CALL: True, f"{CALL}\n{CALL}": True, '{"name": "Paris"}': True, "Sunny.": False}.items():
+        assert accepts(teaching, grammar, text) == follows, text
+    teaching.client().chat.completions.create(**asked, parallel_tool_calls=False)
+    assert not accepts(teaching, teaching.session.asked[-1][1].grammar, f"{CALL}\n{CALL}")
+    say(teaching, '[{"name": "weather", "parameters": {"city": "Paris"}}]')
+    choice = teaching.client().chat.completions.create(**asked, tool_choice="required").choices[0]
+    assert choice.message.tool_calls[0].function.name == "weather"
+    assert not accepts(teaching, teaching.session.asked[-1][1].grammar, '{"name": "Paris"}')
+
+
+@pytest.mark.parametrize(
+    ("form", "call"),
+    [
+        ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Paris"}}]'),
+        ("llama3_json", '{"name": "weather", "parameters": {"city": "Paris"}}'),
+    ],
+)
+def test_a_parser_chosen_beside_a_template_of_another_format(
+    byte_level_path: Path, tmp_path: Path, form: Any, call: str
+) -> None:
+    """Would catch a special mark that is not shown, a prompt that teaches another format, and an answer in JSON that is
+    taken for a call."""
+    tokenizer = Tokenizer.from_file(str(byte_level_path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[TOOL_CALLS]"])
+    for file in byte_level_path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    asked: Any = {"model": "tiny", "messages": [USER], "tools": [WEATHER], "max_tokens": 150}
+    with serve(tmp_path, max_context=2000, tool_call_parser=form) as served:
+        say(served, call)
+        choice = served.client().chat.completions.create(**asked).choices[0]
+        assert choice.message.tool_calls[0].function.arguments == '{"city": "Paris"}' and not choice.message.content
+        assert call[:14] in prompt(served)
+        asked["response_format"] = {"type": "json_schema", "json_schema": {"name": "City", "schema": CITY}}
+        served.client().chat.completions.create(**asked)
+        grammar = served.session.asked[-1][1].grammar
+        assert accepts(served, grammar, call) and accepts(served, grammar, '{"name": "Paris"}')
+        say(served, '{"name": "Paris"}')
+        assert served.client().chat.completions.create(**asked).choices[0].message.content == '{"name": "Paris"}'
+
+
 def test_the_older_functions(teaching: Served) -> None:
     say(teaching, CALL)
     asked: Any = {"model": "tiny", "messages": [USER], "functions": [WEATHER["function"]], "max_tokens": 150}
     choice = teaching.client().chat.completions.create(**asked).choices[0]
     assert choice.finish_reason == "function_call" and choice.message.function_call.name == "weather"
+
+
+CITY = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+def accepts(served: Served, grammar: str, text: str) -> bool:
+    """Whether `text` follows `grammar` as a whole."""
+    tokenizer = served.tokenizer
+    known = LLTokenizer(str(tokenizer.path / "tokenizer.json"), eos_token=min(tokenizer.eos_ids))
+    matcher = LLMatcher(known, grammar, log_level=0)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert not matcher.is_error(), matcher.get_error()
+    return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
 
 
 class City(BaseModel):

@@ -15,7 +15,7 @@ from cluster.observe.endpoint import Endpoint
 from cluster.observe.exposition import Aliases, Reading, Readings, merged, text_of
 from cluster.observe.series import gateway, process, router
 from cluster.observe.series.table import TABLE
-from tests.unit.cluster.observe.promtool import check_metrics
+from tests.promtool import check_metrics
 
 
 def every_series(value: float) -> list[Reading]:

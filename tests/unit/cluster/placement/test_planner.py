@@ -127,3 +127,14 @@ def test_layers_without_experts_stay_without() -> None:
     assert plan.forecast.imbalance_after < 1.01
     last = list(steps(current, plan.placement, {}, 4))[-1]
     assert last.homes() == plan.placement.homes()
+
+
+def test_two_slots_a_worker_are_filled_by_pairs() -> None:
+    """144 workers with two slots for 256 experts: greedy packing leaves the largest worker a quarter above the mean."""
+    loads_LE = zipf(3, 256, 0.5, np.random.default_rng(0))
+    workers = fleet(144, 2 * 3)
+    plan = balance(loads_LE, workers, striped(3, 256, [worker.name for worker in workers]))
+    check(plan.placement, {worker.name: worker.slots for worker in workers})
+    assert plan.forecast.imbalance_after < 1.2
+    total = sum(share for experts in plan.placement.homes() for homes in experts for share in homes.values())
+    assert total == pytest.approx(3 * 256)

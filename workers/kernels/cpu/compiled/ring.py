@@ -149,12 +149,12 @@ def ring_collect(args: int) -> None:
         if n_pairs == 0 or step[_VOID] != 0:
             continue
         if not _has_reply(a, pair, step[_LIMIT_NS]):
-            step[_VOID] = 1 + w
+            step[_VOID] = 1
             continue
         store_int32(pair[_REQUESTS] + RING_DONE, pair[_RECEIVED])  # nobody reads the rows of the reply before any more
         rows = _reply_rows(a, pair, n_pairs)
         if rows == 0:
-            step[_VOID] = -1
+            step[_VOID] = 1
             continue
         parts[2 * w + 1] = rows
         pair[_ASKED] = 0

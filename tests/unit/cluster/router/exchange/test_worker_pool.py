@@ -3,7 +3,7 @@ connection that stays open to a worker that left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +42,16 @@ class Scripted:
         if worker in self.down:
             raise WorkerLost(worker, "down")
         return Received(out_PD.zero_(), 0)
+
+    def way(self, worker: str) -> str:
+        return "local"
+
+    def answers(self, worker: str) -> bool:
+        return worker in self.connected
+
+    @property
+    def unreachable(self) -> Mapping[str, str]:
+        return {}
 
     def room(self, worker: str, n_bytes: int) -> None:
         """Anywhere."""

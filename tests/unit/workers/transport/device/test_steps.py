@@ -99,18 +99,18 @@ def wait_ready(way: DeviceWay, placement: Placement) -> None:
 
 def step(way: DeviceWay, given: Batch) -> Tensor | None:
     """y [L, T, D] of all layers; None where the step was void, or the workers did not answer in time."""
-    if not way.begin_step(len(given.x_TD), Tag(0, 0, 0, 0, 0, 0)):
+    if not way.begin_step(len(given.x_TD), Tag(0, 0, 0, 0, 0, 0), 1.0):
         return None
     experts = way.experts
     y_LTD = [
         experts.combine(experts.dispatch(layer, given.x_TD, given.ids_TK, given.weights_TK))
         for layer in range(MODEL.n_layers)
     ]
-    rows_LE = way.end_step()
-    if rows_LE is None:
+    report = way.end_step()
+    if report is None:
         return None
     expected_E = given.ids_TK.flatten().bincount(minlength=MODEL.n_experts)
-    assert (rows_LE == expected_E.numpy()).all(), "the rows of experts are counted wrong"
+    assert (report.rows_LE == expected_E.numpy()).all(), "the rows of experts are counted wrong"
     return torch.stack(y_LTD)
 
 
@@ -248,7 +248,7 @@ def test_an_exchange_counts_the_rows_of_whole_steps_and_says_which_were_void(wor
     assert whole_step()
     chosen_E = given.ids_TK.flatten().bincount(minlength=MODEL.n_experts).numpy()
     assert (exchange.counters.rows_LE == chosen_E).all()
-    assert sum(exchange.counters.worker_rows.values()) == MODEL.n_layers * given.ids_TK.numel()
+    assert sum(exchange.counters.worker_rows().values()) == MODEL.n_layers * given.ids_TK.numel()
     assert exchange.begin_steps(6)
     workers.kill("g")
     assert not whole_step()

@@ -1,0 +1,38 @@
+"""How a controller is to do what it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.control.rebalancer import RebalanceOptions
+
+
+@dataclass(frozen=True, slots=True)
+class AdminOptions:
+    """Where the admin API listens, and what it asks for."""
+
+    host: str  # "": the address of its node that Ray uses
+    port: int  # 0: any free one
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsOptions:
+    """Where the controller's series are shown, and how many."""
+
+    host: str  # "": the address of its node that Ray uses
+    port: int  # the first one to try; 0: any
+    per_expert: bool  # whether there are series for each expert and layer
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Those of one cluster."""
+
+    admin: AdminOptions
+    metrics: MetricsOptions
+    rebalance: RebalanceOptions = field(default_factory=RebalanceOptions)
+    expert_bytes: int = 0  # of one replica
+    spare_replicas: int = 0
+    allow_chaos: bool = False
+    drain_timeout_s: float = 30.0  # for a router that leaves to finish what it has

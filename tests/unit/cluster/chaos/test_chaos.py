@@ -1,0 +1,53 @@
+"""Catches a schedule that is another one the next time or hits nobody, and figures that hide a fault."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from cluster.bench.chaos_stream import Stream
+from cluster.chaos.campaign import Report
+from cluster.chaos.schedule import PAUSES_S, draw
+from cluster.control.faults import Fault
+from cluster.errors import ExpertMeshError
+
+FLEET = {"router-0": "router", "router-1": "router", "expert-0": "expert", "expert-1": "expert", "gateway-0": "gateway"}
+KINDS = ("kill", "pause", "slow", "partition")
+
+
+def drawn(seed: int, roles: tuple[str, ...] = ("expert", "router")) -> list[Fault]:
+    rng = random.Random(seed)
+    return [draw(rng, KINDS, roles, FLEET) for _ in range(200)]
+
+
+def test_a_seed_says_everything_and_every_kind_of_fault_meets_everybody_it_may() -> None:
+    faults = drawn(1)
+    assert faults == drawn(1) and faults != drawn(2)
+    for kind in ("kill", "pause", "slow"):
+        hit = {fault.member for fault in faults if fault.kind == kind}
+        assert hit == {"router-0", "router-1", "expert-0", "expert-1"}
+    cut = {(fault.member, fault.peer) for fault in faults if fault.kind == "partition"}
+    assert cut == {(f"router-{i}", f"expert-{j}") for i in range(2) for j in range(2)}
+    assert {fault.seconds for fault in faults if fault.kind == "pause"} == set(PAUSES_S)
+    assert all(fault.seconds > 0 for fault in faults if fault.kind in ("slow", "partition"))
+    assert {fault.member for fault in drawn(1, ("expert",)) if fault.kind == "kill"} == {"expert-0", "expert-1"}
+    with pytest.raises(ExpertMeshError, match="no controller for a kill"):
+        draw(random.Random(0), ("kill",), ("controller",), FLEET)
+
+
+def test_the_report_gives_each_fault_its_pause_and_each_kind_its_figures() -> None:
+    def seen(*arrivals: float) -> Stream:
+        return Stream(["a"] * (len(arrivals) - 1), [9.0] * (len(arrivals) - 1), list(arrivals), "length")
+
+    report = Report(undisturbed=[seen(0, 1, 1.1, 1.2, 1.3, 1.4)])
+    report.streams = [seen(10, 11, 11.5, 14, 14.1, 14.2), seen(20, 21, 21.1, 21.2, 21.5, 21.6)]
+    report.faults = [Fault("kill", "expert-0"), Fault("pause", "router-1", 2.0), Fault("kill", "expert-1")]
+    report.moments = [11.5, 21.2, 21.4]
+    result = report.result()
+    assert [fault["pause_s"] for fault in result["faults"]] == pytest.approx([2.5, 0.3, 0.3])
+    assert result["pause_s"]["kill expert"] == pytest.approx({"count": 2, "p50": 1.4, "p99": 2.478, "max": 2.5})
+    assert result["pause_s"]["pause router 2 s"]["count"] == 1
+    assert (result["streams"], result["changed"], result["errors"]) == (2, 0, [])
+    report.streams[1].tokens[3] = "b"
+    assert report.result()["changed"] == 1

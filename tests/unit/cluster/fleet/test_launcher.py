@@ -1,0 +1,39 @@
+"""Catches a controller that imports torch, and a process that asks a node for what none has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.config import Config
+from cluster.fleet import launcher as module
+from cluster.fleet.launcher import EXPERT_RESOURCE, Kind, RayLauncher
+
+WORKER = Kind(EXPERT_RESOURCE, 2.0, 0.5, 2, {})
+
+
+def test_what_the_controller_imports_has_no_torch() -> None:
+    code = "import sys, cluster.control.controller, cluster.fleet.launcher; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "required", "bundle"),
+    [
+        ({"CPU": 2.0, EXPERT_RESOURCE: 4.0}, False, {"CPU": 2.0, "GPU": 0.5, EXPERT_RESOURCE: 1.0}),
+        ({"CPU": 2.0}, False, {"CPU": 2.0, "GPU": 0.5}),
+        ({"CPU": 2.0}, True, {"CPU": 2.0, "GPU": 0.5, EXPERT_RESOURCE: 1.0}),
+    ],
+)
+def test_the_custom_resource_is_asked_for_where_a_node_has_it_or_always(
+    monkeypatch: pytest.MonkeyPatch, nodes: dict[str, float], required: bool, bundle: dict[str, float]
+) -> None:
+    monkeypatch.setattr(module, "ray", SimpleNamespace(cluster_resources=lambda: nodes))
+    unused: Any = None
+    launcher = RayLauncher(Config(require_node_roles=required), "", WORKER, WORKER, "", unused, unused)
+    assert launcher._on_nodes(WORKER).bundle == bundle
+    assert Kind("", 0.0, 0.0, 1, {}).bundle == {}, "no placement group then"
