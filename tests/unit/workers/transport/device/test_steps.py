@@ -200,7 +200,9 @@ def test_a_router_that_dies_holds_nobody_up(workers: Workers) -> None:
     given = batch(MODEL, 4)
     check(step(dies, given), given)
     check(step(stays, given), given)
-    asks = threading.Thread(target=dies.begin_step, args=(4,))  # agreed, and never heard of again
+    asks = threading.Thread(
+        target=dies.begin_step, args=(4, Tag(0, 0, 0, 0, 0, 0), 1.0)
+    )  # agreed, and never heard of again
     asks.start()
     y_LTD = step(stays, given)  # in the same step, which is void, or in the next
     asks.join()
