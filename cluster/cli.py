@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import json
 import os
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import asdict
@@ -34,6 +36,17 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 class _OneLineErrors(TyperGroup):
     """An error made on purpose, or of the system (a full disk), ends the command with one line and exit code 1."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        # A terminal need not know every character of a help page, or of what a model says.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # somebody removed it; libraries that ask where they are end the process
+            os.chdir("/")
+        return super().main(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         # What we start must not import from whatever directory we were started in.

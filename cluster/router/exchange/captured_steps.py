@@ -92,17 +92,17 @@ class CapturedSteps:
         for index, worker in enumerate(step.workers):
             counters.add_layers(worker, rows_LW[:, index])
             if report.traffic:
-                self._count(worker, rows_LW[:, index], report.traffic[index])
+                self._count(step.routes, worker, rows_LW[:, index], report.traffic[index])
         return True
 
-    def _count(self, worker: str, rows_L: NDArray[np.int64], said: StepTraffic) -> None:
+    def _count(self, routes: Routes, worker: str, rows_L: NDArray[np.int64], said: StepTraffic) -> None:
         traffic, n_requests = self._sender.counters.of(worker, self._way.name), int(np.count_nonzero(rows_L))
         traffic.requests += n_requests
         traffic.sent_bytes += said.sent_bytes
         traffic.received_bytes += said.received_bytes
         traffic.wait_seconds += said.waited_seconds
         traffic.compute_seconds += said.compute_seconds
-        if n_requests:
+        if n_requests and routes.all_have_others:
             self._sender.pool.came(int(rows_L.sum()) // n_requests, said.waited_seconds / n_requests)
 
 

@@ -93,24 +93,28 @@ async def test_one_trace_from_the_client_to_the_workers(spans: Any, checkpoint: 
     found = spans.get_finished_spans()
     by_id = {span.context.span_id: span for span in found}
     names = Counter(span.name for span in found)
-    n_layers = 3
     assert names["POST /v1/completions"] == names["queue"] == names["prefill"] == 1
-    assert names["step"] == 4 and names["exchange"] == 4 * n_layers
-    assert n_layers * 4 <= names["worker compute"] <= 2 * n_layers * 4
+    assert names["step"] == names["exchange"] == 4
+    assert 4 <= names["worker compute"] <= 8
     assert {f"{span.context.trace_id:032x}" for span in found} == {TRACE}
     parents = {"queue": "POST", "prefill": "POST", "step": "POST", "exchange": "step", "worker compute": "exchange"}
     for span in found:
         assert span.end_time >= span.start_time > 0
-        assert WORD not in span.to_json() and "[" not in str(dict(span.attributes))
+        assert WORD not in span.to_json()
         if (parent := by_id.get(span.parent.span_id)) is None:
             assert span.name.startswith("POST") and f"{span.parent.span_id:016x}" == CLIENT
             assert span.attributes["expertmesh.request_id"] == request_id
             assert span.attributes["http.response.status_code"] == 200
         else:
             assert parent.name.startswith(parents[span.name])
+        if span.name == "exchange":  # a number for each of the three layers
+            assert parent.start_time <= span.start_time and span.end_time <= parent.end_time
+            assert len(span.attributes["expertmesh.layer_seconds"]) == 3
         if span.name == "worker compute":
-            assert parent is not None and parent.start_time <= span.start_time <= span.end_time
-            assert span.end_time > span.start_time and span.attributes["expertmesh.worker"] in ("a", "b")
+            assert span.start_time == parent.start_time < span.end_time
+            assert span.attributes["expertmesh.worker"] in ("a", "b") and span.attributes["expertmesh.rows"] > 0
+            seconds = sum(span.attributes["expertmesh.call_seconds"])
+            assert 1e9 * seconds == pytest.approx(span.end_time - span.start_time)
 
 
 @in_loop
