@@ -1,13 +1,12 @@
 # make serve   builds everything a fresh machine lacks and serves a model    (MODEL=default, ARGS="--port 8080")
 # make test    all tests, half an hour on two cores                           (TESTS=tests/unit for a part: minutes)
-# make install-check   an empty environment, a chat from it                   (PYTHON=python3.13 KIND=sdist)
+# make install-check   empty environments, a chat from each                   (ARGS="python3.13 --kind sdist")
 # make clients   agent and extraction frameworks against the gateway, from an environment of their own (.clients)
 # make check   style, types, import directions, generated code
 PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= default
 TESTS  ?= tests
-KIND   ?= wheel
 BIN    := $(VENV)/bin
 
 CLIENTS := .clients
@@ -38,11 +37,12 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/proto.py --check
 	$(BIN)/python scripts/tree.py --check
+	$(BIN)/python scripts/chart.py --check
 	$(BIN)/python scripts/metrics.py --check
 	$(BIN)/python -m scripts.dashboards --check
 
 install-check: $(VENV)/.dev
-	$(BIN)/python scripts/install_check.py $(PYTHON) $(KIND)
+	$(BIN)/python scripts/install_check.py $(ARGS)
 
 dashboards: $(VENV)/.dev
 	$(BIN)/python -m scripts.dashboards

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import json
 import os
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from cluster.bench.lazy import LazyGroup
 from cluster.chaos.command import app as chaos_app
 from cluster.config_load import FIELDS, HINTS, Loaded, flag, load
 from cluster.errors import ExpertMeshError
-from cluster.fleet.operator_cli import drain, placement, rebalance, scale
+from cluster.fleet.operator_cli import ask, drain, placement, rebalance, scale
 from cluster.generate import generate
 from cluster.models.cli import app as model_app
 from cluster.plan.command import plan
@@ -49,6 +51,17 @@ def _safe_path() -> Iterator[None]:
 
 class _OneLineErrors(TyperGroup):
     """An error made on purpose, or of the system (a full disk), ends the command with one line and exit code 1."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        # A terminal need not know every character of a help page, or of what a model says.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # somebody removed it; libraries that ask where they are end the process
+            os.chdir("/")
+        return super().main(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -128,14 +141,24 @@ def serve(loaded: Loaded) -> None:
 
 
 @app.command()
-def status(port: Port = None, state_dir: StateDir = None, as_json: Json = False) -> None:
+def status(
+    port: Port = None,
+    state_dir: StateDir = None,
+    as_json: Json = False,
+    live: Annotated[bool, typer.Option("--watch", help="workers, load and events, live, until Ctrl-C")] = False,
+) -> None:
     """Show the processes of the running cluster."""
     settle(os.environ, state_dir)
     from cluster.fleet.snapshot import read
     from cluster.fleet.status import show
+    from cluster.fleet.status_watch import watch
 
     content = read(port)
-    if as_json:
+    if live:
+        path = "/observation?known_epoch={}&known_event={}"
+        title = f"{content['model']} at {content['url']}"
+        watch(title, lambda epoch, event: ask("GET", path.format(epoch, event), port), Console())
+    elif as_json:
         typer.echo(json.dumps(content))
     else:
         show(content, Console(soft_wrap=True))

@@ -188,3 +188,9 @@ class Config:
         "let `expertmesh chaos` kill, stop, slow and cut off processes; routers reach workers through a proxy",
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "log level of every process")
+    log_format: Literal["text", "json"] = option(
+        "text", "of log lines; json: each event one line, with its request's id"
+    )
+    otlp_traces_endpoint: str | None = option(
+        None, "OpenTelemetry collector that gets traces, http://HOST:4318/v1/traces; default: nothing is traced"
+    )

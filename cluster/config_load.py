@@ -106,7 +106,8 @@ def _checked(name: str, value: Any, origin: str) -> Any:
 def _typed(hint: Any, value: Any) -> Any:
     """`value` as `hint` says, or None when it does not fit. Text comes from the environment, the rest from YAML."""
     if get_origin(hint) is Literal:
-        value = "off" if value is False else value  # which is how YAML reads it
+        if isinstance(value, bool):  # which is how YAML reads `on` and `off`
+            value = "on" if value else "off"
         return value if value in get_args(hint) else None
     if hint is bool:
         if isinstance(value, bool):

@@ -1,52 +1,85 @@
 """What a newcomer does: build the packages, install one into an empty environment, and chat from an empty directory.
 
-`python scripts/install_check.py [PYTHON] [wheel|sdist]`: PYTHON is the interpreter of the new environment, by default
-the one that runs this; with everything it depends on, which takes minutes and gigabytes.
+`python scripts/install_check.py [PYTHON ...] [--kind wheel|sdist]`: interpreters of the new environments, by default
+one of each version from 3.11 to 3.13 that is at hand (on PATH, or pyenv's). The environments are uv's, so without pip,
+and hold what the package asks for and nothing else: that is gigabytes, once.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PORT = 18_473
+VERSIONS = ("3.11", "3.12", "3.13")
+KINDS = {"wheel": "*.whl", "sdist": "*.tar.gz"}
 _START_S = 300
 
 
 def main() -> None:
-    python = sys.argv[1] if len(sys.argv) > 1 else sys.executable
-    kind = sys.argv[2] if len(sys.argv) > 2 else "wheel"
-    with tempfile.TemporaryDirectory(prefix="expertmesh install ") as scratch:
-        expertmesh = install(Path(scratch), python, kind)
-        empty = Path(scratch, "empty")
-        empty.mkdir()
-        subprocess.run([expertmesh, "model", "random", str(Path(scratch, "tiny"))], cwd=empty, check=True)
-        print(chat(expertmesh, Path(scratch, "tiny"), empty))
+    parser = argparse.ArgumentParser(description="Install the packages into empty environments, and chat from each.")
+    parser.add_argument("pythons", nargs="*", metavar="PYTHON", help="interpreters; by default those at hand")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="by default both")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="expertmesh install ") as directory:
+        scratch = Path(directory)
+        subprocess.run([sys.executable, "-m", "build", "--outdir", directory, str(ROOT)], check=True, stdout=sys.stderr)
+        for python in options.pythons or at_hand():
+            for kind in options.kind or KINDS:
+                began = time.monotonic()
+                expertmesh = install(scratch / "venv", python, next(scratch.glob(KINDS[kind])))
+                installed = time.monotonic()
+                answer = chat(expertmesh, scratch)
+                shutil.rmtree(scratch / "venv")
+                print(
+                    f"{kind} on {python}: installed in {installed - began:.0f} s, answered {answer!r} "
+                    f"{time.monotonic() - installed:.0f} s later",
+                    flush=True,
+                )
 
 
-def install(scratch: Path, python: str, kind: str) -> Path:
+def at_hand() -> Iterator[str]:
+    """An interpreter of each version that this machine has."""
+    for version in VERSIONS:
+        pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}"))
+        if found := shutil.which(f"python{version}") or next(map(str, reversed(pyenv)), None):
+            yield found
+        else:
+            print(f"Python {version} is not at hand", flush=True)
+
+
+def install(venv: Path, python: str, package: Path) -> Path:
     """The command, in an environment of its own that has this package and what it asks for."""
-    subprocess.run([sys.executable, "-m", "build", "--outdir", str(scratch), str(ROOT)], check=True)
-    package = next(scratch.glob("*.whl" if kind == "wheel" else "*.tar.gz"))
-    subprocess.run([python, "-m", "venv", str(scratch / "venv")], check=True)
-    command = [str(scratch / "venv" / "bin" / "python"), "-m", "pip", "install", "--quiet", str(package)]
-    subprocess.run(command, check=True)
-    return scratch / "venv" / "bin" / "expertmesh"
+    uv = str(Path(sys.executable).with_name("uv"))
+    # uv does not read pip's settings. Links to its cache: a copy of torch for each environment is gigabytes.
+    environ = {"UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", ""), "UV_LINK_MODE": "hardlink", **os.environ}
+    subprocess.run([uv, "venv", "--quiet", "--python", python, str(venv)], check=True, env=environ)
+    command = [uv, "pip", "install", "--quiet", "--python", str(venv / "bin" / "python"), str(package)]
+    subprocess.run(command, check=True, env=environ)
+    return venv / "bin" / "expertmesh"
 
 
-def chat(expertmesh: Path, model: Path, directory: Path) -> str:
-    """One answer of a cluster that is started for it, and ended."""
-    command = [str(expertmesh), "serve", str(model), "--port", str(PORT), "--kv-cache-mb", "16"]
-    process = subprocess.Popen(command, cwd=directory)
+def chat(expertmesh: Path, scratch: Path) -> str:
+    """One answer of a cluster that is started for it in an empty directory, and ended."""
+    empty, model = (Path(tempfile.mkdtemp(dir=scratch), name) for name in ("empty", "tiny"))
+    empty.mkdir()
+    subprocess.run([expertmesh, "model", "random", str(model)], cwd=empty, check=True, stdout=subprocess.DEVNULL)
+    port = free_port()
+    options = ["--port", str(port), "--kv-cache-mb", "16"]
+    process = subprocess.Popen([str(expertmesh), "serve", str(model), *options], cwd=empty, stdout=subprocess.DEVNULL)
     try:
-        url = f"http://127.0.0.1:{PORT}"
+        url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + _START_S
         while not ready(f"{url}/ready"):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -60,6 +93,12 @@ def chat(expertmesh: Path, model: Path, directory: Path) -> str:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def ready(url: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,25 +29,22 @@ MAX_EXPERTS = 1 << 16
 
 REQUEST, REPLY, ERROR = 1, 2, 3
 
-#: What the header of a message is made of. Kernels that read or write messages take every place from here.
-HEADER = np.dtype(
-    [
-        ("magic", "S4"), ("version", "u1"), ("kind", "u1"), ("dtype", "u1"), ("reserved", "u1"),
-        ("router", "<u8"), ("epoch", "<u8"), ("step", "<u8"), ("layer", "<u4"), ("part", "<u4"), ("attempt", "<u4"),
-        ("n_tokens", "<u4"), ("n_pairs", "<u4"), ("width", "<u4"), ("payload_bytes", "<u8"), ("compute_ns", "<u8"),
-    ]
-)  # fmt: skip
-HEADER_BYTES = HEADER.itemsize
+# What the header of a message is made of, in the characters of `struct`.
+_FIELDS = {
+    "magic": "4s", "version": "B", "kind": "B", "dtype": "B", "reserved": "x",
+    "router": "Q", "epoch": "Q", "step": "Q", "layer": "I", "part": "I", "attempt": "I",
+    "n_tokens": "I", "n_pairs": "I", "width": "I", "payload_bytes": "Q", "compute_ns": "Q",
+}  # fmt: skip
+_HEADER = struct.Struct("<" + "".join(_FIELDS.values()))
+HEADER_BYTES = _HEADER.size
 MAGIC = b"XMSH"
 VERSION = 1
 
-_HEADER = struct.Struct("<4sBBBx QQQIII III Q Q")
-
 
 def place(field: str) -> int:
-    """Byte of the header that `field` begins at."""
-    assert HEADER.fields is not None
-    return int(HEADER.fields[field][1])
+    """Byte of the header that `field` begins at. Kernels that read or write messages take every place from here."""
+    before = takewhile(lambda name: name != field, _FIELDS)
+    return struct.calcsize("<" + "".join(_FIELDS[name] for name in before))
 
 
 _N_PAIRS, _AT_N_PAIRS = struct.Struct("<I"), place("n_pairs")
@@ -148,7 +146,12 @@ def first_word(kind: int, dtype: torch.dtype) -> int:
 def stamp(reply: memoryview, compute_ns: int) -> int:
     """Write how long a whole REPLY took into its header; returns its number of pairs."""
     _COMPUTE_NS.pack_into(reply, _AT_COMPUTE_NS, compute_ns)
-    n_pairs: int = _N_PAIRS.unpack_from(reply, _AT_N_PAIRS)[0]
+    return pairs_of(reply)
+
+
+def pairs_of(message: Buffer) -> int:
+    """How many pairs a message says that it has; it begins with a whole header."""
+    n_pairs: int = _N_PAIRS.unpack_from(message, _AT_N_PAIRS)[0]
     return n_pairs
 
 

@@ -30,7 +30,7 @@ from cluster.control.rescue import Rescuer
 from cluster.control.scaling import Scaler
 from cluster.control.view import Member, View
 from cluster.errors import PlacementError
-from cluster.observe import endpoint
+from cluster.observe import endpoint, logs
 from cluster.observe.exposition import Readings
 from cluster.observe.process import ProcessReadings
 from cluster.placement.placement import Placement
@@ -132,6 +132,7 @@ class Controller:
             self._changed.notify_all()
 
     def _serve_metrics(self, options: MetricsOptions, expert_bytes: int) -> str | None:
+        logs.configure(options.log_level, options.log_format, NAME)
         membership = self._membership
         own = ControllerReadings(membership, self._operator, self._rebalancer, expert_bytes, options.per_expert)
         process = ProcessReadings("controller", lambda: membership.epochs.placement.epoch)

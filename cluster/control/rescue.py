@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 
 from cluster.control.membership import Membership
-from cluster.control.operator import Operator
+from cluster.control.operator import Operator, Receipt
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement, Replica
 from cluster.placement.spares import homeless, sheltered, without
@@ -16,9 +16,11 @@ from cluster.placement.spares import homeless, sheltered, without
 _log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0  # between two looks without news
+_SURE_S = 0.3  # a process without a core for a moment answers the next question
+_POLL_S = 0.02
 _RESPARE_AFTER_S = 20.0  # a worker is back in less; then what it held gets its second home elsewhere
 _LEAVE_AFTER_S = 10.0  # with every worker there: one that has just come back may go again
-_ABSENT_AFTER_S = 10.0  # a worker of the placement of which a restarted controller has not heard
+_ABSENT_AFTER_S = 10.0  # since the first worker was ready: one of which a restarted controller has not heard is gone
 
 
 class Rescuer:
@@ -34,18 +36,20 @@ class Rescuer:
         self._operator = operator
         self._changed = changed
         self._least = least
-        self._started = time.monotonic()
+        self._first_ready: float | None = None
         self._loaded: set[str] = set()  # workers that have been ready: one that starts for the first time is awaited
         self._shelters: frozenset[Replica] = frozenset()  # what was added for workers that were away
+        self._silent_since: dict[str, float] = {}
         self._down_since: float | None = None
         self._whole_since: float | None = None
+        self._going: set[asyncio.Task[Receipt]] = set()
         self._said = ""  # what could not be helped, as it was told
 
     async def run(self) -> None:
         """For ever."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_S), self._changed:
+                async with asyncio.timeout(_SURE_S / 3 if self._silent_since else _LOOK_S), self._changed:
                     await self._changed.wait()
             try:
                 await self.look(time.monotonic())
@@ -74,10 +78,16 @@ class Rescuer:
         """Workers of the placement that cannot be asked, other than those that start for the first time."""
         members = {member.id: member for member in self._membership.view.members if member.role == "expert"}
         self._loaded |= {member.id for member in members.values() if member.state == "ready"}
-        down = {worker for worker in self._membership.away if worker in self._loaded or members[worker].state == "lost"}
-        if now - self._started > _ABSENT_AFTER_S:
+        away = [members[worker] for worker in self._membership.away]
+        silent = [member.id for member in away if member.state not in ("lost", "starting")]
+        self._silent_since = {worker: self._silent_since.get(worker, now) for worker in silent}
+        down = {member.id for member in away if member.state == "lost" or member.id in self._loaded}
+        down -= {worker for worker, since in self._silent_since.items() if now - since < _SURE_S}
+        if self._loaded and self._first_ready is None:
+            self._first_ready = now
+        if self._first_ready is not None and now - self._first_ready > _ABSENT_AFTER_S:
             down |= set(self._placement.workers) - members.keys()
-        return frozenset(down)
+        return frozenset(down & set(self._placement.workers))
 
     async def _shelter(self, placement: Placement, down: frozenset[str], least: int) -> None:
         members = self._membership.view.members
@@ -89,7 +99,7 @@ class Rescuer:
         names = ", ".join(sorted(down & set(placement.workers)))
         if added:
             self._shelters |= added
-            await self._operator.urgently(after, f"fail-over of {names}")
+            await self._bring(after, f"fail-over of {names}")
             self._said = ""
         if left := len(homeless(after, down)):
             self._tell(f"{left} experts of {names} find no free slot elsewhere; requests wait until it is back")
@@ -97,8 +107,26 @@ class Rescuer:
     async def _leave(self, placement: Placement) -> None:
         after = without(placement, self._shelters)
         if after.all_replicas() != placement.all_replicas():
-            await self._operator.urgently(after, "end of the fail-over")
+            await self._bring(after, "end of the fail-over")
         self._shelters = frozenset()
+
+    async def _bring(self, goal: Placement, action: str) -> None:
+        """Returns once `goal` is published: a router that waits for yet another expert has not acknowledged it.
+
+        PlacementError when it was given up.
+        """
+        going = asyncio.create_task(self._operator.urgently(goal, action))
+        self._going.add(going)
+        going.add_done_callback(self._gone)
+        while not going.done() and self._placement.epoch < goal.epoch:
+            await asyncio.wait({going}, timeout=_POLL_S)
+        if going.done():
+            going.result()
+
+    def _gone(self, going: asyncio.Task[Receipt]) -> None:
+        self._going.discard(going)
+        if not going.cancelled():
+            going.exception()  # it is told of in the receipt
 
     def _tell(self, what: str) -> None:
         if what != self._said:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from cluster.fleet.metrics import serve_metrics
 from cluster.fleet.shard_keeper import ShardKeeper
 from cluster.fleet.weight_source import WeightSource
 from cluster.fleet.worker_readings import Loads, WorkerReadings
+from cluster.observe import logs
 from cluster.observe.exposition import Reading
 from cluster.placement.placement import Placement
 from cluster.router.sizing import expert_format_of
@@ -54,7 +54,7 @@ class ExpertWorker:
         self, worker: str, config: Config, checkpoint: str, threads: int, controller: Any, credentials: Credentials
     ) -> None:
         """`checkpoint` is a directory; `controller` the handle of the actor that has `sync`. Returns at once."""
-        logging.basicConfig(level=config.log_level.upper())
+        logs.configure(config.log_level, config.log_format, worker)
         set_threads(threads)
         self._worker = worker
         self._config = config

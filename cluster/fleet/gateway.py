@@ -24,7 +24,7 @@ from cluster.fleet.metrics import aliases_of
 from cluster.fleet.page_source import ControllerSource
 from cluster.fleet.request_id import OneRequestId
 from cluster.gateway.context import ModelCard
-from cluster.observe import endpoint
+from cluster.observe import endpoint, logs, tracing
 from cluster.observe.process import ProcessReadings
 from workers.transport.grpc.credentials import Credentials
 
@@ -47,6 +47,8 @@ class Gateway:
         _listen_on_node_address()
         _keep_request_ids()
         self._id = self._rank()
+        logs.configure(config.log_level, config.log_format, self._id)
+        tracing.configure(config.otlp_traces_endpoint, self._id, config.cluster_name or "")
         self._url = url
         self._node = ray.get_runtime_context().get_node_id()
         self._session = Session(credentials, rejoin_timeout_s=config.rejoin_timeout_s)
@@ -129,6 +131,7 @@ def scale(config: Config, model: ModelCard, url: str, credentials: Credentials, 
         ray.get(controller.update_deployment_replicas.remote(deployment, n))
         return
     quiet = {"log_level": config.log_level.upper(), "enable_access_log": False}
+    quiet["encoding"] = "JSON" if config.log_format == "json" else "TEXT"
     # In a Ray of our own this is where Serve's own servers are; HAProxy listens on `config.host` (fleet.haproxy_exec).
     host = node_address() if config.ray_address is None else config.host
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": config.port}, logging_config=quiet)

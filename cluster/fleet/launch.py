@@ -79,7 +79,9 @@ def start_controller(config: Config, plan: Plan, url: str, credentials: Credenti
     placement = striped(plan.n_layers, plan.n_experts, holders, dense_layers=plan.dense_layers, spares=spares)
     options = Options(
         admin=AdminOptions(config.admin_host, config.admin_port, admin_token),
-        metrics=MetricsOptions("", config.metrics_port, config.per_expert_metrics == "on"),
+        metrics=MetricsOptions(
+            "", config.metrics_port, config.per_expert_metrics == "on", config.log_level, config.log_format
+        ),
         rebalance=RebalanceOptions(
             config.rebalance, config.rebalance_interval_s, config.rebalance_horizon_s, config.rebalance_min_gain
         ),

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import Config
 from cluster.control.client import NAME, NAMESPACE, ControllerByName
+from cluster.control.faults import Fault
 from cluster.errors import ExpertMeshError
 from cluster.fleet import gateway
 from cluster.fleet.ray_errors import reason
@@ -40,6 +41,10 @@ class ExpertActor:
     async def ready(self) -> str:
         """As `ExpertWorker.ready`."""
         return str(await self._worker.ready())
+
+    async def inflict(self, fault: Fault) -> None:
+        """As `ExpertWorker.inflict`."""
+        await self._worker.inflict(fault)
 
 
 @dataclass(frozen=True, slots=True)

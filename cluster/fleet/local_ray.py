@@ -56,6 +56,8 @@ def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str
         # Under this name Ray knows the setting that makes a node's address 127.0.0.1: all its servers bind to that.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        # Without its head Ray starts nothing, but what runs goes on; its own limit is a minute.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run_dir / "haproxy.cfg"),

@@ -14,9 +14,11 @@ from cluster.config import Config
 from cluster.control.client import ControllerClient
 from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
+from cluster.errors import TraceError
 from cluster.fleet.actor import loading, node_address, start_or_end
 from cluster.fleet.fault_proxy import FaultProxy
 from cluster.fleet.metrics import serve_metrics
+from cluster.observe import logs, tracing
 from cluster.observe.exposition import Reading
 from workers.transport.grpc.credentials import Credentials
 
@@ -44,7 +46,8 @@ class Router:
     def __init__(
         self, router_id: str, config: Config, checkpoint: str, threads: int, controller: Any, credentials: Credentials
     ) -> None:
-        logging.basicConfig(level=config.log_level.upper())
+        logs.configure(config.log_level, config.log_format, router_id)
+        tracing.configure(config.otlp_traces_endpoint, router_id, config.cluster_name or "")
         self._id = router_id
         self._config = config
         self._checkpoint = checkpoint
@@ -140,13 +143,13 @@ class Router:
         from cluster.routing.trace import Header
 
         config, spec = self._config, source.spec
-        if config.routing_trace is None or not spec.top_k:
+        if config.routing_trace is None or not spec.experts:
             return None
         header = Header(source.path.name, spec.n_layers, spec.n_experts, spec.top_k, config.routing_trace_sample)
         path = config.routing_trace / f"{self._id}.jsonl.gz"
         try:
             return RoutingTrace(path, self._id, header)
-        except OSError as error:
+        except (OSError, TraceError) as error:
             log.error("no routing trace is written: %s", error)
             return None
 

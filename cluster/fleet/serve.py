@@ -26,6 +26,7 @@ from cluster.fleet.run_state import RunDirectory, RunState, credentials_path, ma
 from cluster.fleet.signals import Signals, Stopped
 from cluster.fleet.watch import Watch
 from cluster.models import resolve
+from cluster.observe import tracing
 from cluster.state_dir import cache_home
 from workers.transport.grpc.credentials import Credentials
 
@@ -49,6 +50,8 @@ def serve(config: Config, console: Console) -> None:
             preflight.check_port(config.host, config.port)
         if config.prometheus:
             prometheus.check_installed()
+        if config.otlp_traces_endpoint is not None:
+            tracing.check_installed()
         checkpoint = resolve(config.model)
         with console.status(f"checking {checkpoint}"):
             plan = preflight.plan(config, checkpoint)

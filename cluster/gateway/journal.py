@@ -30,6 +30,7 @@ class Entry:
     # Where it runs, and how it came there.
     stream: RouterStream | None = None
     full: set[RouterStream] = field(default_factory=set)  # routers whose queue was full in this round
+    full_rounds: int = 0  # in which every queue was full, one after another
     losses: int = 0  # routers lost in a row without one token between
     expiry: asyncio.TimerHandle | None = None  # set while it waits for a router
 
@@ -43,7 +44,7 @@ class Entry:
     def record(self, output: StepOutput) -> None:
         """Journal what a router gave, then hand it to the reader."""
         self.emitted_ids.extend(output.token_ids)
-        self.losses = 0
+        self.losses = self.full_rounds = 0
         if output.prompt_logprobs is not None:
             self.prompt_logprobs_given = True
         if output.routing is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.errors import ExpertMeshError
 from cluster.router.codec import MESSAGE_BYTES, ROUTER_KEY, STREAM_METHOD
@@ -19,6 +20,8 @@ from workers.transport.grpc.serving import channel_options
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.1  # between two streams; gRPC itself spaces the attempts to connect
+_PULSE_S = 1.0  # between two questions whether the router lives, and the time it has to answer
+_MISSED = 2  # answers; computing a prompt anew elsewhere costs more than a second
 
 
 class RouterStream:
@@ -91,6 +94,7 @@ class RouterStream:
         stream: Any = channel.stream_stream(STREAM_METHOD, pb.Command.SerializeToString, pb.Event.FromString)
         call = stream(metadata=(*self._credentials.metadata, (ROUTER_KEY, self.router)))
         writer = asyncio.create_task(self._write(call))
+        pulse = asyncio.create_task(self._feel(health_pb2_grpc.HealthStub(channel).Check, call))
         try:
             async for event in call:
                 self._said = ""
@@ -98,9 +102,28 @@ class RouterStream:
                     self._set_state(event.state)
                 if event.outputs:
                     self._on_event(self, event)
+        except asyncio.CancelledError:
+            if pulse.done() and not self._task.cancelling():  # it was the call that was cancelled, not this task
+                raise ExpertMeshError("it does not answer") from None
+            raise
         finally:
             writer.cancel()
+            pulse.cancel()
             call.cancel()
+
+    async def _feel(self, check: Any, call: grpc.aio.StreamStreamCall[pb.Command, pb.Event]) -> None:
+        """End the stream of a router that does not answer: one that is stopped or stuck keeps its connection."""
+        missed = 0
+        while missed < _MISSED:
+            await asyncio.sleep(_PULSE_S)
+            began = asyncio.get_running_loop().time()
+            try:
+                await check(health_pb2.HealthCheckRequest(), timeout=_PULSE_S)
+                missed = 0
+            except grpc.aio.AioRpcError as error:
+                late = asyncio.get_running_loop().time() - began > 2 * _PULSE_S  # it was us who stood still
+                missed += error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not late
+        call.cancel()
 
     async def _write(self, call: grpc.aio.StreamStreamCall[pb.Command, pb.Event]) -> None:
         try:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
 from typing import Self
@@ -15,6 +15,9 @@ from cluster.errors import RequestError
 from cluster.gateway.journal import Entry
 from cluster.gateway.latency import Waits
 from cluster.gateway.router_stream import RouterStream
+from cluster.gateway.suspects import MAX_LOSSES, Suspects
+from cluster.observe.context import request_id
+from cluster.observe.tracing import current_traceparent
 from cluster.router.codec import decode_output, decode_refusal, encode_cancel
 from cluster.router.params import SamplingParams, StepOutput
 from workers.pb import generation_pb2 as pb
@@ -22,9 +25,6 @@ from workers.transport.grpc.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
-# A request that was on this many routers in a row when they died, without a token between, is probably why they did.
-# Many, because routers that die for another reason can do so again while a long prompt is computed anew.
-_MAX_LOSSES = 32
 _FULL_RETRY_S = 0.25  # a continued request that finds every queue full asks again after this
 
 
@@ -63,6 +63,7 @@ class Session:
         self._streams: list[RouterStream] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._ids = count()
+        self._suspects = Suspects()
         self._open: dict[str, Entry] = {}  # by request id, oldest first; each says where it runs, or that it waits
         self._requests = self._tokens = self._fail_overs = 0
         self._first_waits, self._next_waits = Waits(), Waits()
@@ -120,6 +121,9 @@ class Session:
         `prompt_logprobs` come at most once. RequestError when it is refused, or can go on nowhere; a refusal comes
         before the first output.
         """
+        origin, traceparent = request_id.get(), current_traceparent()
+        if origin or traceparent:
+            params = replace(params, origin=origin, traceparent=traceparent)
         entry = Entry(str(next(self._ids)), prompt_ids, params)
         self._requests += 1
         self._open[entry.request_id] = entry
@@ -154,7 +158,7 @@ class Session:
     def _place(self, entry: Entry) -> None:
         """Give a request to the ready router with the fewest of ours, or let it wait for one."""
         candidates = self._candidates(entry)
-        if not candidates:
+        if not candidates or self._suspects.holds_back(entry):
             self._wait(entry)
             return
         self._stop_waiting(entry)
@@ -165,6 +169,10 @@ class Session:
     def _place_waiting(self) -> None:
         for entry in [entry for entry in self._open.values() if entry.expiry is not None]:
             self._place(entry)
+
+    def _end_trial(self, entry: Entry) -> None:
+        if self._suspects.clear(entry):
+            self._place_waiting()
 
     def _candidates(self, entry: Entry) -> list[RouterStream]:
         """The ready routers that have not said in this round that their queue is full."""
@@ -193,6 +201,7 @@ class Session:
             entry.stream.send(encode_cancel(entry.request_id))
             _release(entry)
             self._sweep()
+        self._end_trial(entry)
 
     def _sweep(self) -> None:
         """Close the streams of routers that left the fleet, once nothing runs on them."""
@@ -217,6 +226,7 @@ class Session:
             output = decode_output(message)
             self._tokens += len(output.token_ids)
             entry.record(output)
+            self._end_trial(entry)
         self._sweep()
 
     def _refused(self, stream: RouterStream, entry: Entry, error: RequestError) -> None:
@@ -227,7 +237,8 @@ class Session:
             entry.full.add(stream)
             if self._candidates(entry):
                 self._place(entry)
-            elif entry.accepted:
+            elif entry.accepted and entry.full_rounds * _FULL_RETRY_S < self._rejoin_timeout_s:
+                entry.full_rounds += 1
                 asyncio.get_running_loop().call_later(_FULL_RETRY_S, self._retry, entry)
             else:
                 entry.fail(error)
@@ -252,8 +263,9 @@ class Session:
         entry.losses += 1
         entry.full.clear()
         self._fail_overs += 1
-        if entry.losses >= _MAX_LOSSES:
-            log.error("request %s lost %d routers in a row; given up", entry.request_id, entry.losses)
+        if entry.losses >= MAX_LOSSES:
+            said = {"request_id": entry.params.origin}
+            log.error("a request lost %d routers in a row; given up", entry.losses, extra=said)
             message = f"{entry.losses} routers in a row were lost while they worked on this request"
             entry.fail(RequestError(message, code="internal_error", status=500))
         elif not entry.end_by_length():

@@ -52,7 +52,9 @@ class Endpoint:
 
 
 class _Server(ThreadingWSGIServer):
-    allow_reuse_address = False  # a port that another process listens on is taken
+    # A process that was restarted takes its port again, whatever connections of the one before linger there, so that a
+    # probe of that port reaches it. A port that somebody listens on is taken all the same.
+    allow_reuse_address = True
 
 
 class _SilentHandler(WSGIRequestHandler):

@@ -39,7 +39,7 @@ class Routes:
         self.n_experts = placement.n_experts
         avoided = {index for index, worker in enumerate(placement.workers) if worker in down}
         self._owner_LE = np.zeros((len(placement.replicas), placement.n_experts), np.int64)
-        self._is_alone_LW = np.zeros((len(placement.replicas), len(placement.workers)), bool)
+        self._is_alone_LW = [[False] * len(placement.workers) for _ in placement.replicas]
         self._choices: list[list[_Choice]] = []
         for layer, experts in enumerate(placement.replicas):
             choices = []
@@ -51,7 +51,7 @@ class Routes:
                 # An expert without a live replica stays with a dead one: the exchange waits for it.
                 self._owner_LE[layer, expert] = active[0][0] if active else holders[0]
                 if len(live) < 2:
-                    self._is_alone_LW[layer, self._owner_LE[layer, expert]] = True
+                    self._is_alone_LW[layer][self._owner_LE[layer, expert]] = True
                 if len(active) > 1:
                     workers, shares = zip(*active, strict=True)
                     choices.append(_Choice(expert, workers, shares, [0] * len(active)))
@@ -68,7 +68,7 @@ class Routes:
 
     def has_others(self, layer: int, worker: int) -> bool:
         """Whether whatever the worker with index `worker` computes of `layer` could be computed elsewhere too."""
-        return not self._is_alone_LW[layer, worker]
+        return not self._is_alone_LW[layer][worker]
 
     def has_choice(self, layer: int) -> bool:
         """Whether an expert of `layer` has more than one replica to go to."""

@@ -39,7 +39,8 @@ def build_engine(
     checkpoint = _checkpoint(config, source)
     model = build_model(config, checkpoint, experts)
     grammars = GrammarCompiler(checkpoint.path, model.spec.vocab_size, model.spec.eos_ids)
-    return Engine(model, config, grammars, compute_on(model, config, trace))
+    spans = experts.spans if isinstance(experts, Exchange) else None
+    return Engine(model, config, grammars, compute_on(model, config, trace), spans)
 
 
 def build_model(config: Config, source: str | Path | Checkpoint, experts: Experts | None = None) -> Decoder:

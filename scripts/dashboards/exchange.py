@@ -90,6 +90,10 @@ def exchange() -> Dashboard:
             [query(_increase("expertmesh_exchange_deadlines_missed_total", "worker"), "{{worker}}")],
         ),
         lines(
+            "Asked elsewhere", "Parts of dispatches that another replica was asked for before the deadline.",
+            [query(_increase("expertmesh_exchange_hedges_total", "worker"), "{{worker}}")],
+        ),
+        lines(
             "Replies dropped", "Nobody awaited them any more.",
             [query(_increase("expertmesh_exchange_fenced_replies_total", "router"), "{{router}}")],
         ),

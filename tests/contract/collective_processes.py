@@ -13,6 +13,7 @@ import threading
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from cluster.placement.placement import Placement
 from cluster.router.exchange.exchange import Exchange
 from tests.contract.model import Model
 from workers.transport.collective.client import CollectiveTransport
@@ -46,7 +47,7 @@ class Processes:
             f"router-{i}": CollectiveTransport(f"router-{i}", HOST, deadline_s=deadline_s, on_change=self._look)
             for i in range(n_routers)
         }
-        self.exchanges: list[Exchange] = []
+        self.exchanges: list[tuple[Exchange, Placement]] = []  # of the routers, which hear where workers are
         self._deadline_s = deadline_s
         self._store, self._store_address = host_store(HOST)
         self._lock = threading.RLock()
@@ -124,5 +125,5 @@ class Processes:
         self._publish()
 
     def _publish(self) -> None:
-        for exchange in self.exchanges:
-            exchange.publish(exchange._views.published.placement, self.addresses)
+        for exchange, placement in self.exchanges:
+            exchange.publish(placement, self.addresses)

@@ -62,8 +62,8 @@ class StepTransport:
         return worker in self._ways
 
     @property
-    def unreachable(self) -> frozenset[str]:
-        return frozenset()
+    def unreachable(self) -> Mapping[str, str]:
+        return {}
 
     def room(self, worker: str, n_bytes: int) -> None:
         return None

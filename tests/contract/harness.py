@@ -114,19 +114,19 @@ class GrpcWorkers:
         self.addresses: dict[str, str] = {}
         self.shards: dict[str, GatedShard] = {}
         self._host = host
-        self._servers: dict[str, ExpertServer] = {}
+        self.servers: dict[str, ExpertServer] = {}
         self._transports: list[Transport] = []
 
     def start(self, worker: str, experts: Iterable[tuple[int, int]]) -> None:
         self.shards[worker] = gated(self.model, experts)
-        self._servers[worker] = ExpertServer(
+        self.servers[worker] = ExpertServer(
             self.shards[worker], worker, self._host, model=MODEL_NAME, credentials=CREDENTIALS, ways=self.acceptors
         )
-        self._servers[worker].start()
-        self.addresses[worker] = self._servers[worker].address
+        self.servers[worker].start()
+        self.addresses[worker] = self.servers[worker].address
 
     def kill(self, worker: str) -> None:
-        self._servers.pop(worker).stop(0)
+        self.servers.pop(worker).stop(0)
         self.shards.pop(worker).open.set()
         del self.addresses[worker]
 
@@ -140,7 +140,7 @@ class GrpcWorkers:
     def close(self) -> None:
         for transport in self._transports:
             transport.close()
-        for worker in list(self._servers):
+        for worker in list(self.servers):
             self.kill(worker)
 
 

@@ -46,8 +46,8 @@ def make_processes() -> Iterator[Callable[..., Processes]]:
 def exchanges_over(processes: Processes, placement: Placement = PLACEMENT) -> list[Exchange]:
     for transport in processes.transports.values():
         exchange = Exchange(placement, processes.addresses, transport, reply_timeout_s=20, rejoin_timeout_s=60)
-        processes.exchanges.append(exchange)
-    return processes.exchanges
+        processes.exchanges.append((exchange, placement))
+    return [exchange for exchange, _ in processes.exchanges]
 
 
 def undisturbed(given: list[Batch]) -> list[Tensor]:

@@ -243,7 +243,7 @@ def test_describe_and_health(workers: GrpcWorkers, channel: grpc.Channel) -> Non
 
 
 def test_a_worker_that_stops_answers_what_has_arrived(workers: GrpcWorkers, channel: grpc.Channel) -> None:
-    gate, server = workers.shards["a"].open, workers._servers["a"]
+    gate, server = workers.shards["a"].open, workers.servers["a"]
     transport = workers.transport()
     transport.connect("a", workers.addresses["a"])
     server.drain()

@@ -51,8 +51,10 @@ def test_survivors_take_over_what_a_killed_worker_held_alone(fleet: RunningClust
     assert sum(spread) == len(spread) + 1, "what was added goes again, but for the pinned replica"
 
 
-def test_a_worker_that_hangs_for_a_while_and_a_slow_one(fleet: RunningCluster) -> None:
+def test_a_worker_and_a_router_that_hang(fleet: RunningCluster) -> None:
+    """The router for so long that its gateway gives it up: its requests go on elsewhere meanwhile."""
     chaos(fleet, "pause", "expert-0", "--seconds", "2", "--tokens", "200")
+    chaos(fleet, "pause", "router-1", "--seconds", "4", "--tokens", "200")
 
 
 def test_requests_of_a_router_that_is_cut_off_go_on_elsewhere(fleet: RunningCluster) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import struct
-
 from workers import wire
 
-#: Of its header.
+#: Of its header, and where its fields are in it. Kernels take numbers, not the fields of a numpy type.
 HEADER_BYTES = wire.HEADER_BYTES
-#: Where the header says how many pairs there are.
-N_PAIRS = struct.Struct("<48xI")
+LAYER, N_TOKENS, N_PAIRS, WIDTH = map(wire.place, ("layer", "n_tokens", "n_pairs", "width"))
+PAYLOAD_BYTES, COMPUTE_NS = map(wire.place, ("payload_bytes", "compute_ns"))
 #: In the control page of a ring in shared memory (`transport.shm.ring`): its last messages, how many and how long.
 RING_ENTRIES, RING_MESSAGES, RING_ENTRY_BYTES = 1024, 64, 32
 #: Requests of up to so many rows are laid out and answered by kernels: Python would take longer than they do.

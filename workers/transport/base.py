@@ -5,7 +5,7 @@ Shape legend: T token rows of one part, P (token, expert) pairs of one part, D h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -93,8 +93,8 @@ class Transport(Protocol):
         """Whether `worker` would answer, as far as is known without waiting. Of use for one that failed."""
 
     @property
-    def unreachable(self) -> frozenset[str]:
-        """Workers known not to answer, though they may be there for others. From any thread."""
+    def unreachable(self) -> Mapping[str, str]:
+        """Workers known not to answer, though they may be there for others, and at which address. From any thread."""
 
     def room(self, worker: str, n_bytes: int) -> memoryview | None:
         """Where the next request to `worker`, of so many bytes, may be laid out, so that sending it copies nothing.

@@ -41,9 +41,9 @@ class LocalTransport:
         return worker in self._shards
 
     @property
-    def unreachable(self) -> frozenset[str]:
+    def unreachable(self) -> Mapping[str, str]:
         """None: a worker that is connected and away is lost to everybody."""
-        return frozenset()
+        return {}
 
     def room(self, worker: str, n_bytes: int) -> None:
         """Anywhere."""

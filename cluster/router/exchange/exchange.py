@@ -23,6 +23,7 @@ from cluster.router.exchange.sender import Part, Sender
 from cluster.router.exchange.split import split
 from cluster.router.exchange.views import View, Views
 from cluster.router.exchange.worker_pool import WorkerPool
+from cluster.router.spans import RouterSpans
 from workers.kernels.dispatch import Plan
 from workers.kernels.ops import Ops
 from workers.kernels.select import ops_for
@@ -62,8 +63,10 @@ class Exchange:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         step_way: StepWay | None = None,
+        spans: RouterSpans | None = None,
     ) -> None:
-        """`device`, `dtype`: of the rows. `step_way`: how captured steps reach the workers."""
+        """`device`, `dtype`: of the rows. `step_way`: how captured steps reach the workers. `spans`: of the router."""
+        self.spans = spans or RouterSpans()
         self._rejoin_timeout_s = rejoin_timeout_s
         self._n_experts = placement.n_experts
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
@@ -102,8 +105,10 @@ class Exchange:
 
     @property
     def unreachable(self) -> frozenset[str]:
-        """Expert workers that do not answer this router, be they gone or not. From any thread."""
-        return self._pool.transport.unreachable
+        """Expert workers that do not answer this router where the newest view has them. From any thread."""
+        addresses = self._views.published.addresses
+        silent = self._pool.transport.unreachable.items()
+        return frozenset(worker for worker, address in silent if addresses.get(worker) == address)
 
     def load(self) -> Load:
         """The rows of experts and workers. From any thread, but always the same one."""
@@ -201,5 +206,7 @@ class Exchange:
             now = time.perf_counter()
             counters.combine_seconds += now - received
             counters.exchanges.add(now - handle.began)
+            if self.spans.is_tracing:
+                self.spans.exchange(parts, handle.began, now)
         self._views.leave(handle.epoch)
         return y_TD

@@ -64,7 +64,7 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "tool_call_parser": "hermes",
         "rebalance": "off",
         "weights": "peer",
-        "per_expert_metrics": "on",
+        "per_expert_metrics": "auto",
         "routing_trace": str(tmp_path),
         "routing_trace_sample": "0.5",
         "rebalance_min_gain": "0.2",

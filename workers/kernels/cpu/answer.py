@@ -15,8 +15,8 @@ from workers.kernels.cpu.arguments import Experts, ReadRequest
 from workers.kernels.cpu.experts import expert_arguments, n_places
 from workers.kernels.cpu.kernel import HEAD
 from workers.kernels.experts import LayerExperts
-from workers.kernels.message import FEW_ROWS, HEADER_BYTES, N_PAIRS
-from workers.wire import REPLY, REQUEST, first_word
+from workers.kernels.message import FEW_ROWS, HEADER_BYTES
+from workers.wire import REPLY, REQUEST, first_word, pairs_of
 
 # Of the messages of `wire`; the kernel knows where the fields of a header are, too.
 _REQUEST, _REPLY = (first_word(kind, torch.float32) for kind in (REQUEST, REPLY))
@@ -63,7 +63,7 @@ class CpuAnswers:
         )
 
     def answer(self, message: memoryview) -> memoryview | None:
-        n_pairs: int = N_PAIRS.unpack_from(message)[0] if len(message) >= HEADER_BYTES else 0
+        n_pairs = pairs_of(message) if len(message) >= HEADER_BYTES else 0
         n_bytes = self.reply_bytes(n_pairs)
         if not n_bytes:
             return None

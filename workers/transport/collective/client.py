@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -105,9 +105,9 @@ class CollectiveTransport:
         return mesh is not None and mesh.broken is None and worker in mesh.group.workers
 
     @property
-    def unreachable(self) -> frozenset[str]:
+    def unreachable(self) -> Mapping[str, str]:
         """None: whoever does not answer one of a group has left it for all."""
-        return frozenset()
+        return {}
 
     def room(self, worker: str, n_bytes: int) -> None:
         """Anywhere: requests are copied to where the group sends from."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.errors import DeviceError
-from workers.transport.device.launch import STRIDE
+from workers.transport.device.launch import STRIDE, Turn
 from workers.transport.device.rows import StepRows
 
 _NAME = "expertmesh-rows"
@@ -61,23 +61,12 @@ class PeerHostMemory:
 
 
 class HostLaunch:
-    """`Launch` at once."""
+    """`Launch` by torch, at once; its methods are described there."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
 
-    def ask(
-        self,
-        rows: StepRows,
-        step: Tensor,
-        status: Tensor,
-        layer: int,
-        x_TD: Tensor,
-        ids_TK: Tensor,
-        owner_E: Tensor,
-        count_E: Tensor,
-    ) -> Tensor:
-        """See `Launch`."""
+    def ask(self, rows: StepRows, turn: Turn, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor, count_E: Tensor) -> Tensor:
         n_rows, top_k = ids_TK.shape
         ids_TK = ids_TK.to(torch.int32)
         order_TK = ids_TK.argsort(dim=1, stable=True)
@@ -90,53 +79,39 @@ class HostLaunch:
         rows.x_TD[:n_rows] = x_TD
         rows.word_P.fill_(-1)
         rows.word_P[: n_rows * top_k] = word_TK.flatten()
-        _signal(rows.asked[0], step, status, layer)
+        _signal(rows.asked[0], turn)
         return place_TK
 
-    def await_done(self, rows: StepRows, step: Tensor, status: Tensor, layer: int) -> None:
-        """See `Launch`."""
+    def await_done(self, rows: StepRows, turn: Turn) -> None:
         for flag in rows.done[:, 0]:
-            self._wait(flag, step, status, layer)
+            self._wait(flag, turn)
 
-    def take(
-        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, x_TD: Tensor, ids_TK: Tensor
-    ) -> None:
-        """See `Launch`."""
-        self._wait(rows.asked[0], step, status, layer)
+    def take(self, rows: StepRows, turn: Turn, worker: int, x_TD: Tensor, ids_TK: Tensor) -> None:
+        self._wait(rows.asked[0], turn)
         word_TK = rows.word_P[: ids_TK.numel()].view(ids_TK.shape)
-        is_on = int(step) >= 0 and int(status) == 0
+        is_on = int(turn.step) >= 0 and int(turn.status) == 0
         ids_TK.copy_(torch.where((word_TK >> 16 == worker) & (word_TK >= 0) & is_on, word_TK & 0xFFFF, -1))
         x_TD.copy_(rows.x_TD[: len(x_TD)])
 
-    def give(
-        self,
-        rows: StepRows,
-        step: Tensor,
-        status: Tensor,
-        layer: int,
-        worker: int,
-        y_PD: Tensor,
-        place_P: Tensor,
-        ids_P: Tensor,
-    ) -> None:
-        """See `Launch`."""
+    def give(self, rows: StepRows, turn: Turn, worker: int, y_PD: Tensor, place_P: Tensor, ids_P: Tensor) -> None:
         here_P = place_P >= 0
         if bool((ids_P[~here_P] >= 0).any()):
-            status.fill_(1)
+            turn.status.fill_(1)
         rows.y_PD[: len(place_P)][here_P] = y_PD[place_P[here_P].long()]
-        _signal(rows.done[worker, 0], step, status, layer)
+        _signal(rows.done[worker, 0], turn)
 
-    def _wait(self, flag: Tensor, step: Tensor, status: Tensor, layer: int) -> None:
-        if int(step) < 0:
+    def _wait(self, flag: Tensor, turn: Turn) -> None:
+        if int(turn.step) < 0:
             return
-        wanted, end = int(step) + layer, time.monotonic() + (self._limit_s if int(status) == 0 else 0)
+        wanted = int(turn.step) + turn.layer
+        end = time.monotonic() + (self._limit_s if int(turn.status) == 0 else 0)
         while int(flag) < wanted and time.monotonic() < end:
             time.sleep(_SPIN_S)
         if int(flag) < wanted:
-            status.fill_(1)
+            turn.status.fill_(1)
 
 
-def _signal(flag: Tensor, step: Tensor, status: Tensor, layer: int) -> None:
-    assert layer < STRIDE
-    if int(step) >= 0 and int(status) == 0:
-        flag.fill_(int(step) + layer)
+def _signal(flag: Tensor, turn: Turn) -> None:
+    assert turn.layer < STRIDE
+    if int(turn.step) >= 0 and int(turn.status) == 0:
+        flag.fill_(int(turn.step) + turn.layer)

@@ -1,12 +1,8 @@
-"""The exchange's kernels on a GPU, as each side calls them. Nothing but launches: a step can be captured.
-
-`step`, int64 [1] on the device of the side, is the number of the step times `STRIDE`; below 0 the side takes no part.
-`status`, int64 [1] there, is above 0 when the step is void.
-"""
+"""The exchange's kernels on a GPU, as each side calls them. Nothing but launches: a step can be captured."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -15,44 +11,30 @@ from workers.transport.device.rows import StepRows
 STRIDE = 4096  # more than layers
 
 
+class Turn(NamedTuple):
+    """Which layer of which step it is. The tensors are on the device of the side."""
+
+    step: Tensor  # int64 [1]: the number of the step times `STRIDE`; below 0 the side takes no part
+    status: Tensor  # int64 [1]: above 0 when the step is void
+    layer: int  # from 1
+
+
 class Launch(Protocol):
     """What both sides do with the memory that they share, in the order of one stream."""
 
-    def ask(
-        self,
-        rows: StepRows,
-        step: Tensor,
-        status: Tensor,
-        layer: int,
-        x_TD: Tensor,
-        ids_TK: Tensor,
-        owner_E: Tensor,
-        count_E: Tensor,
-    ) -> Tensor:
+    def ask(self, rows: StepRows, turn: Turn, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor, count_E: Tensor) -> Tensor:
         """The router's rows and choices, and that they are there. int32 [T, K]: where each choice's row will be.
 
-        owner_E: int32, the worker of each expert. count_E: int64, its pairs are added. `layer` counts from 1.
+        owner_E: int32, the worker of each expert. count_E: int64, its pairs are added.
         """
 
-    def await_done(self, rows: StepRows, step: Tensor, status: Tensor, layer: int) -> None:
-        """Until every worker has given its rows; `status` becomes 1 when one has not in time."""
+    def await_done(self, rows: StepRows, turn: Turn) -> None:
+        """Until every worker has given its rows; the status becomes 1 when one has not in time."""
 
-    def take(
-        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, x_TD: Tensor, ids_TK: Tensor
-    ) -> None:
+    def take(self, rows: StepRows, turn: Turn, worker: int, x_TD: Tensor, ids_TK: Tensor) -> None:
         """Until the router has asked; then its rows and, of its choices, the experts of `worker`, -1 elsewhere."""
 
-    def give(
-        self,
-        rows: StepRows,
-        step: Tensor,
-        status: Tensor,
-        layer: int,
-        worker: int,
-        y_PD: Tensor,
-        place_P: Tensor,
-        ids_P: Tensor,
-    ) -> None:
+    def give(self, rows: StepRows, turn: Turn, worker: int, y_PD: Tensor, place_P: Tensor, ids_P: Tensor) -> None:
         """The rows of the pairs that have a place, and the word that they are there; not if one that `ids_P` names has
         none, which makes the step void."""
 
@@ -67,59 +49,35 @@ class CudaLaunch:
         self._kernels = compiled
         self._limit_ns = int(limit_s * 1e9)
 
-    def ask(
-        self,
-        rows: StepRows,
-        step: Tensor,
-        status: Tensor,
-        layer: int,
-        x_TD: Tensor,
-        ids_TK: Tensor,
-        owner_E: Tensor,
-        count_E: Tensor,
-    ) -> Tensor:
+    def ask(self, rows: StepRows, turn: Turn, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor, count_E: Tensor) -> Tensor:
         (n_rows, top_k), d = ids_TK.shape, rows.layout.hidden_size
         place_TK = ids_TK.new_empty(ids_TK.shape, dtype=owner_E.dtype)
         self._kernels.ask_kernel[(rows.layout.n_rows,)](
             x_TD, ids_TK, owner_E, rows.x_TD, rows.word_P, place_TK, count_E, n_rows, D=d, BD=_block(d), K=top_k,
             K2=_power(top_k), num_warps=4,
         )  # fmt: skip
-        self._kernels.signal_kernel[(1,)](rows.asked, step, status, layer, num_warps=1)
+        self._kernels.signal_kernel[(1,)](rows.asked, *turn, num_warps=1)
         return place_TK
 
-    def await_done(self, rows: StepRows, step: Tensor, status: Tensor, layer: int) -> None:
+    def await_done(self, rows: StepRows, turn: Turn) -> None:
         n_workers, stride = rows.done.shape
-        self._kernels.wait_kernel[(n_workers,)](
-            rows.done, step, status, layer, self._limit_ns, STRIDE=stride, num_warps=1
-        )
+        self._kernels.wait_kernel[(n_workers,)](rows.done, *turn, self._limit_ns, STRIDE=stride, num_warps=1)
 
-    def take(
-        self, rows: StepRows, step: Tensor, status: Tensor, layer: int, worker: int, x_TD: Tensor, ids_TK: Tensor
-    ) -> None:
+    def take(self, rows: StepRows, turn: Turn, worker: int, x_TD: Tensor, ids_TK: Tensor) -> None:
         n_rows, top_k = ids_TK.shape
         d = rows.layout.hidden_size
-        self._kernels.wait_kernel[(1,)](rows.asked, step, status, layer, self._limit_ns, STRIDE=1, num_warps=1)
+        self._kernels.wait_kernel[(1,)](rows.asked, *turn, self._limit_ns, STRIDE=1, num_warps=1)
         self._kernels.take_kernel[(n_rows,)](
-            rows.x_TD, rows.word_P, step, status, x_TD, ids_TK, worker, D=d, BD=_block(d), K=top_k, K2=_power(top_k),
-            num_warps=4,
+            rows.x_TD, rows.word_P, turn.step, turn.status, x_TD, ids_TK, worker, D=d, BD=_block(d), K=top_k,
+            K2=_power(top_k), num_warps=4,
         )  # fmt: skip
 
-    def give(
-        self,
-        rows: StepRows,
-        step: Tensor,
-        status: Tensor,
-        layer: int,
-        worker: int,
-        y_PD: Tensor,
-        place_P: Tensor,
-        ids_P: Tensor,
-    ) -> None:
+    def give(self, rows: StepRows, turn: Turn, worker: int, y_PD: Tensor, place_P: Tensor, ids_P: Tensor) -> None:
         d = rows.layout.hidden_size
         self._kernels.give_kernel[(len(place_P),)](
-            y_PD, place_P, ids_P, status, rows.y_PD, D=d, BD=_block(d), num_warps=4
+            y_PD, place_P, ids_P, turn.status, rows.y_PD, D=d, BD=_block(d), num_warps=4
         )
-        self._kernels.signal_kernel[(1,)](rows.done[worker], step, status, layer, num_warps=1)
+        self._kernels.signal_kernel[(1,)](rows.done[worker], *turn, num_warps=1)
 
 
 def _power(n: int) -> int:

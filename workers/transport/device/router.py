@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.kernels.ops import Delta, Ops, Unsummed
-from workers.transport.device.launch import STRIDE, Launch
+from workers.transport.device.launch import STRIDE, Launch, Turn
 from workers.transport.device.rows import StepRows
 
 
@@ -50,14 +50,12 @@ class StepExperts:
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Sent:
         """Let the workers have the rows; see `workers.model.experts.Experts`. An id below 0 is nobody's."""
         owner_E, count_E = self.owner_LE[layer], self._count_LE[layer]
-        place_TK = self._launch.ask(
-            self._rows, self._step, self._status, layer + 1, x_TD, expert_ids_TK, owner_E, count_E
-        )
+        place_TK = self._launch.ask(self._rows, self._turn(layer), x_TD, expert_ids_TK, owner_E, count_E)
         return Sent(layer, place_TK, weights_TK)
 
     def combine(self, handle: Sent) -> Delta:
         """What the workers gave: on a GPU not added up yet, elsewhere y_TD, in the dtype of the rows."""
-        self._launch.await_done(self._rows, self._step, self._status, handle.layer + 1)
+        self._launch.await_done(self._rows, self._turn(handle.layer))
         rows_PD = self._rows.y_PD[: handle.place_TK.numel()]
         unsummed = Unsummed(rows_PD, handle.place_TK, handle.weights_TK)
         return unsummed if rows_PD.is_cuda else added_up(unsummed)
@@ -68,6 +66,9 @@ class StepExperts:
     def micro_batches(self, n_rows: int) -> int:
         """One: both sides go through the layers together."""
         return 1
+
+    def _turn(self, layer: int) -> Turn:
+        return Turn(self._step, self._status, layer + 1)
 
 
 def added_up(delta: Unsummed) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.transport.device.launch import STRIDE, Launch
+from workers.transport.device.launch import STRIDE, Launch, Turn
 from workers.transport.device.rows import StepRows
 
 _NO_PART = -(1 << 62)
@@ -67,12 +67,14 @@ class StepWorker:
             for at, number in enumerate(numbers):
                 rows, me = routers[number]
                 part = slice(at * n_rows, (at + 1) * n_rows)
-                step = self._step_M[number : number + 1]
-                self._launch.take(rows, step, self.status, layer + 1, me, x_TD[part], ids_TK[part])
+                self._launch.take(rows, self._turn(number, layer), me, x_TD[part], ids_TK[part])
             y_PD, place_P = self._shard.fixed(layer, x_TD, ids_TK)
             for at, number in enumerate(numbers):
                 rows, me = routers[number]
                 part = slice(at * n_rows, (at + 1) * n_rows)
                 pairs = slice(at * n_rows * self._top_k, (at + 1) * n_rows * self._top_k)
-                step = self._step_M[number : number + 1]
-                self._launch.give(rows, step, self.status, layer + 1, me, y_PD, place_P[pairs], ids_TK[part].flatten())
+                ids_P = ids_TK[part].flatten()
+                self._launch.give(rows, self._turn(number, layer), me, y_PD, place_P[pairs], ids_P)
+
+    def _turn(self, router: int, layer: int) -> Turn:
+        return Turn(self._step_M[router : router + 1], self.status, layer + 1)

@@ -12,7 +12,6 @@ import torch
 
 from workers import wire
 from workers.errors import WireError
-from workers.kernels.message import N_PAIRS
 from workers.kernels.threads import limit_threads
 from workers.transport.base import Declined
 from workers.transport.batcher import Batcher
@@ -88,7 +87,7 @@ class Lane:
 
     def _answer(self, message: Message) -> None:
         content = message.content
-        n_pairs: int = N_PAIRS.unpack_from(content)[0]
+        n_pairs = wire.pairs_of(content)
         if n_bytes := self._batcher.shard.reply_bytes(n_pairs):
             reply, at = self._room(n_bytes)
             if self._batcher.answer_at(message.address, len(content), n_pairs, reply, at):

@@ -15,6 +15,7 @@ import pytest
 from cluster.control.chaos import Chaos
 from cluster.control.events import Events
 from cluster.control.faults import Fault, inflict
+from cluster.control.goal import Goal
 from cluster.control.membership import Membership
 from cluster.control.view import Member
 from cluster.errors import PlacementError
@@ -54,7 +55,7 @@ def test_a_process_is_stopped_goes_on_and_dies() -> None:
 
 
 def test_faults_have_to_be_allowed_and_name_who_is_there() -> None:
-    membership = Membership(striped(1, 2, ("expert-0",)), (), 0.0, 1)
+    membership = Membership(striped(1, 2, ("expert-0",)), Goal(), 0.0, 1)
     membership.report(Member("expert", "expert-0", 1, "n", "ready", "x:1"), 0.0)
     membership.report(Member("router", "router-0", 2, "n", "ready", "x:1"), 0.0)
     events = Events()

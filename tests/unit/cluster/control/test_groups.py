@@ -115,7 +115,7 @@ class Process:
     alive: bool = True
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.sampled_from(["kill", "start", "break", "report", "sweep", "controller"]), st.integers(0, 4)))
 )

@@ -15,6 +15,7 @@ from cluster.control.rebalancer import RebalanceOptions, Rebalancer, decide
 from cluster.errors import PlacementError
 from cluster.placement.planner import Forecast
 from tests.fake_fleet import WORKERS, Fleet
+from tests.loop import until
 
 
 def test_a_verb_that_fails_half_way_leaves_the_placement_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +118,7 @@ def test_advice_changes_nothing_and_a_failure_is_not_repeated_at_once() -> None:
 
     async def a_while() -> None:
         task = asyncio.create_task(auto.run())
-        await asyncio.sleep(0.3)
+        await until(lambda: auto.health.actions > 0)
         task.cancel()
 
     asyncio.run(a_while())

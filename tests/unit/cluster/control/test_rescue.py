@@ -41,7 +41,6 @@ class Fleet:
         self.membership = Membership(striped(2, 4, WORKERS, spares=spares), Goal(), 0.0, 1)
         self.operator = Operator(self.membership, self.change, 10, least_homes=least)
         self.rescuer = Rescuer(self.membership, self.operator, asyncio.Condition(), least)
-        self.rescuer._started = 0.0
         self.members = {name: expert(name) for name in WORKERS} | {"r0": router("r0"), "r1": router("r1")}
         self.routers_follow = True
         self.say()
@@ -84,6 +83,10 @@ def test_what_a_lost_worker_held_alone_goes_to_survivors_until_it_is_back(how: s
         fleet.say(router("r0", "expert-0"), router("r1", "expert-0"))
     else:
         fleet.say(expert("expert-0", state="lost" if how == "lost" else "starting"))
+    if how == "unreachable":
+        fleet.look()
+        assert fleet.placement.epoch == 1, "it may only have had no core for a moment"
+        fleet.now += 0.5
     fleet.look()
     assert fleet.placement.epoch == 2
     for layer, index in before.shard("expert-0"):

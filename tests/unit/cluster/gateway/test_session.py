@@ -11,9 +11,9 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 import pytest
 
 from cluster.errors import RequestError
-from cluster.gateway import session as session_module
 from cluster.gateway.journal import Entry
 from cluster.gateway.session import Session
+from cluster.gateway.suspects import MAX_LOSSES
 from cluster.router.params import SamplingParams, StepOutput, TokenLogprobs
 from cluster.router.service import GenerationService
 from tests.credentials import CREDENTIALS
@@ -238,8 +238,7 @@ async def test_a_full_queue_sends_a_request_to_the_next_router_and_then_refuses_
 
 
 @in_loop
-async def test_a_continued_request_waits_for_room_instead_of_being_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "_FULL_RETRY_S", 0.01)
+async def test_a_continued_request_waits_for_room_instead_of_being_refused() -> None:
     params = SamplingParams(max_tokens=60)
     async with cluster(FakeEngine(step_s=0.002), FakeEngine(max_queue=0)) as (session, routers):
         tasks = start(session, 4, params)
@@ -285,19 +284,39 @@ async def test_a_client_that_leaves_while_there_is_no_router_is_forgotten() -> N
 
 
 @in_loop
-async def test_a_request_that_takes_every_router_down_is_given_up() -> None:
-    engines = [FakeEngine() for _ in range(session_module._MAX_LOSSES + 1)]
-    async with cluster(*engines) as (session, routers):
-        for engine in engines:
-            engine.gate.clear()
-        [task] = start(session, 1, SamplingParams(max_tokens=5))
-        for _ in range(session_module._MAX_LOSSES):
-            await until(lambda: any(router.service.n_open for router in routers))
-            victim = next(router for router in routers if router.service.n_open)
-            await victim.service._server.stop()
-            await until(lambda victim=victim: not victim.service.n_open)  # type: ignore[misc]
+async def test_a_request_that_takes_routers_down_is_given_up_and_no_other_is() -> None:
+    """Would catch a request that goes on killing, and one that is blamed because it was there."""
+    params = SamplingParams(max_tokens=5, seed=3)
+    engines = [FakeEngine() for _ in range(2 * MAX_LOSSES)]
+    for engine in engines:
+        engine.gate.clear()
+    poison = (666, 7)
+    async with cluster(*engines[:1]) as (session, [router]):
+        victim = asyncio.create_task(tokens_of(session, poison, params))
+        others = start(session, 4, params)
+        dead = 0
+        while not victim.done():
+            await until(lambda router=router: router.service.n_open or victim.done())  # type: ignore[misc]
+            await asyncio.sleep(0.05)  # whoever else is placed there now
+            if not any(poison == sequence.prompt_ids for sequence in router.engine.sequences.values()):
+                router.engine.gate.set()  # a router without it works
+                await until(lambda router=router: not router.service.n_open or victim.done())  # type: ignore[misc]
+                router.engine.gate.clear()
+                continue
+            stopping = asyncio.create_task(router.service.stop())
+            await until(lambda router=router: not router.service.n_open)  # type: ignore[misc]
+            router.engine.gate.set()  # the step that it held up belongs to nobody any more
+            await stopping
+            dead += 1
+            router = Router(f"router-{dead}", engines[dead])
+            await router.service.start()
+            session.update(view([router]))
         with pytest.raises(RequestError, match="in a row"):
-            await task
+            await victim
+        assert dead == MAX_LOSSES
+        router.engine.gate.set()
+        await assert_undisturbed(others, params)
+        await router.stop()
 
 
 @in_loop
@@ -351,3 +370,23 @@ async def test_nothing_leaks_over_500_requests_of_which_half_are_cancelled() -> 
         assert all(stream.requests == 0 for stream in session.stats().streams)
         assert all(not router.service.n_open and router.service.n_gateways == 1 for router in routers)
     await until(lambda: len(asyncio.all_tasks()) == 2)  # the test's own and the limit around it
+
+
+@in_loop
+async def test_requests_of_a_router_that_is_isolated_go_on_elsewhere_and_it_gets_none_until_it_is_ready_again() -> None:
+    params = SamplingParams(max_tokens=100, seed=3)
+    async with cluster(FakeEngine(step_s=0.01), FakeEngine(step_s=0.01)) as (session, routers):
+        tasks = start(session, 6, params)
+        await until(lambda: session.stats().tokens > 60)
+        await routers[0].service.isolate()
+        await assert_undisturbed(tasks, params)
+        assert session.stats().fail_overs == 3
+        before = len(routers[0].engine.submitted)
+        await until(lambda: [each.state for each in session.stats().streams] == ["isolated", "ready"])
+        short = SamplingParams(max_tokens=5, seed=3)
+        await assert_undisturbed(start(session, 4, short), short)
+        assert len(routers[0].engine.submitted) == before
+        await routers[0].service.set_state("ready")
+        await until(lambda: all(each.state == "ready" for each in session.stats().streams))
+        await assert_undisturbed(start(session, 4, short), short)
+        assert len(routers[0].engine.submitted) == before + 2

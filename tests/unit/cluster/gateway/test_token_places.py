@@ -62,7 +62,7 @@ def tokenizers(paths: dict[str, Path]) -> dict[str, Tokenizer]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 def test_offsets_lead_to_each_token_in_the_text(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
     tokenizer = tokenizers[kind]
@@ -79,7 +79,7 @@ def test_offsets_lead_to_each_token_in_the_text(tokenizers: dict[str, Tokenizer]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_token_ids_are_spelt_with_each_in_its_place(tokenizers: dict[str, Tokenizer], kind: str, seed: int) -> None:
     tokenizer, rng = tokenizers[kind], random.Random(seed)

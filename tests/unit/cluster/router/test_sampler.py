@@ -142,7 +142,7 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(crowd=st.lists(st.sampled_from(range(len(KINDS))), min_size=1, max_size=12), steps=st.integers(1, 3))
 def test_the_same_tokens_alone_and_in_a_crowd(crowd: list[int], steps: int) -> None:
     together, alone = [sequence(**KINDS[kind]) for kind in crowd], [sequence(**KINDS[kind]) for kind in crowd]

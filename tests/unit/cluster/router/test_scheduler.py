@@ -67,7 +67,7 @@ def check(scheduler: Scheduler, chunks: list[Chunk]) -> None:
 ARRIVAL = st.tuples(st.integers(1, 30), st.integers(1, 20), st.integers(0, 19), st.integers(0, 5))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     events=st.lists(st.one_of(ARRIVAL, st.integers(0, 30), st.none()), max_size=60),  # arrival, cancel, step
     n_blocks=st.integers(1, 30),

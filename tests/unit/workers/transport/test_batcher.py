@@ -12,7 +12,7 @@ from tests.contract.model import Model
 from workers import wire
 from workers.errors import ExpertNotHeld
 from workers.shard import ExpertShard
-from workers.transport.batcher import Batcher
+from workers.transport.batcher import Batcher, Job
 from workers.wire import Request
 
 MODEL = Model()
@@ -27,12 +27,13 @@ class SlowShard(ExpertShard):
             for layer in range(2):
                 self.load(layer, expert, MODEL.weights(layer, expert))
         self.calls: list[tuple[int, int]] = []
-        self.open = threading.Event()
+        self.called, self.open = threading.Event(), threading.Event()
 
     def forward(
         self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor, out_PD: Tensor | None = None
     ) -> Tensor:
         self.calls.append((layer, len(token_P)))
+        self.called.set()
         self.open.wait(20)
         return super().forward(layer, x_TD, token_P, expert_P, out_PD)
 
@@ -57,16 +58,13 @@ def run(jobs: list[tuple[int, Request]]) -> tuple[SlowShard, list[tuple[Tensor, 
     shard = SlowShard()
     batcher = Batcher(shard)
 
-    def compute(layer: int, each: Request) -> tuple[Tensor, int] | str | None:
-        return batcher.respond(head(layer, each), each, wanted)
+    def enqueue(layer: int, each: Request) -> Job:
+        return batcher.enqueue(head(layer, each), each, wanted)
 
     with ThreadPoolExecutor(len(jobs)) as pool:
-        first = pool.submit(compute, *jobs[0])
-        while not shard.calls:
-            pass
-        others = [pool.submit(compute, *job) for job in jobs[1:]]
-        while len(batcher._waiting) < len(jobs) - 1:
-            pass
+        first = pool.submit(batcher.outcome, enqueue(*jobs[0]))
+        assert shard.called.wait(20)
+        others = [pool.submit(batcher.outcome, job) for job in [enqueue(*job) for job in jobs[1:]]]
         shard.open.set()
         return shard, [future.result() for future in (first, *others)]
 

@@ -10,7 +10,11 @@ import pytest
 from workers.transport.threads import LoopThread
 
 _RAISES = "serve_thread(lambda: 1 / 0, 'experts')"
-_STOPS = "thread = LoopThread('experts'); thread._loop.call_soon_threadsafe(thread._loop.stop)"
+_STOPS = """
+import asyncio
+async def stop(): asyncio.get_running_loop().stop()
+LoopThread('experts').run(stop())
+"""
 
 
 @pytest.mark.parametrize("end", [_RAISES, _STOPS])

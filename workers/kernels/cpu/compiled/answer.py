@@ -10,7 +10,16 @@ from workers.kernels.cpu.arguments import Experts, Pairs
 from workers.kernels.cpu.compiled.jit import as_int32, as_int64, load_int32, reader
 from workers.kernels.cpu.compiled.products import place_pairs
 from workers.kernels.cpu.kernel import HEAD
-from workers.kernels.message import FEW_ROWS, HEADER_BYTES
+from workers.kernels.message import (
+    COMPUTE_NS,
+    FEW_ROWS,
+    HEADER_BYTES,
+    LAYER,
+    N_PAIRS,
+    N_TOKENS,
+    PAYLOAD_BYTES,
+    WIDTH,
+)
 
 _read_request = reader(arguments.ReadRequest)
 _TOKEN, _EXPERT, _N_PAIRS = (HEAD + Pairs._fields.index(name) for name in ("token", "expert", "n_pairs"))
@@ -27,8 +36,9 @@ def read_request(args: int) -> None:
     """
     a = _read_request(args)
     words, at = as_int64(a.message), a.message
-    layer, n_tokens, n_pairs = load_int32(at + 32), load_int32(at + 44), load_int32(at + 48)
-    width, payload, payload_high = load_int32(at + 52), load_int32(at + 56), load_int32(at + 60)
+    layer, n_tokens = load_int32(at + LAYER), load_int32(at + N_TOKENS)
+    n_pairs, width = load_int32(at + N_PAIRS), load_int32(at + WIDTH)
+    payload, payload_high = load_int32(at + PAYLOAD_BYTES), load_int32(at + PAYLOAD_BYTES + 4)
     if words[0] != a.request_word or width != a.d or not 0 <= layer < a.n_layers:
         return
     if not (0 < n_tokens <= FEW_ROWS and n_pairs == a.n_pairs):
@@ -53,10 +63,10 @@ def read_request(args: int) -> None:
     place_pairs(a.pairs)
     as_int64(a.experts)[_TABLE_OF_EXPERTS] = pairs[_TABLE]
     reply = as_int64(a.reply)
-    for word in range(7):
+    for word in range(HEADER_BYTES // 8):
         reply[word] = words[word]
     reply[0] = a.reply_word
-    reply[7], reply[8] = 4 * n_pairs * a.d, 0
+    reply[PAYLOAD_BYTES // 8], reply[COMPUTE_NS // 8] = 4 * n_pairs * a.d, 0
     as_int64(args)[0] = 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.router.exchange.split import split
@@ -25,7 +25,6 @@ def new_tag() -> Tag:
 
 
 @with_every
-@settings(deadline=None)  # loaded at first use
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(4, 9), st.integers(1, 4), st.integers(0, 2**31))
 def test_every_pair_goes_to_its_owner_once_and_finds_its_place(
     ops: Ops, t: int, k: int, e: int, w: int, seed: int

@@ -3,7 +3,7 @@ connection that stays open to a worker that left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 
 import pytest
@@ -50,8 +50,8 @@ class Scripted:
         return worker in self.connected
 
     @property
-    def unreachable(self) -> frozenset[str]:
-        return frozenset()
+    def unreachable(self) -> Mapping[str, str]:
+        return {}
 
     def room(self, worker: str, n_bytes: int) -> None:
         """Anywhere."""

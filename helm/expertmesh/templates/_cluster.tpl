@@ -1,0 +1,73 @@
+{{/* The RayCluster, as a RayService and a RayCluster both hold it. */}}
+{{- define "expertmesh.cluster" -}}
+{{- $root := . -}}
+rayVersion: {{ .Values.rayVersion | quote }}
+{{- if .Values.rayAuth.enabled }}
+authOptions:
+  mode: token
+  {{- with .Values.rayAuth.existingSecret }}
+  secretName: {{ . }}
+  {{- end }}
+{{- end }}
+{{- if .Values.autoscaling.pods }}
+enableInTreeAutoscaling: true
+autoscalerOptions:
+  version: {{ .Values.autoscaling.version }}
+  idleTimeoutSeconds: {{ .Values.autoscaling.idleTimeoutSeconds }}
+  upscalingMode: Default
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  resources:
+    {{- toYaml .Values.autoscaling.resources | nindent 4 }}
+  securityContext:
+    {{- toYaml .Values.securityContext | nindent 4 }}
+{{- end }}
+{{- with .Values.gcsFaultTolerance }}
+{{- if eq .backend "redis" }}
+gcsFaultToleranceOptions:
+  redisAddress: {{ .redisAddress | quote }}
+  {{- with .redisPasswordSecret }}
+  {{- if .name }}
+  redisPassword:
+    valueFrom: {secretKeyRef: {name: {{ .name }}, key: {{ .key }}}}
+  {{- end }}
+  {{- end }}
+{{- else if eq .backend "rocksdb" }}
+gcsFaultToleranceOptions:
+  backend: rocksdb
+  storage:
+    {{- if .storage.claimName }}
+    claimName: {{ .storage.claimName }}
+    {{- else }}
+    size: {{ .storage.size }}
+    {{- with .storage.className }}
+    storageClassName: {{ . }}
+    {{- end }}
+    {{- end }}
+{{- end }}
+{{- end }}
+headGroupSpec:
+  {{- $head := mustMergeOverwrite (dict "name" "head" "role" "head") (deepCopy .Values.head) }}
+  {{- $arguments := dict "root" $root "pool" $head }}
+  serviceType: ClusterIP
+  rayStartParams:
+    {{- include "expertmesh.pool.rayStartParams" $arguments | nindent 4 }}
+  template:
+    {{- include "expertmesh.podTemplate" $arguments | nindent 4 }}
+workerGroupSpecs:
+  {{- range $pool := include "expertmesh.pools" . | fromYamlArray }}
+  {{- $arguments := dict "root" $root "pool" $pool }}
+  - groupName: {{ $pool.name }}
+    replicas: {{ $pool.replicas }}
+    {{- if $root.Values.autoscaling.pods }}
+    minReplicas: {{ $pool.minReplicas }}
+    maxReplicas: {{ $pool.maxReplicas }}
+    {{- else }}
+    minReplicas: {{ $pool.replicas }}
+    maxReplicas: {{ $pool.replicas }}
+    {{- end }}
+    rayStartParams:
+      {{- include "expertmesh.pool.rayStartParams" $arguments | nindent 6 }}
+    template:
+      {{- include "expertmesh.podTemplate" $arguments | nindent 6 }}
+  {{- end }}
+{{- end -}}

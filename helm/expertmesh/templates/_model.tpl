@@ -1,0 +1,118 @@
+{{/* Where the model comes from and where it lies. */}}
+{{- define "expertmesh.model.source" -}}
+{{- if ne .Values.model.source "auto" -}}{{ .Values.model.source }}
+{{- else if eq .Values.model.id "default" -}}default
+{{- else -}}hub{{- end -}}
+{{- end -}}
+
+{{- define "expertmesh.model.name" -}}
+{{- if .Values.model.servedName -}}{{ .Values.model.servedName }}
+{{- else if eq (include "expertmesh.model.source" .) "default" -}}SmolLM2-8x135M-Instruct
+{{- else -}}{{ .Values.model.id | base }}{{- end -}}
+{{- end -}}
+
+{{/* The directory in every pod. Another model or revision is another directory, so that nothing is overwritten. */}}
+{{- define "expertmesh.model.directory" -}}
+{{- if eq (include "expertmesh.model.source" .) "pvc" -}}
+/models/{{ trimAll "/" .Values.model.path }}
+{{- else -}}
+{{- $of := printf "%s %s %s" .Values.model.id .Values.model.revision .Values.model.uri -}}
+/models/{{ include "expertmesh.model.name" . }}-{{ sha256sum $of | trunc 8 }}
+{{- end -}}
+{{- end -}}
+
+{{- define "expertmesh.model.claim" -}}
+{{ default (printf "%s-models" (include "expertmesh.fullname" .)) .Values.model.storage.existingClaim }}
+{{- end -}}
+
+{{- define "expertmesh.model.volume" -}}
+name: models
+{{- if eq .Values.model.storage.type "pvc" }}
+persistentVolumeClaim: {claimName: {{ include "expertmesh.model.claim" . }}}
+{{- else }}
+emptyDir: {sizeLimit: {{ .Values.model.storage.size }}}
+{{- end }}
+{{- end -}}
+
+{{/* The container that fetches the model into /models, once. */}}
+{{- define "expertmesh.model.fetch" -}}
+{{- $directory := include "expertmesh.model.directory" . -}}
+name: model
+{{- if eq (include "expertmesh.model.source" .) "objectStorage" }}
+image: {{ .Values.model.download.image }}
+command: ["/bin/sh", "-c"]
+args:
+  - |
+    set -eu
+    [ -e "$1/.expertmesh-complete" ] && exit 0
+    to="$1" && shift
+    rclone copy --stats-one-line --stats 10s --log-level INFO "$@" "$to"
+    touch "$to/.expertmesh-complete"
+  - fetch
+  - {{ $directory }}
+  {{- range .Values.model.download.args }}
+  - {{ . | quote }}
+  {{- end }}
+  - {{ .Values.model.uri | quote }}
+{{- else }}
+image: {{ include "expertmesh.image" . }}
+command: [expertmesh, model, fetch]
+args:
+  - {{ eq (include "expertmesh.model.source" .) "default" | ternary "default" .Values.model.id }}
+  - {{ $directory }}
+  {{- with .Values.model.revision }}
+  - --revision={{ . }}
+  {{- end }}
+{{- end }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+env:
+  {{- include "expertmesh.ownEnv" . | nindent 2 }}
+  {{- with .Values.model.tokenSecret }}
+  {{- if .name }}
+  - name: HF_TOKEN
+    valueFrom: {secretKeyRef: {name: {{ .name }}, key: {{ .key }}}}
+  {{- end }}
+  {{- end }}
+  {{- with .Values.extraEnv }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+  {{- with .Values.model.download.env }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with concat .Values.extraEnvFrom .Values.model.download.envFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+resources:
+  {{- toYaml .Values.model.download.resources | nindent 2 }}
+securityContext:
+  {{- toYaml .Values.securityContext | nindent 2 }}
+volumeMounts:
+  - {name: models, mountPath: /models}
+  - {name: tmp, mountPath: /tmp}
+  - {name: state, mountPath: /state}
+{{- end -}}
+
+{{/* The init container of a pod: fetches where each has a copy, waits where a Job fetches for all. */}}
+{{- define "expertmesh.model.init" -}}
+{{- if ne (include "expertmesh.model.source" .) "pvc" }}
+{{- if eq .Values.model.storage.type "pvc" }}
+- name: model
+  image: {{ include "expertmesh.image" . }}
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  command: ["/bin/sh", "-c"]
+  args:
+    - 'until [ -e "$0/.expertmesh-complete" ]; do echo "waiting for the Job that fetches $0"; sleep 5; done'
+    - {{ include "expertmesh.model.directory" . }}
+  resources:
+    requests: {cpu: 10m, memory: 16Mi}
+    limits: {memory: 64Mi}
+  securityContext:
+    {{- toYaml .Values.securityContext | nindent 4 }}
+  volumeMounts:
+    - {name: models, mountPath: /models, readOnly: true}
+{{- else }}
+- {{ include "expertmesh.model.fetch" . | nindent 2 | trim }}
+{{- end }}
+{{- end }}
+{{- end -}}

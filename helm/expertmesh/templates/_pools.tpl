@@ -1,0 +1,59 @@
+{{/* Pools of pods. A pool is its values, with `name` and `role` (head, router, expert). */}}
+
+{{/* `experts` and every entry of `additionalExpertGroups`, completed by the values of `experts`, as a list. */}}
+{{- define "expertmesh.expertPools" -}}
+{{- $pools := list (mustMergeOverwrite (dict "name" "experts" "role" "expert" "routersPerPod" 0) .Values.experts) -}}
+{{- range .Values.additionalExpertGroups -}}
+{{- $pools = append $pools (mustMergeOverwrite (dict "role" "expert" "routersPerPod" 0) (deepCopy $.Values.experts) .) -}}
+{{- end -}}
+{{- toYaml $pools -}}
+{{- end -}}
+
+{{- define "expertmesh.pools" -}}
+{{- $routers := mustMergeOverwrite (dict "name" "routers" "role" "router") (deepCopy .Values.routers) -}}
+{{- toYaml (concat (list $routers) (include "expertmesh.expertPools" . | fromYamlArray)) -}}
+{{- end -}}
+
+{{/* Ports of the processes' own metrics, /health and /ready: the first free one from 9400 on is each one's. */}}
+{{- define "expertmesh.pool.processes" -}}
+{{- if eq .role "head" }}1
+{{- else }}{{ add (int .routersPerPod) (int .expertWorkersPerPod) (eq .role "router" | ternary 1 0) }}{{- end -}}
+{{- end -}}
+
+{{/* Resources of the container: those of the pool and its GPUs. Call with (dict "root" $ "pool" POOL). */}}
+{{- define "expertmesh.pool.resources" -}}
+{{- $resources := deepCopy .pool.resources -}}
+{{- if and .root.Values.gpu.enabled (ne .pool.role "head") (not .pool.resourceClaims) -}}
+{{- $gpus := .pool.gpus | default (add (int .pool.routersPerPod) (int .pool.expertWorkersPerPod)) | int -}}
+{{- $resources = mustMergeOverwrite (dict "limits" (dict .root.Values.gpu.resource $gpus)) $resources -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}
+
+{{- define "expertmesh.pool.rayStartParams" -}}
+{{- $params := dict "object-store-memory" "100000000" -}}
+{{- if eq .pool.role "head" -}}
+{{- $_ := set $params "num-cpus" .pool.numCpus -}}
+{{- $_ := set $params "dashboard-host" "0.0.0.0" -}}
+{{- else -}}
+{{- $resources := dict -}}
+{{- if eq .pool.role "router" -}}
+{{- $_ := set $resources "expertmesh_router" (int .pool.routersPerPod) -}}
+{{- $_ := set $resources "expertmesh_gateway" 1 -}}
+{{- end -}}
+{{- with int .pool.expertWorkersPerPod -}}
+{{- $_ := set $resources "expertmesh_expert" . -}}
+{{- end -}}
+{{- /* KubeRay writes the value into a shell command as it is. */ -}}
+{{- $_ := set $params "resources" (printf "%q" (toJson $resources)) -}}
+{{- if and .root.Values.gpu.enabled .pool.resourceClaims -}}
+{{- $_ := set $params "num-gpus" (.pool.gpus | default (add (int .pool.routersPerPod) (int .pool.expertWorkersPerPod)) | toString) -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (mustMergeOverwrite $params .pool.rayStartParams) -}}
+{{- end -}}
+
+{{/* How long a pod may take to end. */}}
+{{- define "expertmesh.pool.drainSeconds" -}}
+{{- sub (int .terminationGracePeriodSeconds) 15 | max 1 -}}
+{{- end -}}
