@@ -85,7 +85,7 @@ class Routes:
     @property
     def all_have_others(self) -> bool:
         """Whether that is so of every worker and layer."""
-        return not self._is_alone_LW.any()
+        return not any(map(any, self._is_alone_LW))
 
     def has_choice(self, layer: int) -> bool:
         """Whether an expert of `layer` has more than one replica to go to."""
