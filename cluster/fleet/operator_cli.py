@@ -203,9 +203,8 @@ def ask(method: str, path: str, port: int | None, body: dict[str, Any] | None = 
     headers = {"Authorization": f"Bearer {admin_token(Path(state.run_dir))}"}
     try:
         # A change takes as long as the weights take to load.
-        response = httpx.request(
-            method, f"http://{controllers[0]['address']}{path}", json=body, headers=headers, timeout=None
-        )
+        url = f"http://{controllers[0]['address']}{path}"
+        response = httpx.request(method, url, json=body, headers=headers, timeout=None, trust_env=False)
     except httpx.HTTPError as error:
         raise ExpertMeshError(f"the controller at {controllers[0]['address']} does not answer: {error}") from error
     if response.status_code == 409:
