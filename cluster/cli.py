@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -34,6 +35,20 @@ StateDir = Annotated[Path | None, typer.Option(help="as given to `serve`", envva
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """What is started meanwhile does not import from whatever directory this was started in."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
 class _OneLineErrors(TyperGroup):
     """An error made on purpose, or of the system (a full disk), ends the command with one line and exit code 1."""
 
@@ -49,10 +64,9 @@ class _OneLineErrors(TyperGroup):
         return super().main(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        # What we start must not import from whatever directory we were started in.
-        os.environ["PYTHONSAFEPATH"] = "1"
         try:
-            return super().invoke(ctx)
+            with _safe_path():
+                return super().invoke(ctx)
         except ExpertMeshError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
