@@ -198,7 +198,7 @@ def ask(method: str, path: str, port: int | None, body: dict[str, Any] | None = 
     headers = {"Authorization": f"Bearer {token}"}
     try:
         # A change takes as long as the weights take to load.
-        response = httpx.request(method, f"{url}{path}", json=body, headers=headers, timeout=None)
+        response = httpx.request(method, f"{url}{path}", json=body, headers=headers, timeout=None, trust_env=False)
     except httpx.HTTPError as error:
         raise ExpertMeshError(f"the controller at {url} does not answer: {error}") from error
     if response.status_code == 409:
