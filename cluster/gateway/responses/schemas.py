@@ -14,6 +14,7 @@ from cluster.gateway.schemas.fields import (
     Integer,
     JsonObject,
     MaxTokens,
+    Small,
     Text,
     at_most,
 )
@@ -83,7 +84,7 @@ class ResponsesRequest(Body):
         ]
     )
     instructions: Text | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True), Small] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
