@@ -21,6 +21,7 @@ def openai_routes(gateway: Gateway) -> APIRouter:
         object="model",
         created=gateway.model.created,
         owned_by="expertmesh",
+        root=gateway.model.id,
         max_model_len=gateway.model.max_context,
     )
 

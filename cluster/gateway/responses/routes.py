@@ -37,7 +37,7 @@ def response_routes(gateway: Gateway) -> APIRouter:
         except ValidationError as error:
             raise refusal_of(error) from error
         try:
-            conversation = await converse(gateway, request)
+            conversation = await converse(gateway, request, logprobs=body.n_logprobs)
         except RequestError as error:
             error.param = _NAMES.get(error.param or "", error.param)
             raise
