@@ -129,5 +129,5 @@ def test_a_directory_from_which_nothing_may_be_started_is_passed_over(monkeypatc
     assert run.path.parent != Path("/tmp")
     run.remove()
     monkeypatch.setattr(os, "statvfs", lambda path: NOEXEC)
-    with pytest.raises(StartError, match="no program may be started from there.*set TMPDIR"):
+    with pytest.raises(StartError, match=r"no program may be started from there.*set TMPDIR"):
         RunDirectory.make()
