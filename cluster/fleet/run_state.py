@@ -114,10 +114,15 @@ def credentials_path(run_dir: Path) -> Path:
 
 def make_admin_token(run_dir: Path, given: Path | None = None) -> str:
     """The token for the admin API, kept where only this user reads it: that in the file `given`, or a new one."""
-    token = secrets.token_urlsafe(32) if given is None else read_token(given)
+    token = new_token() if given is None else read_token(given)
     with open(os.open(run_dir / _TOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
         file.write(token)
     return token
+
+
+def new_token() -> str:
+    """One that nobody guesses."""
+    return secrets.token_urlsafe(32)
 
 
 def read_token(file: Path) -> str:
