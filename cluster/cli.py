@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import json
 import os
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -21,7 +24,7 @@ from cluster.bench.lazy import LazyGroup
 from cluster.chaos.command import app as chaos_app
 from cluster.config_load import FIELDS, HINTS, Loaded, flag, load
 from cluster.errors import ExpertMeshError
-from cluster.fleet.operator_cli import drain, placement, rebalance, scale
+from cluster.fleet.operator_cli import ask, drain, placement, rebalance, scale
 from cluster.generate import generate
 from cluster.models.cli import app as model_app
 from cluster.plan.command import plan
@@ -32,14 +35,38 @@ StateDir = Annotated[Path | None, typer.Option(help="as given to `serve`", envva
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """What is started meanwhile does not import from whatever directory this was started in."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
 class _OneLineErrors(TyperGroup):
     """An error made on purpose, or of the system (a full disk), ends the command with one line and exit code 1."""
 
-    def invoke(self, ctx: Any) -> Any:
-        # What we start must not import from whatever directory we were started in.
-        os.environ["PYTHONSAFEPATH"] = "1"
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        # A terminal need not know every character of a help page, or of what a model says.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
-            return super().invoke(ctx)
+            os.getcwd()
+        except FileNotFoundError:  # somebody removed it; libraries that ask where they are end the process
+            os.chdir("/")
+        return super().main(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with _safe_path():
+                return super().invoke(ctx)
         except ExpertMeshError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
@@ -114,14 +141,24 @@ def serve(loaded: Loaded) -> None:
 
 
 @app.command()
-def status(port: Port = None, state_dir: StateDir = None, as_json: Json = False) -> None:
+def status(
+    port: Port = None,
+    state_dir: StateDir = None,
+    as_json: Json = False,
+    live: Annotated[bool, typer.Option("--watch", help="workers, load and events, live, until Ctrl-C")] = False,
+) -> None:
     """Show the processes of the running cluster."""
     settle(os.environ, state_dir)
     from cluster.fleet.snapshot import read
     from cluster.fleet.status import show
+    from cluster.fleet.status_watch import watch
 
     content = read(port)
-    if as_json:
+    if live:
+        path = "/observation?known_epoch={}&known_event={}"
+        title = f"{content['model']} at {content['url']}"
+        watch(title, lambda epoch, event: ask("GET", path.format(epoch, event), port), Console())
+    elif as_json:
         typer.echo(json.dumps(content))
     else:
         show(content, Console(soft_wrap=True))

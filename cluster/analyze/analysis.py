@@ -73,7 +73,9 @@ class Analysis:
     @property
     def syntax_share(self) -> float | None:
         """Of what token class and domain tell of the first choice, each within the other, the part of the class: near 1
-        where experts go by syntax, near 0 where by topic. None where neither tells anything."""
+        where experts go by syntax, near 0 where by topic. None where neither tells anything, or with one domain."""
+        if len(self.domains) < 2:
+            return None
         syntax, topic = (
             sum(max(0.0, bits.corrected - 2 * bits.spread) for bits in self.information[key])
             for key in ("class_given_domain", "domain_given_class")

@@ -81,7 +81,7 @@ def analyze(
         for name, counts in zip(analysis.domains, analysis.counts, strict=True):
             append(out / _TRACE, header, Window(name, began, seconds, counts))
         share = analysis.syntax_share
-        said = "nothing tells more than chance" if share is None else f"{share:.0%} by syntax, {1 - share:.0%} by topic"
+        said = f"{share:.0%} by syntax, {1 - share:.0%} by topic" if share is not None else "see the report"
         print(f"{len(recording.ids_N)} tokens in {seconds:.1f} s: {said}", file=sys.stderr)
         print(out / "report.html")
 

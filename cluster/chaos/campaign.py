@@ -1,7 +1,8 @@
 """Faults in a running cluster, and what its clients see of them.
 
 Streams are run once undisturbed, then again and again while faults happen. Every stream has to end with the tokens of
-its undisturbed run; the pause of a fault is the longest time that an open stream went without a token around it.
+its undisturbed run; the pause of a fault is the longest time that an open stream went without a token, from its begin
+until all processes are ready again.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from cluster.bench.chaos import difference, run_all, whole
-from cluster.bench.chaos_stream import Stream, compare, pauses
+from cluster.bench.chaos_stream import Stream, compare
 from cluster.bench.gateway import connect
 from cluster.chaos.schedule import QUIET_S
 from cluster.control.faults import Fault
@@ -37,14 +39,16 @@ class Report:
     streams: list[Stream] = field(default_factory=list)  # of all rounds, in the order of `undisturbed`
     errors: list[str] = field(default_factory=list)  # of streams that did not end
     faults: list[Fault] = field(default_factory=list)
-    moments: list[float] = field(default_factory=list)  # of the faults, monotonic seconds
+    begun: list[float] = field(default_factory=list)  # when each fault began, monotonic seconds
+    over: list[float] = field(default_factory=list)  # when all processes were ready after it
     interrupted: str | None = None  # why
 
     def result(self) -> dict[str, Any]:
         """The figures."""
         pairs = [(i, seen, self.undisturbed[i % len(self.undisturbed)]) for i, seen in enumerate(self.streams)]
         ended = [(compare(seen, wanted), i, seen, wanted) for i, seen, wanted in pairs if seen.finish is not None]
-        waited = pauses(self.streams, self.moments)
+        spans = zip_longest(self.begun, self.over, fillvalue=time.monotonic())
+        waited = [longest_gap(self.streams, begin, end) for begin, end in spans]
         kinds = sorted({_group(fault) for fault in self.faults})
         return {
             "streams": len(ended),
@@ -60,6 +64,12 @@ class Report:
             "interrupted": self.interrupted,
             "differences": [difference(i, seen, wanted) for verdict, i, seen, wanted in ended if verdict != "same"],
         }
+
+
+def longest_gap(streams: list[Stream], begin: float, end: float) -> float:
+    """Seconds that an open stream went without a token, of those gaps that reach into the time from begin to end."""
+    gaps = (pair for stream in streams for pair in pairwise(stream.arrivals))
+    return max((after - before for before, after in gaps if before <= end and after >= begin), default=0.0)
 
 
 def figures(waited: list[float]) -> dict[str, float]:
@@ -122,9 +132,10 @@ async def _inflict_all(port: int | None, faults: Faults, report: Report, tell: T
         tell(str(fault))
         await _inflict(port, fault)
         report.faults.append(fault)
-        report.moments.append(time.monotonic())
+        report.begun.append(time.monotonic())
         await asyncio.sleep(fault.seconds)
         await whole(port, dead)
+        report.over.append(time.monotonic())
 
 
 async def _inflict(port: int | None, fault: Fault) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cluster.control.autoscale import AutoscaleOptions
 from cluster.control.rebalancer import RebalanceOptions
+from cluster.observe.logs import Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +20,13 @@ class AdminOptions:
 
 @dataclass(frozen=True, slots=True)
 class MetricsOptions:
-    """Where the controller's series are shown, and how many."""
+    """Where the controller's series are shown and how many, and what it logs."""
 
     host: str  # "": the address of its node that Ray uses
     port: int  # the first one to try; 0: any
     per_expert: bool  # whether there are series for each expert and layer
+    log_level: str = "info"
+    log_format: Format = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,8 @@ class Options:
     admin: AdminOptions
     metrics: MetricsOptions
     rebalance: RebalanceOptions = field(default_factory=RebalanceOptions)
+    autoscale: AutoscaleOptions = field(default_factory=AutoscaleOptions)
+    max_sequences: int = 64  # places in the batch of a router
     expert_bytes: int = 0  # of one replica
     spare_replicas: int = 0
     allow_chaos: bool = False

@@ -20,7 +20,7 @@ _SURE_S = 0.3  # a process without a core for a moment answers the next question
 _POLL_S = 0.02
 _RESPARE_AFTER_S = 20.0  # a worker is back in less; then what it held gets its second home elsewhere
 _LEAVE_AFTER_S = 10.0  # with every worker there: one that has just come back may go again
-_ABSENT_AFTER_S = 10.0  # a worker of the placement of which a restarted controller has not heard
+_ABSENT_AFTER_S = 10.0  # since the first worker was ready: one of which a restarted controller has not heard is gone
 
 
 class Rescuer:
@@ -36,7 +36,7 @@ class Rescuer:
         self._operator = operator
         self._changed = changed
         self._least = least
-        self._started = time.monotonic()
+        self._first_ready: float | None = None
         self._loaded: set[str] = set()  # workers that have been ready: one that starts for the first time is awaited
         self._shelters: frozenset[Replica] = frozenset()  # what was added for workers that were away
         self._silent_since: dict[str, float] = {}
@@ -67,8 +67,8 @@ class Rescuer:
         self._whole_since = None if down else self._whole_since or now
         if homeless(placement, down):
             await self._shelter(placement, down, 1)
-        elif self._membership.epochs.next is not None:
-            return
+        elif self._operator.is_busy or self._membership.epochs.next is not None:
+            return  # what is not urgent waits for its turn
         elif self._down_since is not None and now - self._down_since > _RESPARE_AFTER_S:
             await self._shelter(placement, down, self._least)
         elif self._shelters and self._whole_since is not None and now - self._whole_since > _LEAVE_AFTER_S:
@@ -83,7 +83,9 @@ class Rescuer:
         self._silent_since = {worker: self._silent_since.get(worker, now) for worker in silent}
         down = {member.id for member in away if member.state == "lost" or member.id in self._loaded}
         down -= {worker for worker, since in self._silent_since.items() if now - since < _SURE_S}
-        if now - self._started > _ABSENT_AFTER_S:
+        if self._loaded and self._first_ready is None:
+            self._first_ready = now
+        if self._first_ready is not None and now - self._first_ready > _ABSENT_AFTER_S:
             down |= set(self._placement.workers) - members.keys()
         return frozenset(down & set(self._placement.workers))
 

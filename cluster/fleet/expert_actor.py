@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -16,11 +15,12 @@ from cluster.config import Config
 from cluster.control.client import ControllerClient
 from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
-from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.fleet.actor import checkpoint_here, loading, node_address, start_or_end
 from cluster.fleet.metrics import serve_metrics
 from cluster.fleet.shard_keeper import ShardKeeper
 from cluster.fleet.weight_source import WeightSource
 from cluster.fleet.worker_readings import Loads, WorkerReadings
+from cluster.observe import logs
 from cluster.observe.exposition import Reading
 from cluster.placement.placement import Placement
 from cluster.router.sizing import expert_format_of
@@ -54,7 +54,7 @@ class ExpertWorker:
         self, worker: str, config: Config, checkpoint: str, threads: int, controller: Any, credentials: Credentials
     ) -> None:
         """`checkpoint` is a directory; `controller` the handle of the actor that has `sync`. Returns at once."""
-        logging.basicConfig(level=config.log_level.upper())
+        logs.configure(config.log_level, config.log_format, worker)
         set_threads(threads)
         self._worker = worker
         self._config = config
@@ -109,7 +109,9 @@ class ExpertWorker:
     def _load(self, placement: Placement) -> tuple[ExpertShard, Checkpoint]:
         config = self._config
         self._device = device = pick(config.expert_device, self._gpu_ids)
-        self._source = source = Checkpoint(self._checkpoint, device, finite=config.check_weights)
+        self._source = source = Checkpoint(
+            checkpoint_here(self._checkpoint, config.model), device, finite=config.check_weights
+        )
         dtype = compute_dtype(config.dtype, source.spec.dtype, device, config.router_device)
         began = time.perf_counter()
         shard = load_shard(source, placement.shard(self._worker), dtype, expert_format_of(config, device, dtype))

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,14 +17,14 @@ from starlette.types import ASGIApp
 from cluster.config import Config
 from cluster.control.client import ControllerByName, ControllerClient
 from cluster.control.view import Member, State, View
-from cluster.fleet.actor import node_address
+from cluster.fleet.actor import checkpoint_here, node_address
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
 from cluster.fleet.metrics import aliases_of
 from cluster.fleet.page_source import ControllerSource
 from cluster.fleet.request_id import OneRequestId
 from cluster.gateway.context import ModelCard
-from cluster.observe import endpoint
+from cluster.observe import endpoint, logs, tracing
 from cluster.observe.process import ProcessReadings
 from workers.transport.grpc.credentials import Credentials
 
@@ -48,10 +47,12 @@ class Gateway:
         _listen_on_node_address()
         _keep_request_ids()
         self._id = self._rank()
+        logs.configure(config.log_level, config.log_format, self._id)
+        tracing.configure(config.otlp_traces_endpoint, self._id, config.cluster_name or "")
         self._url = url
         self._node = ray.get_runtime_context().get_node_id()
         self._session = Session(credentials, rejoin_timeout_s=config.rejoin_timeout_s)
-        tokenizer = await asyncio.to_thread(Tokenizer, Path(model.path))
+        tokenizer = await asyncio.to_thread(lambda: Tokenizer(checkpoint_here(model.path, config.model)))
         process = ProcessReadings("gateway", lambda: self._epoch)
         own = (lambda: of_session(self._session.stats()), process)
         self._metrics = Metrics(self._id, own, aliases_of(config, self._id))
@@ -121,16 +122,11 @@ def application(config: Config, model: ModelCard, url: str, credentials: Credent
     return bound
 
 
-def scale(config: Config, model: ModelCard, url: str, credentials: Credentials, n: int) -> None:
-    """Let there be `n` gateways, and Serve, if there is none; return once it takes requests. Raises what a gateway
-    died of."""
+def deploy(config: Config, model: ModelCard, url: str, credentials: Credentials, n: int) -> None:
+    """Start Serve and `n` gateways; return once they take requests. Raises what a gateway died of."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    if is_deployed():
-        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", "serve")
-        deployment = import_module("ray.serve._private.common").DeploymentID(name=DEPLOYMENT, app_name=APPLICATION)
-        ray.get(controller.update_deployment_replicas.remote(deployment, n))
-        return
     quiet = {"log_level": config.log_level.upper(), "enable_access_log": False}
+    quiet["encoding"] = "JSON" if config.log_format == "json" else "TEXT"
     # In a Ray of our own this is where Serve's own servers are; HAProxy listens on `config.host` (fleet.haproxy_exec).
     host = node_address() if config.ray_address is None else config.host
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": config.port}, logging_config=quiet)
@@ -141,6 +137,13 @@ def scale(config: Config, model: ModelCard, url: str, credentials: Credentials, 
         logging_config=quiet,
         external_scaler_enabled=True,  # the controller is the one who says how many there are
     )
+
+
+def scale(n: int) -> None:
+    """Let there be `n` gateways, soon."""
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", "serve")
+    deployment = import_module("ray.serve._private.common").DeploymentID(name=DEPLOYMENT, app_name=APPLICATION)
+    ray.get(controller.update_deployment_replicas.remote(deployment, n))
 
 
 def is_deployed() -> bool:

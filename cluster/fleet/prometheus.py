@@ -93,7 +93,7 @@ class Prometheus:
 
     def _is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/-/ready", timeout=2.0).status_code == 200
+            return httpx.get(f"{self.url}/-/ready", timeout=2.0, trust_env=False).status_code == 200
         except httpx.HTTPError:
             return False
 

@@ -26,6 +26,7 @@ from cluster.fleet.run_state import RunDirectory, RunState, credentials_path, ma
 from cluster.fleet.signals import Signals, Stopped
 from cluster.fleet.watch import Watch
 from cluster.models import resolve
+from cluster.observe import tracing
 from cluster.state_dir import cache_home
 from workers.transport.grpc.credentials import Credentials
 
@@ -49,6 +50,8 @@ def serve(config: Config, console: Console) -> None:
             preflight.check_port(config.host, config.port)
         if config.prometheus:
             prometheus.check_installed()
+        if config.otlp_traces_endpoint is not None:
+            tracing.check_installed()
         checkpoint = resolve(config.model)
         with console.status(f"checking {checkpoint}"):
             plan = preflight.plan(config, checkpoint)
@@ -153,12 +156,12 @@ def _serve(
     console: Console,
     began: float,
 ) -> None:
-    from cluster.fleet.launch import start_controller, wait_ready
+    from cluster.fleet.launch import launcher_of, start_controller, wait_ready
 
     credentials = Credentials.generate(tls_files(config), config.trusted_network)
     credentials.write(credentials_path(Path(state.run_dir)))  # for `bench serve --router`
     admin_token = make_admin_token(Path(state.run_dir), config.admin_token_file)
-    cluster = start_controller(config, plan, state.url, credentials, admin_token)
+    cluster = start_controller(plan, launcher_of(plan, state.url, credentials), admin_token)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
     for use in plan.uses:
         console.print(str(use), style="dim", highlight=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,6 +16,10 @@ from cluster.gateway.http_errors import ERROR_CODE, error_response
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.page import routes as page_routes
+from cluster.observe.context import request_id as request_ids
+from cluster.observe.tracing import request_span
+
+log = logging.getLogger(__name__)
 
 # Probes, scrapers and the description of the API ask for no key; they show nothing of a request or an answer.
 OPEN_PATHS = page_routes.OPEN_PATHS | frozenset(
@@ -48,6 +54,9 @@ class Front:
         path = scope["path"].rstrip("/") or "/"
         scope["path"], scope["method"] = path, "GET" if is_head else scope["method"]
 
+        request_ids.set(request_id.decode("ascii"))  # of this task, which is this request's
+        began = time.perf_counter()
+
         async def send_counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
@@ -57,13 +66,21 @@ class Front:
                 message["body"] = b""
             await send(message)
 
+        traceparent = headers.get(b"traceparent", b"").decode("latin-1")
         try:
-            await self._handle(scope, headers, receive, send_counted)
+            with request_span(scope["method"], traceparent, {"expertmesh.request_id": request_ids.get()}) as span:
+                await self._handle(scope, headers, receive, send_counted)
+                if span is not None:
+                    route = getattr(scope.get("route"), "path", "other")
+                    span.update_name(f"{scope['method']} {route}")
+                    span.set_attributes({"http.route": route, "http.response.status_code": status})
         except Exception:
             status = 500
             raise
         finally:
             route = getattr(scope.get("route"), "path", "other")
+            said = {"route": route, "status": status, "seconds": round(time.perf_counter() - began, 4)}
+            log.log(logging.DEBUG if path in OPEN_PATHS else logging.INFO, "%s %s", scope["method"], route, extra=said)
             self._metrics.requests[route, str(status)] += 1
             if (code := scope.get(ERROR_CODE)) is not None:
                 self._metrics.rejected[code] += 1

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from cluster.errors import RequestError
 from cluster.gateway.messages import errors as messages
 from cluster.gateway.schemas.known import NEUTRAL
+from cluster.observe.context import request_id
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def install(app: FastAPI) -> None:
 
     async def unforeseen(request: Request, _error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path)
-        return refuse(request, internal_error())
+        return refuse(request, internal_error(), {"x-request-id": request_id.get()})
 
     app.add_exception_handler(RequestError, refused)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
 from typing import Self
@@ -16,6 +16,8 @@ from cluster.gateway.journal import Entry
 from cluster.gateway.latency import Waits
 from cluster.gateway.router_stream import RouterStream
 from cluster.gateway.suspects import MAX_LOSSES, Suspects
+from cluster.observe.context import request_id
+from cluster.observe.tracing import current_traceparent
 from cluster.router.codec import decode_output, decode_refusal, encode_cancel
 from cluster.router.params import SamplingParams, StepOutput
 from workers.pb import generation_pb2 as pb
@@ -119,6 +121,9 @@ class Session:
         `prompt_logprobs` come at most once. RequestError when it is refused, or can go on nowhere; a refusal comes
         before the first output.
         """
+        origin, traceparent = request_id.get(), current_traceparent()
+        if origin or traceparent:
+            params = replace(params, origin=origin, traceparent=traceparent)
         entry = Entry(str(next(self._ids)), prompt_ids, params)
         self._requests += 1
         self._open[entry.request_id] = entry
@@ -259,7 +264,8 @@ class Session:
         entry.full.clear()
         self._fail_overs += 1
         if entry.losses >= MAX_LOSSES:
-            log.error("request %s lost %d routers in a row; given up", entry.request_id, entry.losses)
+            said = {"request_id": entry.params.origin}
+            log.error("a request lost %d routers in a row; given up", entry.losses, extra=said)
             message = f"{entry.losses} routers in a row were lost while they worked on this request"
             entry.fail(RequestError(message, code="internal_error", status=500))
         elif not entry.end_by_length():

@@ -55,7 +55,7 @@ def keep(
             for name in current.holders(layer, expert):
                 if name in at:
                     has_LEW[i, expert, at[name]] = True
-    return _obeying(has_LEW, worker_S, loads_LE, rules)
+    return layout_of(has_LEW, worker_S, loads_LE, rules)
 
 
 def obey(layout: Layout, loads_LE: Floats, n_workers: int, rules: Rules) -> Layout:
@@ -66,10 +66,11 @@ def obey(layout: Layout, loads_LE: Floats, n_workers: int, rules: Rules) -> Layo
     """
     if rules.least == 1 and not rules.pinned_LEW.any():
         return layout
-    return _obeying(_incidence(layout, loads_LE.shape[1], n_workers), layout.worker_S, loads_LE, rules)
+    return layout_of(replicas(layout, loads_LE.shape[1], n_workers), layout.worker_S, loads_LE, rules)
 
 
-def _obeying(has_LEW: NDArray[np.bool_], worker_S: Ints, loads_LE: Floats, rules: Rules) -> Layout:
+def layout_of(has_LEW: NDArray[np.bool_], worker_S: Ints, loads_LE: Floats, rules: Rules) -> Layout:
+    """The layout with these replicas, [L, E, W], made to follow the rules in place."""
     first_W = np.searchsorted(worker_S, np.arange(has_LEW.shape[2] + 1))
     expert_LS = np.full((len(has_LEW), len(worker_S)), FREE)
     for i, has_EW in enumerate(has_LEW):
@@ -145,7 +146,7 @@ def match(new: Layout, present: Layout, speed_W: Floats) -> Layout:
     return Layout(expert_LS, rows_LS, worker_S)
 
 
-def _incidence(layout: Layout, n_experts: int, n_workers: int) -> NDArray[np.bool_]:
+def replicas(layout: Layout, n_experts: int, n_workers: int) -> NDArray[np.bool_]:
     """[L, E, W]: whether the worker holds the expert."""
     has = np.zeros((len(layout.expert_LS), n_experts, n_workers), bool)
     layers, slots = np.nonzero(layout.expert_LS != FREE)

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.errors import PlacementError
+from cluster.placement.adjust import adjust
 from cluster.placement.homes import Rules, keep, match, obey
 from cluster.placement.layout import FREE, Floats, Ints, Layout, fill_exactly, replicate_and_pack
 from cluster.placement.pairs import pair_up
 from cluster.placement.placement import Placement
-from cluster.placement.shares import divide
+from cluster.placement.shares import counts, divide
 from cluster.placement.swaps import swap
 
 _SLACKS = (1e-9, 0.001, 0.003, 0.01, 0.03, 0.1)  # how much longer than the mean a layer may take, tried in this order
@@ -42,7 +43,7 @@ class Limits:
 
     expert_bytes: int = 1
     moved_bytes: int | None = None  # at most so many are loaded; None: any number
-    tolerance: float = 0.01  # a layer within this of the best that was found keeps its homes
+    tolerance: float = 0.01  # a layer within this of the best that was found keeps its homes; inf: whatever it costs
     least_homes: int = 1  # of every expert, each on another worker
     bytes_per_s: float = 1e9  # at which replicas are loaded: for the forecast
 
@@ -98,18 +99,24 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
         best = match(_best(here_LE, worker_S, speed_W, rules.least), kept, speed_W)
         if (ruled := obey(best, here_LE, len(fleet), rules)) is not best:
             best = divide(here_LE, ruled, speed_W)
-        enough_L = best.times(speed_W).max(1) * (1 + limits.tolerance)
-        swapped = divide(here_LE, obey(swap(kept, speed_W, enough_L), here_LE, len(fleet), rules), speed_W)
-        times = [layout.times(speed_W).max(1) for layout in (kept, swapped, best)]
+        best_L = best.times(speed_W).max(1)
+        enough_L = best_L * (1 + limits.tolerance)
+        if np.isfinite(
+            limits.tolerance
+        ):  # not above what equal shares would do with as many slots, however near that is
+            equal_L = replicate_and_pack(here_LE, worker_S, speed_W).times(speed_W).max(1)
+            enough_L = np.minimum(enough_L, np.maximum(best_L, equal_L))
+        adjusted = divide(here_LE, adjust(kept, counts(best.expert_LS, n_experts), here_LE, speed_W, rules), speed_W)
+        ways = [kept, best]
+        for start in (adjusted, kept):
+            swapped = obey(swap(start, speed_W, enough_L), here_LE, len(fleet), rules)
+            ways.insert(1, divide(here_LE, swapped, speed_W))
+        times = [layout.times(speed_W).max(1) for layout in ways]
         for i, layer in enumerate(layers.tolist()):
             homes[layer] = _homes(kept, i, fleet, n_experts)
             moves_L[layer] = _moves(current, layer, homes[layer])
             if times[0][i] > enough_L[i]:
-                # The way with the fewest moves that is good enough.
-                which = 1 if times[1][i] <= enough_L[i] else 2
-                go = _homes((kept, swapped, best)[which], i, fleet, n_experts)
-                moves = _moves(current, layer, go)
-                options.append(_Option(float(times[0][i] - times[which][i]) / max(1, moves), layer, go, moves))
+                options.append(_fewest_moves(current, layer, i, ways, times, enough_L[i], fleet, n_experts))
     left = np.inf if limits.moved_bytes is None else limits.moved_bytes // limits.expert_bytes - moves_L.sum()
     for option in sorted(options, key=lambda option: (-option.gain, option.layer)):
         if option.moves - moves_L[option.layer] <= left:
@@ -161,6 +168,26 @@ def _check(current: Placement, fleet: Sequence[Worker], n_experts: int, least: i
         if pin.worker not in names:
             where = f"{pin.layer}:{pin.expert}@{pin.worker}"
             raise PlacementError(f"{where} is pinned; `expertmesh placement unpin {where}` lets it go")
+
+
+def _fewest_moves(
+    current: Placement,
+    layer: int,
+    at: int,
+    ways: Sequence[Layout],
+    times: Sequence[Floats],
+    enough: float,
+    fleet: Sequence[Worker],
+    n_experts: int,
+) -> _Option:
+    """Of the `ways` that are good enough for a layer, which is number `at` in them, the one that loads least."""
+    options = []
+    for layout, time_L in zip(ways[1:], times[1:], strict=True):
+        if time_L[at] <= enough:
+            go = _homes(layout, at, fleet, n_experts)
+            moves = _moves(current, layer, go)
+            options.append(_Option(float(times[0][at] - time_L[at]) / max(1, moves), layer, go, moves))
+    return min(options, key=lambda option: option.moves)
 
 
 def _best(loads_LE: Floats, worker_S: Ints, speed_W: Floats, least: int) -> Layout:

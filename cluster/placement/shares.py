@@ -70,22 +70,23 @@ def _fill(rows_L: Floats, base_LR: Floats, speed_LR: Floats) -> Floats:
 def equally(loads_LE: Floats, expert_LS: Ints) -> Floats:
     """The rows of each slot, [L, S], when all homes of an expert get the same."""
     held_LS = expert_LS >= 0
-    count_LE = _counts(expert_LS, loads_LE.shape[1])
+    count_LE = counts(expert_LS, loads_LE.shape[1])
     each_LE = loads_LE / count_LE.clip(1)
     return np.where(held_LS, np.take_along_axis(each_LE, expert_LS.clip(0), 1), 0.0)
 
 
-def _counts(expert_LS: Ints, n_experts: int) -> Ints:
+def counts(expert_LS: Ints, n_experts: int) -> Ints:
+    """How many slots each expert has, [L, E]."""
     n_layers = len(expert_LS)
     at = expert_LS + 1 + (n_experts + 1) * np.arange(n_layers)[:, None]
-    counts = np.bincount(at.ravel(), minlength=n_layers * (n_experts + 1))
-    return counts.reshape(n_layers, n_experts + 1)[:, 1:]
+    slots = np.bincount(at.ravel(), minlength=n_layers * (n_experts + 1))
+    return slots.reshape(n_layers, n_experts + 1)[:, 1:]
 
 
 def _homes(loads_LE: Floats, expert_LS: Ints) -> tuple[Ints, Ints]:
     """Slots of each layer's replicated experts, most rows first: [L, K, R] and the experts [L, K]; -1 where none."""
     n_layers, n_experts = loads_LE.shape
-    count_LE = _counts(expert_LS, n_experts)
+    count_LE = counts(expert_LS, n_experts)
     n_replicated, n_homes = int((count_LE > 1).sum(1).max(initial=0)), int(count_LE.max(initial=0))
     slot_LKR = np.full((n_layers, n_replicated, n_homes), -1)
     expert_LK = np.full((n_layers, n_replicated), -1)

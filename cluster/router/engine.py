@@ -25,6 +25,7 @@ from cluster.router.params import Finish, SamplingParams, StepOutput, TokenLogpr
 from cluster.router.scheduler import Chunk, Scheduler
 from cluster.router.sequence import Sequence, State
 from cluster.router.sizing import context_limit
+from cluster.router.spans import RouterSpans
 from cluster.router.step_counters import StepCounters
 from workers.model.decoder import Decoder
 
@@ -89,9 +90,10 @@ class Engine:
         config: Config,
         grammars: GrammarCompiler | None = None,
         compute: Compute | None = None,
+        spans: RouterSpans | None = None,
     ) -> None:
         """`grammars`: for the model's tokenizer; None: requests with a grammar are refused. `compute`: how steps are
-        computed; None: at once, with tokens drawn on the host."""
+        computed; None: at once, with tokens drawn on the host. `spans`: those of its exchange too, if it has one."""
         self.model = model
         self._grammars = grammars
         self._blocks = KVBlocks(model.cache.n_blocks, model.cache.block_size)
@@ -112,6 +114,7 @@ class Engine:
         # freed meanwhile are still written by that step; nobody can get them before it has ended.
         self._lock = threading.Lock()
         self.counters = StepCounters()
+        self.spans = spans or RouterSpans()
 
     def submit(
         self, request_id: str, prompt_ids: Items[int], params: SamplingParams, emitted_ids: Items[int] = ()
@@ -205,7 +208,9 @@ class Engine:
                 flight = _Flight(chunks, wanted_S, completes_S, first_S, began)
                 seats = [chunk.sequence.ahead for chunk in chunks]
             self.counters.started(batch.n_rows)
-            flight.computed = self._compute.start(self.counters.steps, batch, seats, flight.draws)
+            number = self.counters.steps
+            with self.spans.step(number, batch.n_rows, (chunk.sequence for chunk in chunks)):
+                flight.computed = self._compute.start(number, batch, seats, flight.draws)
             return flight
         except Exception as error:
             with self._lock:
@@ -284,6 +289,8 @@ class Engine:
         scores = sequence.take_prompt_logprobs()
         sequence.append(given.token)
         cached = self.counters.emitted(sequence, now)
+        if sequence.first_token_at == now:
+            self.spans.first_token(sequence, now)
         finish = sequence.finish()
         if finish is not None:
             self.counters.ended(sequence, now)
@@ -303,7 +310,9 @@ class Engine:
         """End `sequences` with an error. They could be tried again, but whoever waits has waited enough, and which of
         them is to blame is not known."""
         expected = isinstance(error, ExpertMeshError)
-        log.error("a step of %d sequences failed: %s", len(sequences), error, exc_info=None if expected else error)
+        said = {"request_ids": [each.params.origin for each in sequences]}
+        trace = None if expected else error
+        log.error("a step of %d sequences failed: %s", len(sequences), error, exc_info=trace, extra=said)
         reason = internal_error(str(error) if expected else f"{type(error).__name__}: {error}")
         return [self._end(each, "error", reason) for each in sequences if each.state is not State.ENDED]
 

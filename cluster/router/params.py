@@ -39,6 +39,8 @@ class SamplingParams:
     cache_salt: str = ""  # KV blocks are shared by requests of the same salt alone
     allowed_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all may be
     routing: bool = False  # whether to say which experts computed the answer's tokens
+    origin: str = ""  # id of the HTTP request that it is a part of, for logs and traces
+    traceparent: str = ""  # W3C trace context of that request; empty: it is not traced
 
 
 @dataclass(frozen=True, slots=True)

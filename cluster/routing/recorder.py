@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cluster.routing.counts import Choices, RoutingCounts
-from cluster.routing.trace import Header, Window, append
+from cluster.routing.trace import Header, Window, append, check
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,10 @@ class RoutingTrace:
     """
 
     def __init__(self, path: Path, name: str, header: Header, *, window_s: float = WINDOW_S, seed: int = 0) -> None:
-        """`name`: of the router. Raises OSError when the directory of `path` cannot be made."""
+        """`name`: of the router. Raises OSError when the directory of `path` cannot be made, TraceError when there is
+        another trace or something else."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        check(path, header)
         self._path, self._name, self._header, self._window_s = path, name, header, window_s
         self._random = random.Random(seed)
         self._queue: queue.SimpleQueue[_Chosen | None] = queue.SimpleQueue()

@@ -57,6 +57,12 @@ class Trace:
         return total
 
 
+def check(path: Path, header: Header) -> None:
+    """Raise TraceError where the file is there already and is not one of `header`, to which windows can be added."""
+    if path.exists() and path.stat().st_size and _read(path)[0] != header:
+        raise TraceError(f"{path}: was written for another model or sample; name another directory, or remove it")
+
+
 def append(path: Path, header: Header, window: Window) -> None:
     """Add a window to the file, which begins with the header. Raises OSError."""
     fresh = not path.exists() or path.stat().st_size == 0

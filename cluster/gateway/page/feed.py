@@ -48,11 +48,11 @@ class _Reader:
 class Feed:
     """One gateway's stream of the cluster's state. Belongs to the running asyncio loop."""
 
-    def __init__(self, source: Source, facts: Mapping[str, Any], interval_s: float = INTERVAL_S) -> None:
+    def __init__(self, source: Source, facts: Mapping[str, Any], interval_s: float | None = None) -> None:
         """`facts`: what the document says beside what the controller knows."""
         self._source = source
         self._facts = facts
-        self._interval_s = interval_s
+        self._interval_s = interval_s or INTERVAL_S
         self._board = Board(facts)
         self._readers: set[_Reader] = set()
         self._looked = asyncio.Event()  # once, whatever came of it

@@ -23,6 +23,7 @@ from cluster.router.exchange.sender import Part, Sender
 from cluster.router.exchange.split import split
 from cluster.router.exchange.views import View, Views
 from cluster.router.exchange.worker_pool import WorkerPool
+from cluster.router.spans import RouterSpans
 from workers.kernels.dispatch import Plan
 from workers.kernels.ops import Ops
 from workers.kernels.select import ops_for
@@ -62,8 +63,10 @@ class Exchange:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         step_way: StepWay | None = None,
+        spans: RouterSpans | None = None,
     ) -> None:
-        """`device`, `dtype`: of the rows. `step_way`: how captured steps reach the workers."""
+        """`device`, `dtype`: of the rows. `step_way`: how captured steps reach the workers. `spans`: of the router."""
+        self.spans = spans or RouterSpans()
         self._rejoin_timeout_s = rejoin_timeout_s
         self._n_experts = placement.n_experts
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
@@ -128,6 +131,8 @@ class Exchange:
     def begin_step(self, step: int) -> None:
         """Number the dispatches that follow. What the step before dispatched and did not combine is given up."""
         self._sender.begin_step(step)
+        if self._captured is not None:
+            self._captured.abandon()
 
     def close(self) -> None:
         """Let a step that waits for a worker fail at once. The transport is the owner's to close."""
@@ -147,8 +152,10 @@ class Exchange:
         assert self._captured is not None
         return self._captured.end()
 
-    def by(self, ops: Ops) -> None:
-        """None: the experts are elsewhere."""
+    def by(self, ops: Ops) -> Experts | None:
+        """Those of a captured step while one is under way: between `begin_steps` and `end_steps`."""
+        captured = self._captured
+        return captured.experts.by(ops) if captured is not None and captured.is_under_way else None
 
     def micro_batches(self, n_rows: int) -> int:
         """Two for large prefills, else one.
@@ -203,5 +210,7 @@ class Exchange:
             now = time.perf_counter()
             counters.combine_seconds += now - received
             counters.exchanges.add(now - handle.began)
+            if self.spans.is_tracing:
+                self.spans.exchange(parts, handle.began, now)
         self._views.leave(handle.epoch)
         return y_TD

@@ -5,7 +5,7 @@ import { Events } from "./events.js";
 import { busiest, expertsOf } from "./experts.js";
 import { count, find, make, plural, ratio, say, time, UNKNOWN } from "./format.js";
 import { Heatmap } from "./heatmap.js";
-import { askApi, headers } from "./keys.js";
+import { askApi, headers, keyGiven } from "./keys.js";
 import { legend } from "./legend.js";
 import { Operate } from "./operate.js";
 import { Sparks } from "./sparks.js";
@@ -53,8 +53,8 @@ follow("live", headers, (kind, document) => store.apply(kind, document), async (
   store.touch();
   if (state !== "refused") return;
   find("key").hidden = false;
-  if (!(await askApi(`This gateway asks for an API key. ${headers().Authorization ? error.message : ""}`)))
-    await new Promise((resolve) => find("key").addEventListener("click", resolve, { once: true }));
+  const next = keyGiven();
+  if (!(await askApi(`This gateway asks for an API key. ${headers().Authorization ? error.message : ""}`))) await next;
 });
 
 function render(document) {

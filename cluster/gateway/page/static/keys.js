@@ -14,6 +14,11 @@ export const adminHeaders = () => ({ ...headers(), "X-Admin-Key": admin, "Conten
 export const hasAdmin = () => admin !== "";
 export const forgetAdmin = () => (admin = "");
 
+let given = () => {};
+
+/** Resolves once an API key is given. */
+export const keyGiven = () => new Promise((resolve) => (given = resolve));
+
 /** Asks for the API key, and says why; false where none was given. */
 export async function askApi(why) {
   const key = await ask("API key", why, "Key");
@@ -22,6 +27,7 @@ export async function askApi(why) {
   try {
     sessionStorage.setItem(NAME, key);
   } catch { /* it lasts as long as the page */ }
+  given();
   return true;
 }
 
@@ -33,6 +39,8 @@ export async function askAdmin() {
 
 /** A question with two answers. */
 export const confirmed = async (title, why, verb) => (await ask(title, why, "", verb)) === "yes";
+
+find("ask-key-cancel").addEventListener("click", () => find("ask-key").close("cancel"));
 
 function ask(title, why, label, verb = "Continue") {
   const dialog = find("ask-key"), field = find("ask-key-value");

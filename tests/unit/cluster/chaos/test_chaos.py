@@ -43,9 +43,9 @@ def test_the_report_gives_each_fault_its_pause_and_each_kind_its_figures() -> No
     report = Report(undisturbed=[seen(0, 1, 1.1, 1.2, 1.3, 1.4)])
     report.streams = [seen(10, 11, 11.5, 14, 14.1, 14.2), seen(20, 21, 21.1, 21.2, 21.5, 21.6)]
     report.faults = [Fault("kill", "expert-0"), Fault("pause", "router-1", 2.0), Fault("kill", "expert-1")]
-    report.moments = [11.5, 21.2, 21.4]
+    report.begun, report.over = [11.5, 21.05, 21.4], [12.0, 21.15, 21.45]
     result = report.result()
-    assert [fault["pause_s"] for fault in result["faults"]] == pytest.approx([2.5, 0.3, 0.3])
+    assert [fault["pause_s"] for fault in result["faults"]] == pytest.approx([2.5, 0.1, 0.3])
     assert result["pause_s"]["kill expert"] == pytest.approx({"count": 2, "p50": 1.4, "p99": 2.478, "max": 2.5})
     assert result["pause_s"]["pause router 2 s"]["count"] == 1
     assert (result["streams"], result["changed"], result["errors"]) == (2, 0, [])

@@ -41,7 +41,6 @@ class Fleet:
         self.membership = Membership(striped(2, 4, WORKERS, spares=spares), Goal(), 0.0, 1)
         self.operator = Operator(self.membership, self.change, 10, least_homes=least)
         self.rescuer = Rescuer(self.membership, self.operator, asyncio.Condition(), least)
-        self.rescuer._started = 0.0
         self.members = {name: expert(name) for name in WORKERS} | {"r0": router("r0"), "r1": router("r1")}
         self.routers_follow = True
         self.say()

@@ -80,7 +80,7 @@ def test_few_bytes_are_spent_where_they_gain_most_and_none_where_it_is_good() ->
         forecast = balance(loads_LE, fleet(4, 48), current, limits).forecast
         assert budget is None or forecast.moved_bytes <= 10 * budget
         assert forecast.imbalance_after < before or forecast.imbalance_after == pytest.approx(1.0, abs=0.01)
-        assert forecast.moved_replicas > moved
+        assert forecast.moved_replicas >= moved
         before, moved = forecast.imbalance_after, forecast.moved_replicas
 
 

@@ -49,11 +49,11 @@ def test_a_plan_keeps_two_homes_each(exponent: float, n_workers: int, slots: int
     workers = [Worker(name, slots) for name in names]
     current = striped(4, 8, names, spares=1)
     plan = balance(loads_LE, workers, current, Limits(least_homes=2))
-    assert least_homes(plan.placement) == 2
+    assert least_homes(plan.placement) >= 2
     edit.check(plan.placement, dict.fromkeys(names, slots))
     assert plan.forecast.imbalance_after <= 1.1, "two homes each leave room to divide the rows"
     grown = balance(loads_LE, [*workers, Worker("e", slots)], plan.placement, Limits(least_homes=2))
-    assert least_homes(grown.placement) == 2
+    assert least_homes(grown.placement) >= 2
 
 
 def test_what_cannot_have_two_homes_is_refused() -> None:

@@ -143,10 +143,22 @@ def test_a_few_tokens_are_not_told_and_a_full_disk_ends_the_trace_alone(
     trace.close()
     assert not (tmp_path / "few.jsonl").exists()
 
-    (tmp_path / "taken.jsonl").mkdir()  # a directory cannot be appended to
     trace = RoutingTrace(tmp_path / "taken.jsonl", "router-0", HEADER, window_s=0.01)
     assert trace.observer() is trace
+    (tmp_path / "taken.jsonl").mkdir()  # a directory cannot be appended to
     trace.chosen(0, (0, 300), torch.zeros(300, 2, dtype=torch.int64), torch.ones(300, 2))
     trace.close()
     assert "routing trace ends" in caplog.text
     assert trace.observer() is None
+
+
+def test_a_trace_goes_on_where_it_was_and_not_in_that_of_another_model(tmp_path: Path) -> None:
+    """Would catch windows of two models in one file, which nobody could read any more."""
+    path = tmp_path / "router-0.jsonl.gz"
+    append(path, HEADER, Window("router-0", 0, 1, counts()))
+    trace = RoutingTrace(path, "router-0", HEADER)
+    trace.chosen(0, (0, 300), torch.zeros(300, 2, dtype=torch.int64), torch.ones(300, 2))
+    trace.close()
+    assert len(read_trace(path).windows) == 2
+    with pytest.raises(TraceError, match="another model or sample"):
+        RoutingTrace(path, "router-0", Header("other", 3, 8, 2, 1.0))

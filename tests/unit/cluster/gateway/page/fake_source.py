@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cluster.control.events import Events
+from cluster.control.goal import Goal
 from cluster.control.membership import Membership
 from cluster.control.observation import observe
 from cluster.control.operator import Operator
@@ -23,7 +24,7 @@ class FakeSource:
     def __init__(self, shape: tuple[int, int, int] = (32, 8, 4), *, seed: int = 0, traffic: bool = True) -> None:
         self.n_layers, self.n_experts, n_workers = shape
         self.workers = tuple(f"expert-{i}" for i in range(n_workers))
-        self.membership = Membership(striped(self.n_layers, self.n_experts, self.workers), (), 0.0, 1)
+        self.membership = Membership(striped(self.n_layers, self.n_experts, self.workers), Goal(), 0.0, 1)
         self.events = Events()
         self.operator = Operator(self.membership, self._never, 10, self.events)
         self.rebalancer = Rebalancer(self.operator, RebalanceOptions(), 10)
@@ -34,6 +35,7 @@ class FakeSource:
         self.observed = 0
         self.operated: list[tuple[str, Any, str]] = []
         self.tokens = 0
+        self.placed: Placement | None = None
         self.states = dict.fromkeys(self.workers, "ready")
         self.report()
         self.events.see(self.membership.view.members)
@@ -45,12 +47,13 @@ class FakeSource:
         """Everybody says how it is."""
         placement = self.membership.epochs.placement
         load_LE = self.skew_LE * self.draw.uniform(0.85, 1.15, self.skew_LE.shape) if self.traffic else self.skew_LE * 0
-        homes = [[set(placement.replicas[layer][e]) for e in range(self.n_experts)] for layer in range(self.n_layers)]
-        rows = {
-            name: float(sum(load_LE[layer][e] / len(homes[layer][e]) for layer in range(self.n_layers)
-                            for e in range(self.n_experts) if index in homes[layer][e]))
-            for index, name in enumerate(placement.workers)
-        }  # fmt: skip
+        if self.placed is not placement:
+            self.placed = placement
+            self.share_WLE = np.zeros((len(placement.workers), self.n_layers, self.n_experts))
+            for worker, layer, expert in placement.all_replicas():
+                home = placement.workers.index(worker)
+                self.share_WLE[home, layer, expert] = 1 / len(placement.replicas[layer][expert])
+        rows = dict(zip(placement.workers, (self.share_WLE * load_LE).sum((1, 2)).tolist(), strict=True))
         slots = 3 * self.n_layers * self.n_experts // (2 * len(self.workers))
         for i, (worker, state) in enumerate(self.states.items()):
             self._say(Member("expert", worker, 4000 + i, "n", state, "x:1", epoch=1, slots=slots))  # type: ignore[arg-type]
