@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from importlib import import_module
@@ -58,6 +59,7 @@ class Gateway:
         self._metrics.cluster = config.cluster_name or ""
         self._epoch = 0
         app = create_app(config, model, tokenizer, self._session, self._metrics, ControllerSource(controller))
+        gc.freeze()  # garbage collections, in which nothing else runs, need not look at what stays
         self._drain = Drain(app, lambda: self._membership.tell())
         collector, state = self._metrics.collector, lambda: self._state
         self._metrics_url = endpoint.serve(collector, node_address(), config.metrics_port, state)
