@@ -15,7 +15,7 @@ from cluster.control.client import ControllerClient
 from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.errors import TraceError
-from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.fleet.actor import checkpoint_here, loading, node_address, start_or_end
 from cluster.fleet.fault_proxy import FaultProxy
 from cluster.fleet.metrics import serve_metrics
 from cluster.observe import logs, tracing
@@ -120,7 +120,8 @@ class Router:
 
         set_threads(self._threads)
         self._device = pick(self._config.router_device, self._gpu_ids)
-        self._source = source = Checkpoint(self._checkpoint, self._device, finite=self._config.check_weights)
+        checkpoint = checkpoint_here(self._checkpoint, self._config.model)
+        self._source = source = Checkpoint(checkpoint, self._device, finite=self._config.check_weights)
         if self._config.transport == "local":
             return build_engine(self._config, source, trace=self._make_trace(source))
         assert self._view is not None
