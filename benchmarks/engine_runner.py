@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.workload import DECODE_PROMPT, DECODE_STEPS, prompts
 from cluster.config import Config
 from cluster.router.build import build_engine
+from cluster.router.engine import Engine
 from cluster.router.params import SamplingParams
 from workers.model.experts import Experts
 
@@ -23,9 +24,14 @@ class EngineRunner:
         self._engine = build_engine(CONFIG, directory, experts)
         self._vocab_size = self._engine.model.spec.vocab_size
 
-    def decode(self, batch: int) -> float:
-        """Tokens per second of `batch` sequences, from the first generated token on."""
-        self._submit(prompts(batch, DECODE_PROMPT, self._vocab_size), 1 + DECODE_STEPS)
+    @property
+    def engine(self) -> Engine:
+        """What is measured."""
+        return self._engine
+
+    def decode(self, batch: int, traceparent: str = "") -> float:
+        """Tokens per second of `batch` sequences, from the first generated token on. `traceparent`: of all of them."""
+        self._submit(prompts(batch, DECODE_PROMPT, self._vocab_size), 1 + DECODE_STEPS, traceparent)
         self._engine.step()  # all prompts fit in one step
         start = time.perf_counter()
         n_tokens = sum(self._step() for _ in range(DECODE_STEPS))
@@ -43,8 +49,8 @@ class EngineRunner:
             self._engine.step()
         return n_tokens / (time.perf_counter() - start)
 
-    def _submit(self, prompt_ids: list[list[int]], n_new: int) -> None:
-        params = SamplingParams(max_tokens=n_new, temperature=0.0, ignore_eos=True)
+    def _submit(self, prompt_ids: list[list[int]], n_new: int, traceparent: str = "") -> None:
+        params = SamplingParams(max_tokens=n_new, temperature=0.0, ignore_eos=True, traceparent=traceparent)
         for index, ids in enumerate(prompt_ids):
             self._engine.submit(str(index), ids, params)
 

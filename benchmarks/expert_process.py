@@ -1,7 +1,7 @@
 """One expert worker of a benchmark: a shard behind the gRPC transport, without Ray.
 
 `python -m benchmarks.expert_process CHECKPOINT WORKER N_WORKERS THREADS CREDENTIALS`, the last a file; prints its
-address once it serves, and ends when its standard input does.
+address once it serves, then the URL of its metrics, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from cluster.fleet.worker_readings import Loads, WorkerReadings
+from cluster.observe.endpoint import Endpoint
+from cluster.observe.exposition import Readings
 from cluster.placement.placement import striped
 from workers.checkpoint import Checkpoint
 from workers.shard import load_shard
@@ -34,7 +37,8 @@ def main(directory: str, worker: str, n_workers: str, threads: str, credentials:
         ways=(ShmAcceptor,),
     )
     server.start()
-    print(server.address, flush=True)
+    readings = WorkerReadings(shard, server.batcher, Loads(), lambda: 0)
+    print(server.address, Endpoint(Readings(worker, (readings,)), "127.0.0.1").url, sep="\n", flush=True)
     sys.stdin.read()
     server.stop(grace_s=1.0)
 

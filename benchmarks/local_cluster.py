@@ -22,24 +22,32 @@ from workers.kernels.threads import process_environment
 from workers.transport.base import FastWay
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.grpc.credentials import Credentials
+from workers.transport.shm.router import ShmWay
+from workers.transport.shm.steps import RingSteps
 
 
 @contextmanager
-def local_cluster(directory: Path, n_workers: int, threads: int, ways: Sequence[FastWay]) -> Iterator[Exchange]:
+def local_cluster(
+    directory: Path, n_workers: int, threads: int, ways: Sequence[FastWay], metrics_urls: list[str] | None = None
+) -> Iterator[Exchange]:
     """An exchange with `n_workers` processes of `threads` threads each, over gRPC or a faster way of `ways`. They end
-    with the context."""
+    with the context. `metrics_urls` gets the URLs of their metrics."""
     checkpoint, config, names = Checkpoint(directory), Config(), worker_names(n_workers)
     spec, credentials = checkpoint.spec, Credentials.generate()
     with ExitStack() as stack:
         file = Path(stack.enter_context(TemporaryDirectory()), "credentials.json")
         credentials.write(file)
         processes = [stack.enter_context(_expert_process(directory, name, n_workers, threads, file)) for name in names]
-        addresses = {name: _address(process) for name, process in zip(names, processes, strict=True)}
+        addresses = {name: _line(process) for name, process in zip(names, processes, strict=True)}
+        if metrics_urls is not None:
+            metrics_urls += [_line(process) for process in processes]
         transport = GrpcTransport("router-0", checkpoint.fingerprint(torch.float32), credentials, ways=ways)
         stack.callback(transport.close)
+        rings = [way for way in ways if isinstance(way, ShmWay)]
         yield Exchange(
             striped(spec.n_layers, spec.n_experts, names, dense_layers=spec.dense_layers), addresses, transport,
             reply_timeout_s=config.reply_timeout_s, rejoin_timeout_s=config.rejoin_timeout_s,
+            step_way=RingSteps(rings[0], spec.n_layers, spec.n_experts) if rings else None,
         )  # fmt: skip
 
 
@@ -59,9 +67,10 @@ def _expert_process(
             process.terminate()
 
 
-def _address(process: subprocess.Popen[str]) -> str:
+def _line(process: subprocess.Popen[str]) -> str:
+    """The next line that it says."""
     assert process.stdout is not None
-    address = process.stdout.readline().strip()
-    if not address:
+    line = process.stdout.readline().strip()
+    if not line:
         raise StartError(f"an expert worker ended with exit code {process.wait()}")
-    return address
+    return line

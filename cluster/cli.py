@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import json
 import os
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -32,14 +35,38 @@ StateDir = Annotated[Path | None, typer.Option(help="as given to `serve`", envva
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """What is started meanwhile does not import from whatever directory this was started in."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
 class _OneLineErrors(TyperGroup):
     """An error made on purpose, or of the system (a full disk), ends the command with one line and exit code 1."""
 
-    def invoke(self, ctx: Any) -> Any:
-        # What we start must not import from whatever directory we were started in.
-        os.environ["PYTHONSAFEPATH"] = "1"
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        # A terminal need not know every character of a help page, or of what a model says.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
-            return super().invoke(ctx)
+            os.getcwd()
+        except FileNotFoundError:  # somebody removed it; libraries that ask where they are end the process
+            os.chdir("/")
+        return super().main(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with _safe_path():
+                return super().invoke(ctx)
         except ExpertMeshError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error

@@ -23,6 +23,9 @@ def settle(environ: MutableMapping[str, str], given: Path | None = None) -> Path
     directory that holds everything, None where things stay. Raises ConfigError, StartError.
     """
     _name_the_user(environ)
+    for variable in ("XDG_CACHE_HOME", "XDG_RUNTIME_DIR"):
+        if not os.path.isabs(environ.get(variable) or "/"):  # to be ignored, says the specification
+            del environ[variable]
     if given is None and environ.get(VARIABLE):
         given = Path(environ[VARIABLE])
     if given is not None:

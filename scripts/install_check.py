@@ -88,6 +88,8 @@ def chat(expertmesh: Path, scratch: Path) -> str:
         body = {"model": model.name, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8}
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(f"{url}/page/app.js", timeout=60) as page:  # files that are no Python came along
+            page.read()
         with urllib.request.urlopen(request, timeout=60) as answer:
             return str(json.load(answer)["choices"][0]["message"]["content"])
     finally:

@@ -31,7 +31,7 @@ class ControllerSource:
             raise RequestError("The controller's admin API is not known yet", code="not_ready", status=503)
         headers = {"Authorization": f"Bearer {key}"}
         try:
-            async with httpx.AsyncClient(timeout=_VERB_TIMEOUT_S) as client:
+            async with httpx.AsyncClient(timeout=_VERB_TIMEOUT_S, trust_env=False) as client:
                 answer = await client.post(f"http://{self._admin_address}{path}", json=body, headers=headers)
             return answer.status_code, answer.json()
         except (httpx.HTTPError, ValueError) as error:

@@ -22,6 +22,7 @@ METRICS_PORT, MOST_PROCESSES = 9400, 32
 ADMIN_PORT = 8100
 TOKEN = Path("/etc/expertmesh/admin/admin-token")
 _TICK_S = 1.0
+_OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # no proxy leads to processes of ours
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
@@ -47,7 +48,7 @@ def drain_experts(address: str, head: str, token: str, seconds: float) -> list[s
         url = f"http://{head}:{ADMIN_PORT}/workers/{worker}/drain"
         request = urllib.request.Request(url, b"", {"Authorization": f"Bearer {token}"})
         try:
-            urllib.request.urlopen(request, timeout=seconds).close()
+            _OPEN(request, timeout=seconds).close()
         except OSError as error:  # refused, since there is no room, or nobody answers
             print(f"{worker}: {error}", file=sys.stderr)
             return False
@@ -61,7 +62,7 @@ def samples(address: str) -> Iterator[Sample]:
     """The series of every process at `address`, each at the first port that was free when it started."""
     for port in range(METRICS_PORT, METRICS_PORT + MOST_PROCESSES):
         try:
-            with urllib.request.urlopen(f"http://{address}:{port}/metrics", timeout=2) as answer:
+            with _OPEN(f"http://{address}:{port}/metrics", timeout=2) as answer:
                 text = answer.read().decode()
         except OSError:
             continue

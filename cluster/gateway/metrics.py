@@ -53,7 +53,8 @@ class Metrics:
     async def of_all(self) -> str:
         """The series of all processes as text; `expertmesh_process_scraped` says who did not answer."""
         others = [target for target in self.targets if target.process != self.gateway]
-        async with httpx.AsyncClient(timeout=_PEER_TIMEOUT_S) as client:
+        # Past any proxy of the environment, as in all calls to processes of ours.
+        async with httpx.AsyncClient(timeout=_PEER_TIMEOUT_S, trust_env=False) as client:
             texts = await asyncio.gather(*(_fetch(client, target.url) for target in others))
         came = [Reading(series.SCRAPED, 1, (self.gateway,))]
         came += [

@@ -1,15 +1,17 @@
 """What a router adds to the traces of requests: waiting, prefill, steps, exchanges, and the workers' part of these.
 
 A step is one for many requests: its span is in the trace of the first one that is traced, and has links to the others.
-What expert workers computed is drawn by their replies' own account, before the moment at which the reply was there.
+What expert workers computed is drawn by their replies' own account: a span as long as all calls of the step together.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.observe import tracing
 from cluster.observe.tracing import context_of, since_epoch_ns
@@ -17,20 +19,27 @@ from cluster.observe.tracing import context_of, since_epoch_ns
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from opentelemetry.trace import Tracer
+
     from cluster.router.exchange.sender import Part
     from cluster.router.sequence import Sequence
+
+
+class _Exchange(NamedTuple):
+    """One layer's. Times by time.perf_counter(); of each worker its name, the nanoseconds it computed, its rows."""
+
+    layer: int
+    began: float
+    ended: float
+    parts: list[tuple[str, int, int]]
 
 
 class RouterSpans:
     """The step loop's alone. Nothing is made for requests that are not traced."""
 
     def __init__(self) -> None:
-        self._step: Any = None  # the context of the step under way; None: nobody in it is traced
-
-    @property
-    def is_tracing(self) -> bool:
-        """Whether somebody in the step under way is traced."""
-        return self._step is not None
+        self.is_tracing = False  # whether somebody in the step under way is traced
+        self._exchanges: list[_Exchange] = []  # of that step
 
     @contextmanager
     def step(self, number: int, n_rows: int, sequences: Iterable[Sequence]) -> Iterator[None]:
@@ -42,41 +51,55 @@ class RouterSpans:
             return
         from opentelemetry import trace
 
-        contexts = [context_of(each.params.traceparent) for each in traced]
+        contexts = [
+            context_of(traceparent) for traceparent in dict.fromkeys(each.params.traceparent for each in traced)
+        ]
         links = [trace.Link(trace.get_current_span(context).get_span_context()) for context in contexts[1:]]
         attributes = {"expertmesh.step": number, "expertmesh.rows": n_rows, "expertmesh.traced": len(traced)}
         with tracer.start_as_current_span(
             "step", contexts[0], links=links, attributes=attributes, record_exception=False
         ) as span:
-            self._step = trace.set_span_in_context(span)
+            self.is_tracing = True
             try:
                 yield
             finally:
-                self._step = None
+                self.is_tracing = False
+                self._draw_exchanges(tracer, trace.set_span_in_context(span))
 
-    def exchange(self, parts: Iterable[Part], began: float, now: float) -> None:
+    def exchange(self, parts: Items[Part], began: float, now: float) -> None:
         """After one layer's exchange. Times by time.perf_counter()."""
-        tracer = tracing.tracer()
-        if self._step is None or tracer is None:
-            return
+        did = [(part.reply.worker, part.reply.compute_ns, part.rows.n_pairs) for part in parts]
+        self._exchanges.append(_Exchange(parts[0].rows.tag.layer, began, now, did))
+
+    def _draw_exchanges(self, tracer: Tracer, context: Any) -> None:
+        """One span for those of a step, and one for each worker in them: a span for each layer would cost more than
+        the exchange, and nobody could read them."""
         from opentelemetry import trace
 
-        kept = [part for part in parts if part.reply.loss is None]
-        layer = kept[0].rows.tag.layer if kept else -1
-        ended = since_epoch_ns(now, now)
-        started = ended - round(1e9 * (now - began))
-        span = tracer.start_span("exchange", self._step, attributes={"expertmesh.layer": layer}, start_time=started)
+        exchanges, self._exchanges = self._exchanges, []
+        if not exchanges:
+            return
+        clock = time.perf_counter()
+        start, end = (since_epoch_ns(at, clock) for at in (exchanges[0].began, exchanges[-1].ended))
+        seconds = [each.ended - each.began for each in exchanges]
+        attributes: dict[str, str | int | float] = {
+            "expertmesh.seconds": sum(seconds),
+            "expertmesh.slowest_seconds": (slowest := max(seconds)),
+            "expertmesh.slowest_layer": exchanges[seconds.index(slowest)].layer,
+        }
+        span = tracer.start_span("exchange", context, attributes=attributes, start_time=start)
         inside = trace.set_span_in_context(span)
-        for part in kept:
-            attributes: dict[str, str | int] = {
-                "expertmesh.worker": part.reply.worker,
-                "expertmesh.layer": layer,
-                "expertmesh.rows": part.rows.n_pairs,
-            }
-            begin = max(started, ended - part.reply.compute_ns)
-            computing = tracer.start_span("worker compute", inside, attributes=attributes, start_time=begin)
-            computing.end(begin + part.reply.compute_ns)
-        span.end(ended)
+        spent: Counter[str] = Counter()  # nanoseconds, by worker
+        rows: Counter[str] = Counter()
+        for each in exchanges:
+            for worker, compute_ns, n_rows in each.parts:
+                spent[worker] += compute_ns
+                rows[worker] += n_rows
+        for worker, compute_ns in spent.items():
+            attributes = {"expertmesh.worker": worker, "expertmesh.rows": rows[worker]}
+            computing = tracer.start_span("worker compute", inside, attributes=attributes, start_time=start)
+            computing.end(start + compute_ns)
+        span.end(end)
 
     def first_token(self, sequence: Sequence, now: float) -> None:
         """`sequence` got its first token here. Times by time.monotonic()."""

@@ -8,7 +8,7 @@ import pytest
 from tests.deploy.kuberay import cluster_hash
 from tests.deploy.rendering import CASES, Rendered, case, render
 
-_NUMBERS = ("routers", "expert_workers", "gateways", "autoscale_")
+_NUMBERS = ("routers", "expert_workers", "gateways", "min_", "max_routers", "max_expert_workers")
 
 
 def _set(**values: str) -> list[str]:

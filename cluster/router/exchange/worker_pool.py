@@ -14,7 +14,7 @@ from workers.errors import GroupLost, WorkerLost
 from workers.transport.base import Rows, Tag, Transport
 
 _FIRST_EJECTION_S, _LAST_EJECTION_S = 5.0, 60.0
-_REOPEN_S = 1.0  # between two tries to reach a worker whose ejection is over
+_REOPEN_S = 0.25  # between two tries to reach a worker whose ejection is over
 
 
 @dataclass(slots=True, eq=False)
@@ -59,12 +59,14 @@ class WorkerPool:
 
     def update(self, addresses: Mapping[str, str]) -> None:
         """Connect to workers that are new or moved. A worker without an address keeps the way it has, as long as it
-        lasts: it may be draining."""
+        lasts: it may be draining. One that comes back is passed over until it answers."""
         for worker, address in addresses.items():
-            if self._addresses.get(worker) != address:
+            if (known := self._addresses.get(worker)) != address:
                 self._addresses[worker] = address
                 self._readmit(worker)
                 self.reopen(worker)
+                if known is not None:
+                    self._ejected_until[worker] = time.monotonic()
 
     def forget(self, kept: Collection[str]) -> None:
         """Disconnect from every worker that is not in `kept`."""
@@ -94,8 +96,17 @@ class WorkerPool:
         return bool(back)
 
     def _is_back(self, worker: str) -> bool:
-        self.reopen(worker)
+        if not self.transport.answers(worker):
+            self.reopen(worker)
         return self.transport.answers(worker)
+
+    def limit(self, n_rows: int, has_other: bool) -> float:
+        """Seconds that a reply of `n_rows` is waited for, which another replica could give as well or not."""
+        return self._patience.limit(n_rows) if has_other else self._reply_timeout_s
+
+    def came(self, n_rows: int, seconds: float) -> None:
+        """Replies of `n_rows` were awaited for so long."""
+        self._patience.came(n_rows, seconds)
 
     def abandon(self) -> None:
         """Nothing that is in flight is wanted any more."""
@@ -123,15 +134,16 @@ class WorkerPool:
         in_flight = self._in_flight[reply.worker]
         while not reply.settled:
             first = in_flight.popleft()
-            patience, began = self._patience, time.monotonic()
-            timeout_s = patience.limit(first.n_rows) if first.has_other else self._reply_timeout_s
+            began = time.monotonic()
+            timeout_s = self.limit(first.n_rows, first.has_other)
             try:
                 rows_PD, first.compute_ns = self.transport.receive(first.worker, first.tag, timeout_s, first.out_PD)
             except WorkerLost as loss:
                 first.is_late = time.monotonic() - began >= timeout_s
                 self._failed(first, loss)
             else:
-                patience.came(first.n_rows, time.monotonic() - began)
+                if first.has_other:
+                    self.came(first.n_rows, time.monotonic() - began)
                 first.settled = True
                 if first is reply:
                     first.out_PD = rows_PD

@@ -86,8 +86,8 @@ applications:
 {{- $most = add $most (mul $pool.maxReplicas $pool.expertWorkersPerPod) -}}
 {{- end -}}
 autoscale: auto
-autoscale_min_routers: {{ mul $routers.minReplicas $routers.routersPerPod }}
-autoscale_max_routers: {{ mul $routers.maxReplicas $routers.routersPerPod }}
-autoscale_min_expert_workers: {{ max 1 $least }}
-autoscale_max_expert_workers: {{ $most }}
+min_routers: {{ mul $routers.minReplicas $routers.routersPerPod }}
+max_routers: {{ mul $routers.maxReplicas $routers.routersPerPod }}
+min_expert_workers: {{ max 1 $least }}
+max_expert_workers: {{ $most }}
 {{- end -}}

@@ -91,3 +91,22 @@ def test_help_imports_nothing_heavy() -> None:
 def test_bench_lists_without_importing() -> None:
     listed = runner.invoke(app, ["bench", "--help"]).output
     assert all(name in listed for name in ("serve", "chaos"))
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_what_it_knows() -> None:
+    """Help has characters beyond ASCII, and so has what models say."""
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    code = "from cluster.cli import app; app(['serve', '--help'])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--expert-workers" in done.stdout
+
+
+def test_a_directory_that_was_removed_is_left(tmp_path: Path) -> None:
+    """Libraries that ask where they are end the process: oneMKL does, with words about a file that is there."""
+    (tmp_path / "gone").mkdir()
+    code = f"import os; os.chdir({str(tmp_path / 'gone')!r}); os.rmdir(os.getcwd()); from cluster.cli import app; "
+    code += f"app(['model', 'random', {str(tmp_path / 'tiny')!r}])"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True)
+    assert (tmp_path / "tiny" / "config.json").is_file()

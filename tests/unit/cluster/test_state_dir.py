@@ -25,6 +25,13 @@ def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     assert environ == {"XDG_CACHE_HOME": str(tmp_path / "not" / "there" / "yet")}
 
 
+def test_what_the_specification_says_to_ignore_is_ignored(tmp_path: Path) -> None:
+    """Relative to which directory? Each process of a cluster has another."""
+    environ = {"XDG_CACHE_HOME": "cache", "XDG_RUNTIME_DIR": "run", "HOME": str(tmp_path)}
+    settle(environ)
+    assert not {"cache", "run"} & set(environ.values())
+
+
 def test_one_directory_holds_all_when_one_is_named(tmp_path: Path) -> None:
     named, given = tmp_path / "named", tmp_path / "given"
     environ = {VARIABLE: str(named), "RAY_AUTH_TOKEN_PATH": "/elsewhere", "XDG_RUNTIME_DIR": "/run/user/0"}

@@ -82,7 +82,8 @@ class GrpcTransport:
     def answers(self, worker: str) -> bool:
         """Whether `worker` would answer, as far as is known: its process does, and the stream to it is whole."""
         link, pulse = self._links.get(worker), self._pulses.get(worker)
-        return link is not None and link.is_whole and pulse is not None and pulse.answers is True
+        is_open = link is not None and link.is_whole and link.is_open
+        return is_open and pulse is not None and pulse.answers is True
 
     @property
     def unreachable(self) -> Mapping[str, str]:

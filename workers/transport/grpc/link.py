@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from workers.errors import ExpertMeshError, WireError, WorkerLost
 from workers.transport.base import FastWay, Offered, Pair, Received, Rows, Tag
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.handshake import Hello, key
-from workers.transport.grpc.stream import Stream
+from workers.transport.grpc.stream import Stream, StreamBroken
 from workers.wire import HEADER_BYTES, Frame, Header
 
 _log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class Link:
         self.waiting_since = math.inf  # time.monotonic()
         self.hurry = hurry
         self._worker = worker
-        self._greet_timeout_s = greet_timeout_s
+        self._words: Future[dict[str, str]] = Future()  # the worker's first ones
         self._pair: Pair | None = None
         self.way = "grpc"
         self._is_greeted = False
@@ -52,6 +54,13 @@ class Link:
         except ExpertMeshError:
             self._withdraw()
             raise
+        self.stream.deadline = time.monotonic() + greet_timeout_s
+        threading.Thread(target=self._hear, name=f"greeting of {worker}", daemon=True).start()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the worker has answered the call, so that sending waits for nothing."""
+        return self._words.done()
 
     @property
     def is_whole(self) -> bool:
@@ -102,12 +111,8 @@ class Link:
         self._withdraw()
 
     def _greet(self) -> None:
-        """Wait for the worker's first words, and settle on the way that it takes."""
-        self.stream.deadline = time.monotonic() + self._greet_timeout_s
-        try:
-            words = self.stream.greeting()
-        finally:
-            self.stream.deadline = math.inf
+        """Wait for the worker's first words, and settle on the way that it takes. Raises StreamBroken."""
+        words = self._words.result()
         for name, offered in self._offers.items():
             if (text := words.get(key(name, "accept"))) is not None:
                 try:
@@ -124,6 +129,17 @@ class Link:
         self._is_greeted = True
         if self._pair is not None and self.stream.broken is not None:
             self._pair.broken(self.stream.broken)
+
+    def _hear(self) -> None:
+        """In a thread of its own: the step loop, which has other workers too, should not wait for a process that has
+        only just started."""
+        try:
+            words = self.stream.greeting()
+        except StreamBroken as broken:
+            self._words.set_exception(broken)
+        else:
+            self.stream.deadline = math.inf
+            self._words.set_result(words)
 
     def _withdraw(self) -> None:
         while self._offers:
