@@ -29,6 +29,7 @@ from workers.model.decoder import Decoder
 from workers.model.kv_cache import KVCache
 from workers.shard import ExpertShard
 from workers.spec import ModelSpec
+from workers.transport.base import Tag
 from workers.transport.device.offer import Shape
 from workers.transport.device.server import DeviceServer
 from workers.transport.device.stream_rows import StreamRows
@@ -104,7 +105,7 @@ def milliseconds(graphs: DecodeGraphs, batch: Batch, way: DeviceWay | None) -> t
     """One step from call to the end of its last kernel, and its logits."""
     torch.cuda.synchronize()
     began = time.perf_counter()
-    assert way is None or way.begin_step(batch.n_rows), "the workers do not answer"
+    assert way is None or way.begin_step(batch.n_rows, Tag(0, 0, 0, 0, 0, 0), 1.0), "the workers do not answer"
     logits = graphs.run(batch, range(batch.n_rows))
     torch.cuda.synchronize()
     took = (time.perf_counter() - began) * 1000

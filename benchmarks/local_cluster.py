@@ -22,6 +22,8 @@ from workers.kernels.threads import process_environment
 from workers.transport.base import FastWay
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.grpc.credentials import Credentials
+from workers.transport.shm.router import ShmWay
+from workers.transport.shm.steps import RingSteps
 
 
 @contextmanager
@@ -41,9 +43,11 @@ def local_cluster(
             metrics_urls += [_line(process) for process in processes]
         transport = GrpcTransport("router-0", checkpoint.fingerprint(torch.float32), credentials, ways=ways)
         stack.callback(transport.close)
+        rings = [way for way in ways if isinstance(way, ShmWay)]
         yield Exchange(
             striped(spec.n_layers, spec.n_experts, names, dense_layers=spec.dense_layers), addresses, transport,
             reply_timeout_s=config.reply_timeout_s, rejoin_timeout_s=config.rejoin_timeout_s,
+            step_way=RingSteps(rings[0], spec.n_layers, spec.n_experts) if rings else None,
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks.observe`: what being observed costs a router and its expert workers.
 
-Everything on: all processes scraped once a second by another process, every step traced and its spans encoded for a
-collector. Everything off: no scrape, no trace, and an exchange and a step loop that count rows (for the placement) but
-no time, byte or histogram.
+Everything on: all processes scraped every five seconds by another process, every step traced and its spans encoded for
+a collector. Everything off: no scrape, no trace, and an exchange and a step loop that count rows (for the placement)
+but no time, byte or histogram.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from workers.transport.base import Rows
 
 N_WORKERS = 2
+_RUNS = 4  # of decoding for one figure, so that it lasts as long as from one scrape to the next
 _TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 _SCRAPER = """
 import sys, time, urllib.request
@@ -51,7 +52,7 @@ while True:
     for url in sys.argv[1:]:
         urllib.request.urlopen(url).read()
     print("scraped", flush=True)
-    time.sleep(1)
+    time.sleep(5)
 """
 _UNCOUNTED = Traffic()
 
@@ -61,7 +62,7 @@ def observe(
         Path | None, typer.Option(help="checkpoint directory; default: a random one of 200 million parameters")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="sequences that decode together")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="pairs of runs, of whose differences the median counts")] = 25,
+    repeats: Annotated[int, typer.Option(min=1, help="pairs of runs, of whose differences the median counts")] = 12,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores")] = 0,
     traces: Annotated[bool, typer.Option(help="trace every step too")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -99,7 +100,9 @@ def measure(
             console.print(f"  pair {turn} of {repeats}", style="dim", highlight=False)
             for observed in (True, False) if turn % 2 else (False, True):
                 with everything_on(scraper, processor) if observed else everything_off():
-                    (on if observed else off).append(runner.decode(batch, _TRACEPARENT if observed else ""))
+                    traceparent = _TRACEPARENT if observed else ""
+                    figures = [runner.decode(batch, traceparent) for _ in range(_RUNS)]
+                    (on if observed else off).append(statistics.mean(figures))
     if processor is not None:
         processor.shutdown()
     return on[1:], off[1:]
@@ -107,7 +110,7 @@ def measure(
 
 @contextmanager
 def scraper_of(urls: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that scrapes once a second, stopped for the moment."""
+    """A process that scrapes every five seconds, stopped for the moment."""
     with subprocess.Popen([sys.executable, "-c", _SCRAPER, *urls], stdout=subprocess.PIPE) as scraper:
         try:
             assert scraper.stdout is not None

@@ -104,6 +104,32 @@ class Config:
         600.0, "a move has to save more of the experts' time within this than loading takes", at_least=1
     )
     rebalance_min_gain: float = option(0.05, "part of the experts' time that a move has to save", at_least=0, at_most=1)
+    autoscale: Literal["off", "advise", "auto"] = option(
+        "off", "start and end routers and expert workers by their load; advise: only say what it would do"
+    )
+    min_routers: int = option(1, "fewest routers that the autoscaler leaves", at_least=1)
+    max_routers: int = option(0, "most routers that the autoscaler has; 0: as many as at the start", at_least=0)
+    min_expert_workers: int = option(1, "fewest expert workers that the autoscaler leaves", at_least=1)
+    max_expert_workers: int = option(
+        0, "most expert workers that the autoscaler has; 0: as many as at the start", at_least=0
+    )
+    autoscale_interval_s: float = option(5.0, "between two looks of the autoscaler at the load", at_least=0.1)
+    autoscale_window_s: float = option(30.0, "over which the load is averaged before there are more", at_least=0.1)
+    autoscale_idle_s: float = option(300.0, "for which one less would have been enough before it ends", at_least=0.1)
+    autoscale_cooldown_s: float = option(60.0, "between two changes of the number of routers, or workers", at_least=0)
+    autoscale_queue: float = option(4.0, "sequences that may wait at a router before there are more", at_least=0.1)
+    autoscale_kv_use: float = option(
+        0.8,
+        "part of a router's KV cache, and of --max-sequences, used before there are more",
+        at_least=0.05,
+        at_most=1,
+    )
+    autoscale_worker_use: float = option(
+        0.7, "part of the time in which an expert worker computes before there are more", at_least=0.05, at_most=1
+    )
+    autoscale_worker_waiting: float = option(
+        1.0, "requests that wait at an expert worker, on average, before there are more", at_least=0.01
+    )
     expert_slots: int = option(
         0,
         "experts that each expert worker has room for, over all layers; 0: what its GPU holds, on a CPU half more than "

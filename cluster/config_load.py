@@ -192,6 +192,9 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
     if config.transport == "collective":
         _check_interface(config, refuse)
     _check_tls(config, refuse)
+    for least, most in (("min_routers", "max_routers"), ("min_expert_workers", "max_expert_workers")):
+        if 0 < getattr(config, most) < getattr(config, least):
+            raise refuse(most, f"is less than {least}: {getattr(config, least)}")
     if not config.host:
         raise refuse("host", "is empty; 0.0.0.0 listens on every address")
     if config.api_keys_file is not None and not config.api_keys_file.is_file():

@@ -85,7 +85,7 @@ class FakeLauncher:
     def __init__(self, membership: Membership, present: Iterable[str] = ()) -> None:
         self.membership = membership
         self.running = set(present)
-        self.gateways = 0
+        self.gateways = self.n_gateways = 0
         self.broken: dict[str, str] = {}
         self.log: list[str] = []  # starts and ends in order
 

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 
+from cluster.control.autoscaler import Autoscaler
 from cluster.control.chaos import Chaos
 from cluster.control.faults import Fault
 from cluster.control.membership import Membership
@@ -109,6 +110,7 @@ def create_app(
     rebalancer: Rebalancer,
     token: str,
     chaos: Chaos | None = None,
+    autoscaler: Autoscaler | None = None,
 ) -> FastAPI:
     """The application. All paths ask for `Authorization: Bearer TOKEN`; what cannot be done is 409 with the reason."""
 
@@ -218,6 +220,11 @@ def create_app(
     async def rebalancer_health() -> dict[str, Any]:
         """What the rebalancer decided last and why, how long it has been acting, when it last succeeded."""
         return asdict(rebalancer.health)
+
+    @app.get("/autoscaler")
+    async def autoscaler_health() -> dict[str, Any]:
+        """How many processes the autoscaler wants of each pool and why, and what it looks at."""
+        return {"mode": "off"} if autoscaler is None else asdict(autoscaler.health)
 
     @app.get("/receipts")
     async def receipts() -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import ray
 
+from cluster.control.autoscaler import Autoscaler
 from cluster.control.chaos import Chaos
 from cluster.control.client import NAME
 from cluster.control.epochs import Change
@@ -62,13 +63,16 @@ class Controller:
         self._operator = Operator(self._membership, self.change, options.expert_bytes, self._events, least)
         self._scaler = Scaler(self._membership, self._operator, options.drain_timeout_s, options.expert_bytes)
         self._rebalancer = Rebalancer(self._operator, options.rebalance, options.expert_bytes)
+        self._autoscaler = Autoscaler(self._membership, self._scaler, options.autoscale, options.max_sequences)
         self._chaos = Chaos(self._membership, self._events, options.allow_chaos)
+        self._launcher = launcher
         self._fleet = Fleet(self._membership, launcher)
         rescuer = Rescuer(self._membership, self._operator, self._changed, least)
         self._admin_address = ""
         self._metrics_url = self._serve_metrics(options.metrics, options.expert_bytes)
         tasks = (
-            self._bring_about(), self._rebalancer.run(), rescuer.run(), self._sweep(), self._serve_admin(options.admin)
+            self._bring_about(), self._rebalancer.run(), self._autoscaler.run(), rescuer.run(), self._sweep(),
+            self._serve_admin(options.admin),
         )  # fmt: skip
         self._tasks = [asyncio.get_event_loop().create_task(task) for task in tasks]
 
@@ -117,6 +121,19 @@ class Controller:
             raise PlacementError(f"{reason}: {change.error}")
         return change
 
+    async def scale(self, workers: int | None, routers: int | None) -> None:
+        """See `Scaler.scale`; for the Serve application, which says itself how many gateways there are."""
+        await self._scaler.scale(workers, routers)
+
+    async def declare_gateways(self, n: int) -> None:
+        """There are to be `n` gateways, which is seen to elsewhere."""
+        goal = self._membership.goal
+        self._membership.aim(replace(goal, processes=replace(goal.processes, gateways=n)))
+
+    async def launched(self) -> Launcher:
+        """What this cluster's processes are made of."""
+        return self._launcher
+
     async def drain(self) -> None:
         """Tell every member that the cluster is being stopped."""
         self._membership.drain()
@@ -134,7 +151,9 @@ class Controller:
     def _serve_metrics(self, options: MetricsOptions, expert_bytes: int) -> str | None:
         logs.configure(options.log_level, options.log_format, NAME)
         membership = self._membership
-        own = ControllerReadings(membership, self._operator, self._rebalancer, expert_bytes, options.per_expert)
+        own = ControllerReadings(
+            membership, self._operator, self._rebalancer, self._autoscaler, expert_bytes, options.per_expert
+        )
         process = ProcessReadings("controller", lambda: membership.epochs.placement.epoch)
         membership.metrics_url = endpoint.serve(
             Readings(NAME, (own, process)), _host(options.host), options.port, lambda: "ready"
@@ -150,8 +169,9 @@ class Controller:
 
         options = replace(options, host=_host(options.host))
         app = api.create_app(
-            self._membership, self._operator, self._scaler, self._rebalancer, options.token, self._chaos
-        )
+            self._membership, self._operator, self._scaler, self._rebalancer, options.token, self._chaos,
+            self._autoscaler,
+        )  # fmt: skip
         while True:
             try:
                 await api.serve(app, options, listening)

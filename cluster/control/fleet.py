@@ -19,6 +19,10 @@ _POLL_S = 0.1
 class Launcher(Protocol):
     """What starts and ends processes. Its methods may block, and are called one at a time for the same process."""
 
+    @property
+    def n_gateways(self) -> int:
+        """Gateways that there are at first, whoever started them."""
+
     def present(self) -> frozenset[str]:
         """The expert workers and routers that there are, also those that a controller before this one started."""
 
@@ -97,7 +101,7 @@ class Fleet:
             self._membership.ended(process)
 
     async def _follow_gateways(self) -> None:
-        n = 0
+        n = self._launcher.n_gateways
         while True:
             goal = self._membership.goal
             if goal.processes.gateways != n:

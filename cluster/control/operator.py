@@ -118,6 +118,11 @@ class Operator:
             goal = edit.unpin(self._placement, layer, expert, worker)
             return await self._go([goal], f"unpin layer {layer}, expert {expert} from {worker}")
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a verb is being carried out, which may take many changes."""
+        return self.lock.locked()
+
     async def urgently(self, goal: Placement, action: str) -> Receipt:
         """Bring `goal` into force before whatever else is under way; a change that is not published yet gives way."""
         self._urgent += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cluster.control.autoscale import AutoscaleOptions
 from cluster.control.rebalancer import RebalanceOptions
 from cluster.observe.logs import Format
 
@@ -35,6 +36,8 @@ class Options:
     admin: AdminOptions
     metrics: MetricsOptions
     rebalance: RebalanceOptions = field(default_factory=RebalanceOptions)
+    autoscale: AutoscaleOptions = field(default_factory=AutoscaleOptions)
+    max_sequences: int = 64  # places in the batch of a router
     expert_bytes: int = 0  # of one replica
     spare_replicas: int = 0
     allow_chaos: bool = False

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import get_args
 
+from cluster.control.autoscaler import Autoscaler
 from cluster.control.membership import Membership
 from cluster.control.operator import Operator
 from cluster.control.rebalancer import Rebalancer
@@ -24,12 +25,19 @@ class ControllerReadings:
     is one that was true at that moment."""
 
     def __init__(
-        self, membership: Membership, operator: Operator, rebalancer: Rebalancer, expert_bytes: int, per_expert: bool
+        self,
+        membership: Membership,
+        operator: Operator,
+        rebalancer: Rebalancer,
+        autoscaler: Autoscaler,
+        expert_bytes: int,
+        per_expert: bool,
     ) -> None:
         """`expert_bytes`: of one replica. `per_expert`: whether there are series for each expert and layer."""
         self._membership = membership
         self._operator = operator
         self._rebalancer = rebalancer
+        self._autoscaler = autoscaler
         self._expert_bytes = expert_bytes
         self._per_expert = per_expert
 
@@ -43,6 +51,7 @@ class ControllerReadings:
             yield from self._of_load(load, view.placement)
         yield from self._of_actions()
         yield from self._of_rebalancer()
+        yield from self._of_autoscaler()
 
     def _of_placement(self, view: View) -> Iterator[Reading]:
         placement = view.placement
@@ -93,6 +102,12 @@ class ControllerReadings:
         yield Reading(series.ACTING, 0.0 if health.acting_since is None else time.time() - health.acting_since)
         yield Reading(series.FAILURES, health.failures)
         yield from (Reading(series.MODE, float(mode == health.mode), (mode,)) for mode in _MODES)
+
+    def _of_autoscaler(self) -> Iterator[Reading]:
+        health = self._autoscaler.health
+        yield from (Reading(series.AUTOSCALE_TARGET, n, (role,)) for role, n in health.targets.copy().items())
+        for role, signals in health.signals.copy().items():
+            yield from (Reading(series.AUTOSCALE_LOAD, load, (role, signal)) for signal, load in signals.items())
 
 
 def role_of(process: str) -> str:

@@ -67,8 +67,8 @@ class Rescuer:
         self._whole_since = None if down else self._whole_since or now
         if homeless(placement, down):
             await self._shelter(placement, down, 1)
-        elif self._membership.epochs.next is not None:
-            return
+        elif self._operator.is_busy or self._membership.epochs.next is not None:
+            return  # what is not urgent waits for its turn
         elif self._down_since is not None and now - self._down_since > _RESPARE_AFTER_S:
             await self._shelter(placement, down, self._least)
         elif self._shelters and self._whole_since is not None and now - self._whole_since > _LEAVE_AFTER_S:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -25,6 +26,15 @@ class Loading(Protocol):
 def loading(source: Loading | None) -> dict[str, object]:
     """What a member that loads `source` says of itself for people; nothing without one."""
     return {} if source is None else {"loaded_bytes": source.bytes_read}
+
+
+def checkpoint_here(path: str, model: str) -> Path:
+    """The checkpoint on this node: where it was when the cluster was planned, else where `model` leads to here."""
+    if Path(path).is_dir():
+        return Path(path)
+    from cluster.models import resolve
+
+    return resolve(model)
 
 
 def node_address() -> str:

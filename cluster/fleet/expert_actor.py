@@ -15,7 +15,7 @@ from cluster.config import Config
 from cluster.control.client import ControllerClient
 from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
-from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.fleet.actor import checkpoint_here, loading, node_address, start_or_end
 from cluster.fleet.metrics import serve_metrics
 from cluster.fleet.shard_keeper import ShardKeeper
 from cluster.fleet.weight_source import WeightSource
@@ -109,7 +109,9 @@ class ExpertWorker:
     def _load(self, placement: Placement) -> tuple[ExpertShard, Checkpoint]:
         config = self._config
         self._device = device = pick(config.expert_device, self._gpu_ids)
-        self._source = source = Checkpoint(self._checkpoint, device, finite=config.check_weights)
+        self._source = source = Checkpoint(
+            checkpoint_here(self._checkpoint, config.model), device, finite=config.check_weights
+        )
         dtype = compute_dtype(config.dtype, source.spec.dtype, device, config.router_device)
         began = time.perf_counter()
         shard = load_shard(source, placement.shard(self._worker), dtype, expert_format_of(config, device, dtype))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from cluster.config import Config
 from cluster.control.client import ControllerByName, ControllerClient
 from cluster.control.view import Member, State, View
-from cluster.fleet.actor import node_address
+from cluster.fleet.actor import checkpoint_here, node_address
 from cluster.fleet.drain import Drain
 from cluster.fleet.local_ray import APPLICATION
 from cluster.fleet.metrics import aliases_of
@@ -52,13 +52,14 @@ class Gateway:
         self._url = url
         self._node = ray.get_runtime_context().get_node_id()
         self._session = Session(credentials, rejoin_timeout_s=config.rejoin_timeout_s)
-        tokenizer = await asyncio.to_thread(Tokenizer, Path(model.path))
+        tokenizer = await asyncio.to_thread(lambda: Tokenizer(checkpoint_here(model.path, config.model)))
         process = ProcessReadings("gateway", lambda: self._epoch)
         own = (lambda: of_session(self._session.stats()), process)
         self._metrics = Metrics(self._id, own, aliases_of(config, self._id))
         self._metrics.cluster = config.cluster_name or ""
         self._epoch = 0
         app = create_app(config, model, tokenizer, self._session, self._metrics, ControllerSource(controller))
+        gc.freeze()  # garbage collections, in which nothing else runs, need not look at what stays
         self._drain = Drain(app, lambda: self._membership.tell())
         collector, state = self._metrics.collector, lambda: self._state
         self._metrics_url = endpoint.serve(collector, node_address(), config.metrics_port, state)
@@ -121,15 +122,9 @@ def application(config: Config, model: ModelCard, url: str, credentials: Credent
     return bound
 
 
-def scale(config: Config, model: ModelCard, url: str, credentials: Credentials, n: int) -> None:
-    """Let there be `n` gateways, and Serve, if there is none; return once it takes requests. Raises what a gateway
-    died of."""
+def deploy(config: Config, model: ModelCard, url: str, credentials: Credentials, n: int) -> None:
+    """Start Serve and `n` gateways; return once they take requests. Raises what a gateway died of."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    if is_deployed():
-        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", "serve")
-        deployment = import_module("ray.serve._private.common").DeploymentID(name=DEPLOYMENT, app_name=APPLICATION)
-        ray.get(controller.update_deployment_replicas.remote(deployment, n))
-        return
     quiet = {"log_level": config.log_level.upper(), "enable_access_log": False}
     quiet["encoding"] = "JSON" if config.log_format == "json" else "TEXT"
     # In a Ray of our own this is where Serve's own servers are; HAProxy listens on `config.host` (fleet.haproxy_exec).
@@ -142,6 +137,13 @@ def scale(config: Config, model: ModelCard, url: str, credentials: Credentials, 
         logging_config=quiet,
         external_scaler_enabled=True,  # the controller is the one who says how many there are
     )
+
+
+def scale(n: int) -> None:
+    """Let there be `n` gateways, soon."""
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", "serve")
+    deployment = import_module("ray.serve._private.common").DeploymentID(name=DEPLOYMENT, app_name=APPLICATION)
+    ray.get(controller.update_deployment_replicas.remote(deployment, n))
 
 
 def is_deployed() -> bool:

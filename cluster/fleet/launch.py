@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.config import Config
+from cluster.control.autoscale import AutoscaleOptions, Limits
 from cluster.control.client import NAME, NAMESPACE
 from cluster.control.controller import Controller
 from cluster.control.goal import Processes
@@ -68,12 +69,20 @@ class Cluster:
             raise RayGone(reason(error)) from error
 
 
-def start_controller(config: Config, plan: Plan, url: str, credentials: Credentials, admin_token: str) -> Cluster:
-    """Start the controller of the plan, which starts everything else. Returns before it has."""
+def launcher_of(plan: Plan, url: str, credentials: Credentials) -> RayLauncher:
+    """What the processes of a plan are made of; `url` is where clients reach the gateways."""
     model = ModelCard(
         plan.model_name, plan.checkpoint, plan.max_context, plan.vocab_size, int(time.time()), plan.defaults
     )
-    launcher = RayLauncher(config, plan.checkpoint, *_kinds(config, plan), url, model, credentials)
+    return RayLauncher(plan.config, plan.checkpoint, *_kinds(plan.config, plan), url, model, credentials)
+
+
+def start_controller(plan: Plan, launcher: RayLauncher, admin_token: str, *, detached: bool = False) -> Cluster:
+    """Start the controller of the plan, which starts everything else. Returns before it has.
+
+    It ends with this process, unless it is `detached`.
+    """
+    config = plan.config
     holders = plan.workers or plan.routers  # with the local transport the router holds its experts itself
     spares = min(config.spare_replicas, len(holders) - 1)
     placement = striped(plan.n_layers, plan.n_experts, holders, dense_layers=plan.dense_layers, spares=spares)
@@ -85,6 +94,8 @@ def start_controller(config: Config, plan: Plan, url: str, credentials: Credenti
         rebalance=RebalanceOptions(
             config.rebalance, config.rebalance_interval_s, config.rebalance_horizon_s, config.rebalance_min_gain
         ),
+        autoscale=_autoscale(config),
+        max_sequences=min(config.max_sequences, config.max_batch_tokens),
         expert_bytes=plan.expert_bytes,
         spare_replicas=config.spare_replicas,
         allow_chaos=config.allow_chaos,
@@ -92,9 +103,34 @@ def start_controller(config: Config, plan: Plan, url: str, credentials: Credenti
     )
     actor: Any = ray.remote(Controller)
     controller = actor.options(
-        name=NAME, namespace=NAMESPACE, num_cpus=0, resources=_HEAD, max_restarts=-1, max_concurrency=1000
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached" if detached else None,
+        num_cpus=0,
+        resources=_HEAD,
+        max_restarts=-1,
+        max_concurrency=1000,
     ).remote(placement, Processes(plan.workers, plan.routers, config.gateways), launcher, options)
     return Cluster(controller)
+
+
+def _autoscale(config: Config) -> AutoscaleOptions:
+    n_workers = int(config.expert_workers or 0)
+    return AutoscaleOptions(
+        mode=config.autoscale,
+        routers=Limits(config.min_routers, config.max_routers or max(config.min_routers, config.routers)),
+        workers=Limits(
+            config.min_expert_workers, config.max_expert_workers or max(config.min_expert_workers, n_workers)
+        ),
+        interval_s=config.autoscale_interval_s,
+        window_s=config.autoscale_window_s,
+        idle_s=config.autoscale_idle_s,
+        cooldown_s=config.autoscale_cooldown_s,
+        queue=config.autoscale_queue,
+        kv_use=config.autoscale_kv_use,
+        worker_use=config.autoscale_worker_use,
+        worker_waiting=config.autoscale_worker_waiting,
+    )
 
 
 def _kinds(config: Config, plan: Plan) -> tuple[Kind, Kind]:

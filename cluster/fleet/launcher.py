@@ -78,6 +78,8 @@ class RayLauncher:
     url: str
     model: ModelCard
     credentials: Credentials
+    asked: Config | None = None  # of a Serve application: its configuration, as it was asked for
+    n_gateways: int = 0  # that there are without the controller's doing: those of a Serve application
 
     def present(self) -> frozenset[str]:
         """By the names of their actors."""
@@ -108,8 +110,11 @@ class RayLauncher:
         _end(process)
 
     def scale_gateways(self, n: int) -> None:
-        """Through Ray Serve; the first time it is started."""
-        gateway.scale(self.config, self.model, self.url, self.credentials, n)
+        """Through Ray Serve; where nobody has started it, it is started."""
+        if gateway.is_deployed():
+            gateway.scale(n)
+        elif self.asked is None:
+            gateway.deploy(self.config, self.model, self.url, self.credentials, n)
 
     def why(self, error: Exception) -> str:
         """The cause of what Ray raised."""
@@ -139,12 +144,18 @@ def _strategy(process: str, kind: Kind) -> PlacementGroupSchedulingStrategy | No
     """A bundle of its own, which Ray's autoscaler finds a node for; None where nothing is asked of a node."""
     if not kind.bundle:
         return None
+    return PlacementGroupSchedulingStrategy(reserve(process, kind.bundle), placement_group_bundle_index=0)
+
+
+def reserve(process: str, bundle: Mapping[str, float]) -> PlacementGroup:
+    """The placement group of a process, asked for if there is none: an autoscaler starts a node where none has room."""
     name = _GROUP_PREFIX + process
+    group: PlacementGroup
     try:
         group = ray.util.get_placement_group(name)
     except ValueError:
-        group = placement_group([kind.bundle], name=name, lifetime="detached")
-    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+        group = placement_group([dict(bundle)], name=name, lifetime="detached")
+    return group
 
 
 def _end(process: str) -> None:

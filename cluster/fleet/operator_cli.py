@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -193,22 +194,31 @@ def ask(method: str, path: str, port: int | None, body: dict[str, Any] | None = 
     """The answer of the running cluster's admin API. Raises PlacementError with its reason for a refusal."""
     import httpx
 
-    from cluster.fleet.run_state import admin_token, find
-    from cluster.fleet.snapshot import read
-
-    state = find(port)
-    controllers = [process for process in read(port)["processes"] if process["role"] == "controller"]
-    if not controllers or not controllers[0]["address"]:
-        raise ExpertMeshError("the controller is just starting; try again in a moment")
-    headers = {"Authorization": f"Bearer {admin_token(Path(state.run_dir))}"}
+    url, token = _admin(port)
+    headers = {"Authorization": f"Bearer {token}"}
     try:
         # A change takes as long as the weights take to load.
-        url = f"http://{controllers[0]['address']}{path}"
-        response = httpx.request(method, url, json=body, headers=headers, timeout=None, trust_env=False)
+        response = httpx.request(method, f"{url}{path}", json=body, headers=headers, timeout=None, trust_env=False)
     except httpx.HTTPError as error:
-        raise ExpertMeshError(f"the controller at {controllers[0]['address']} does not answer: {error}") from error
+        raise ExpertMeshError(f"the controller at {url} does not answer: {error}") from error
     if response.status_code == 409:
         raise PlacementError(response.json()["detail"])
     if response.is_error:
         raise ExpertMeshError(f"the controller answered {response.status_code}: {response.text}")
     return response.json()
+
+
+def _admin(port: int | None) -> tuple[str, str]:
+    """Where the admin API is, and its token: as the environment says, else those of the cluster of this user here."""
+    from cluster.fleet.run_state import admin_token, find, read_token
+    from cluster.fleet.snapshot import read
+
+    if url := os.environ.get("EXPERTMESH_ADMIN_URL"):
+        if not (file := os.environ.get("EXPERTMESH_ADMIN_TOKEN_FILE")):
+            raise ExpertMeshError("EXPERTMESH_ADMIN_URL is set, but EXPERTMESH_ADMIN_TOKEN_FILE is not")
+        return url.rstrip("/"), read_token(Path(file))
+    state = find(port)
+    controllers = [process for process in read(port)["processes"] if process["role"] == "controller"]
+    if not controllers or not controllers[0]["address"]:
+        raise ExpertMeshError("the controller is just starting; try again in a moment")
+    return f"http://{controllers[0]['address']}", admin_token(Path(state.run_dir))

@@ -39,7 +39,7 @@ class Plan:
     """What will be started."""
 
     config: Config  # with every "auto" settled
-    gpus: tuple[Gpu, ...]  # of this machine
+    gpus: tuple[Gpu, ...]  # of all nodes
     uses: tuple[Use, ...]  # of GPUs
     transport: Choice
     checkpoint: str
@@ -59,14 +59,18 @@ class Plan:
     load_bytes: int  # that all of them together read of the checkpoint
 
 
-def plan(config: Config, checkpoint: Path) -> Plan:
-    """Look at the checkpoint and decide. Raises CheckpointError naming file and tensor, StartError."""
+def plan(config: Config, checkpoint: Path, found: tuple[Gpu, ...] | None = None) -> Plan:
+    """Look at the checkpoint and decide; `found`: the GPUs that there are, by default those of this machine.
+
+    Raises CheckpointError naming file and tensor, StartError.
+    """
     opened = Checkpoint(checkpoint)
     opened.verify()
     spec = opened.spec
     if not spec.experts:
         config = replace(config, expert_workers=0)
-    config = kinds(config, found := gpus())
+    found = gpus() if found is None else found
+    config = kinds(config, found)
     dtype = cluster_dtype(config, spec)
     if spec.experts and config.max_batch_tokens > (most := wire.most_tokens(spec.hidden_size, spec.top_k, dtype)):
         raise StartError(f"--max-batch-tokens {config.max_batch_tokens}: rows of this model travel {most} at most")
@@ -113,8 +117,10 @@ def plan(config: Config, checkpoint: Path) -> Plan:
         workers=tuple(f"expert-{i}" for i in range(n_workers)),
         routers=tuple(f"router-{i}" for i in range(config.routers)),
         # Routers and workers take turns within a step, so each pool gets all cores.
-        worker_threads=config.worker_threads or (worker_threads(cores, n_workers) if n_workers else 1),
-        router_threads=config.router_threads or max(1, cores // config.routers),
+        worker_threads=config.worker_threads
+        or int(config.cpus_per_expert_worker)
+        or (worker_threads(cores, n_workers) if n_workers else 1),
+        router_threads=config.router_threads or int(config.cpus_per_router) or max(1, cores // config.routers),
         memory=wanted,
         load_bytes=opened.stored_bytes(routers=config.routers),
     )

@@ -15,7 +15,7 @@ from cluster.control.client import ControllerClient
 from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.errors import TraceError
-from cluster.fleet.actor import loading, node_address, start_or_end
+from cluster.fleet.actor import checkpoint_here, loading, node_address, start_or_end
 from cluster.fleet.fault_proxy import FaultProxy
 from cluster.fleet.metrics import serve_metrics
 from cluster.observe import logs, tracing
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already
     import torch
 
     from cluster.router.engine import Engine
+    from cluster.router.exchange.captured_steps import StepWay
     from cluster.router.exchange.exchange import Exchange
     from cluster.router.service import GenerationService
     from cluster.routing.recorder import RoutingTrace
@@ -119,16 +120,17 @@ class Router:
 
         set_threads(self._threads)
         self._device = pick(self._config.router_device, self._gpu_ids)
-        self._source = source = Checkpoint(self._checkpoint, self._device, finite=self._config.check_weights)
+        checkpoint = checkpoint_here(self._checkpoint, self._config.model)
+        self._source = source = Checkpoint(checkpoint, self._device, finite=self._config.check_weights)
         if self._config.transport == "local":
             return build_engine(self._config, source, trace=self._make_trace(source))
         assert self._view is not None
         dtype = compute_dtype(self._config.dtype, source.spec.dtype, self._device, self._config.expert_device)
-        way = self._make_step_way(source, dtype)
+        way, ways = self._make_ways(source, dtype)
         self._exchange = exchange = Exchange(
             self._view.placement,
             self._addresses(self._view),
-            self._make_transport(source, way),
+            self._make_transport(source, ways),
             reply_timeout_s=self._config.reply_timeout_s,
             rejoin_timeout_s=self._config.rejoin_timeout_s,
             device=self._device,
@@ -158,8 +160,26 @@ class Router:
         addresses = dict(view.addresses("expert"))
         return addresses if self._proxy is None else self._proxy.through(addresses)
 
-    def _make_step_way(self, source: Checkpoint, dtype: torch.dtype) -> DeviceWay | None:
-        """Captured steps through device memory, where routers and workers are on GPUs and rows may take that way."""
+    def _make_ways(self, source: Checkpoint, dtype: torch.dtype) -> tuple[StepWay | None, tuple[FastWay, ...]]:
+        """What captured steps take, and what all rows do where both ends can."""
+        if self._config.transport == "shm":
+            return self._make_ring_steps(source, dtype)
+        way = self._make_device_way(source, dtype)
+        return way, () if way is None else (way,)
+
+    def _make_ring_steps(self, source: Checkpoint, dtype: torch.dtype) -> tuple[StepWay | None, tuple[FastWay, ...]]:
+        from workers.kernels.cpu.ops import CpuOps
+        from workers.kernels.select import ops_for
+        from workers.transport.shm.router import ShmWay
+        from workers.transport.shm.steps import RingSteps
+
+        way, spec = ShmWay(), source.spec
+        if not isinstance(ops_for(source.device, dtype), CpuOps):
+            return None, (way,)
+        return RingSteps(way, spec.n_layers, spec.n_experts), (way,)
+
+    def _make_device_way(self, source: Checkpoint, dtype: torch.dtype) -> DeviceWay | None:
+        """Through device memory, where routers and workers are on GPUs and rows may take that way."""
         from workers.errors import DeviceError
         from workers.kernels.select import ops_for
         from workers.transport.device.offer import Shape
@@ -180,20 +200,16 @@ class Router:
             log.warning("rows do not travel through device memory: %s", error)
             return None
 
-    def _make_transport(self, source: Checkpoint, way: DeviceWay | None) -> Transport:
+    def _make_transport(self, source: Checkpoint, ways: tuple[FastWay, ...]) -> Transport:
         from workers.device import compute_dtype
         from workers.transport.collective.client import CollectiveTransport
         from workers.transport.collective.group import host_store
         from workers.transport.collective.interface import bind_address
         from workers.transport.grpc.client import GrpcTransport
-        from workers.transport.shm.router import ShmWay
 
         config = self._config
         if config.transport in ("device", "shm", "grpc"):
             dtype = compute_dtype(config.dtype, source.spec.dtype, source.device, config.expert_device)
-            ways: tuple[FastWay, ...] = () if way is None else (way,)
-            if config.transport == "shm":
-                ways = (ShmWay(),)
             model = source.fingerprint(dtype)
             tell = self._membership.tell
             return GrpcTransport(self._id, model, self._credentials, epoch=self._epoch, ways=ways, on_reach=tell)

@@ -76,13 +76,18 @@ class RunDirectory:
         reason = f"no path of at most {_LONGEST_TMP} characters"
         for base in _bases():
             try:
+                if os.statvfs(base).f_flag & os.ST_NOEXEC:  # what HAProxy is started by lies there
+                    reason = f"{base}: no program may be started from there"
+                    continue
                 path = tempfile.mkdtemp(prefix="em-", dir=base)
                 lock = os.open(path, os.O_RDONLY)
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return cls(Path(path), lock)
             except OSError as error:
                 reason = f"{base}: {error.strerror}"
-        raise StartError(f"no directory for sockets ({reason}); set TMPDIR to a short path that you can write")
+        raise StartError(
+            f"no directory for sockets ({reason}); set TMPDIR to a short path, not `noexec`, that you can write"
+        )
 
     def missing(self, *names: str) -> Path | None:
         """The first of itself and of `names` within it that somebody removed; None while all are there."""
@@ -98,8 +103,8 @@ def _bases() -> Iterator[str]:
     """Where a run directory may lie, best first."""
     with contextlib.suppress(FileNotFoundError):
         yield from (base for base in (tempfile.gettempdir(),) if len(base) <= _LONGEST_TMP)
-    state = os.environ.get(VARIABLE, "")
-    yield from (base for base in ("/tmp", state, "/dev/shm") if base and len(base) <= _LONGEST_TMP)
+    places = ("/tmp", os.environ.get(VARIABLE, ""), str(cache_home() or ""), "/dev/shm")
+    yield from (base for base in places if base and len(base) <= _LONGEST_TMP)
 
 
 def credentials_path(run_dir: Path) -> Path:
@@ -109,10 +114,15 @@ def credentials_path(run_dir: Path) -> Path:
 
 def make_admin_token(run_dir: Path, given: Path | None = None) -> str:
     """The token for the admin API, kept where only this user reads it: that in the file `given`, or a new one."""
-    token = secrets.token_urlsafe(32) if given is None else read_token(given)
+    token = new_token() if given is None else read_token(given)
     with open(os.open(run_dir / _TOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
         file.write(token)
     return token
+
+
+def new_token() -> str:
+    """One that nobody guesses."""
+    return secrets.token_urlsafe(32)
 
 
 def read_token(file: Path) -> str:

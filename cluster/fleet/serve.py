@@ -156,12 +156,12 @@ def _serve(
     console: Console,
     began: float,
 ) -> None:
-    from cluster.fleet.launch import start_controller, wait_ready
+    from cluster.fleet.launch import launcher_of, start_controller, wait_ready
 
     credentials = Credentials.generate(tls_files(config), config.trusted_network)
     credentials.write(credentials_path(Path(state.run_dir)))  # for `bench serve --router`
     admin_token = make_admin_token(Path(state.run_dir), config.admin_token_file)
-    cluster = start_controller(config, plan, state.url, credentials, admin_token)
+    cluster = start_controller(plan, launcher_of(plan, state.url, credentials), admin_token)
     console.print(f"transport: {state.transport} ({state.transport_reason})", style="dim", highlight=False)
     for use in plan.uses:
         console.print(str(use), style="dim", highlight=False)

@@ -37,6 +37,7 @@ class WorkerReadings:
         shard, batcher = self.shard, self.batcher
         yield Reading(series.ROWS, batcher.rows)
         yield Reading(series.COMPUTE, batcher.compute_seconds)
+        yield Reading(series.WAITED, batcher.waited_seconds)
         calls = Distribution(series.CALL_ROWS.buckets)
         calls.counts, calls.total = list(batcher.calls), float(batcher.rows)
         yield Reading(series.CALL_ROWS, calls)

@@ -75,24 +75,27 @@ class ChatForm:
         return error_event(error)
 
     def opening(self, choice: Choice, first: Delta) -> bytes:
-        more = self._fields.opening(choice)
-        data = event(self._chunk(choice.index, {"role": "assistant", "content": ""}, more=more))
+        first_chunk = self._chunk(choice.index, {"role": "assistant", "content": ""})
+        data = event(first_chunk | self._fields.opening(choice))
         return data + (event(self._chunk(choice.index, {"content": self._echo})) if self._echo else b"")
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
-        data = b""
+        more = self._fields.chunk(delta)
+        finish = self._finish(choice, delta.finish)
+        if finish is not None:
+            more["stop_reason"] = self._fields.stop_reason(choice)
         if choice.parser is not None:
-            data = self._parts(choice, delta)
-        elif delta.scored or self._fields.any or self._usage.runs:
+            end = event(self._chunk(choice.index, {}, finish=finish, more=more)) if more else b""
+            return self._parts(choice, delta) + end
+        if delta.scored or more or self._usage.runs:
             scores = self._scores(delta.scored) if delta.scored else None
-            data = event(self._chunk(choice.index, {"content": delta.text}, scores, more=self._fields.chunk(delta)))
-        elif delta.text:
-            if (fast := self._fast.get(choice.index)) is None:
-                fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, {"content": _HOLE}), _HOLE)
-            data = fast.event(delta.text)
-        if delta.finish is not None:
-            data += event(self._chunk(choice.index, {}, finish=self._finish(choice, delta.finish)))
-        return data
+            content = {"content": delta.text} if delta.text or finish is None else {}
+            return event(self._chunk(choice.index, content, scores, finish, more))
+        if not delta.text:
+            return b""
+        if (fast := self._fast.get(choice.index)) is None:
+            fast = self._fast[choice.index] = TextEvents(self._chunk(choice.index, {"content": _HOLE}), _HOLE)
+        return fast.event(delta.text)
 
     def closing(self, usage: Usage, wanted: bool) -> bytes:
         return event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage}) if wanted else b""
@@ -108,7 +111,8 @@ class ChatForm:
             | self._fields.whole(answer)
             for answer in answers
         ]
-        return self._head | {"object": "chat.completion", "choices": choices, "usage": usage}
+        whole = {"object": "chat.completion", "choices": choices, "usage": usage}
+        return self._head | whole | self._fields.prompt(answers[0])
 
     def _finish(self, choice: Choice, finish: str | None) -> str | None:
         called = choice.parser is not None and choice.parser.n_calls > 0
@@ -121,7 +125,7 @@ class ChatForm:
         written = Written.of(answer.parts)
         message["content"] = self._echo + written.content or (None if written.calls else "")
         if written.reasoning and self._reasons:
-            message["reasoning_content"] = written.reasoning
+            message |= _reasoning(written.reasoning)
         if written.calls and self._legacy:
             message["function_call"] = {"name": written.calls[0].name, "arguments": written.calls[0].arguments}
         elif written.calls:
@@ -132,7 +136,7 @@ class ChatForm:
         return message
 
     def _parts(self, choice: Choice, delta: Delta) -> bytes:
-        """A chunk for each part; the first has the log-probabilities, the last what else is said of the tokens."""
+        """A chunk for each part; the first has the log-probabilities."""
         data, scored = b"", list(delta.scored)
         for part in delta.parts:
             if (content := self._delta_of(part)) is not None:
@@ -140,15 +144,13 @@ class ChatForm:
                 scored = []
         if scored:
             data += event(self._chunk(choice.index, {"content": ""}, self._scores(scored)))
-        if more := self._fields.chunk(delta):
-            data += event(self._chunk(choice.index, {"content": ""}, more=more))
         return data
 
     def _delta_of(self, part: Part) -> dict[str, Any] | None:
         if isinstance(part, Content):
             return {"content": part.text}
         if isinstance(part, Reasoning):
-            return {"reasoning_content": part.text} if self._reasons else None
+            return _reasoning(part.text) if self._reasons else None
         if isinstance(part, CallStart):
             function = {"name": part.name, "arguments": ""}
             call = {"index": part.index, "id": call_id(), "type": "function", "function": function}
@@ -175,3 +177,8 @@ class ChatForm:
             for token in scored
         ]
         return {"content": content, "refusal": None}
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Under both names that clients know."""
+    return {"reasoning_content": text, "reasoning": text}

@@ -120,6 +120,8 @@ class CompletionForm:
         if delta.scored or delta.finish is not None or self._fields.any or self._usage.runs:
             scores = self._scores(delta.scored, _echoed(choice))
             more = self._fields.chunk(delta)
+            if delta.finish is not None:
+                more["stop_reason"] = self._fields.stop_reason(choice)
             if choice.index not in self._opened:
                 self._opened.add(choice.index)
                 more |= self._fields.opening(choice)
@@ -142,12 +144,16 @@ class CompletionForm:
         if scores is not None and echo is not None:
             prompt = self._scores(_prompt_scores(answer.choice, answer.prompt_logprobs), 0) or {}
             scores = {name: prompt[name] + values for name, values in scores.items()}
-        return {
-            "index": answer.choice.index,
-            "text": answer.text if echo is None else echo.text + answer.text,
-            "logprobs": scores,
-            "finish_reason": answer.finish,
-        } | self._fields.whole(answer)
+        return (
+            {
+                "index": answer.choice.index,
+                "text": answer.text if echo is None else echo.text + answer.text,
+                "logprobs": scores,
+                "finish_reason": answer.finish,
+            }
+            | self._fields.whole(answer)
+            | self._fields.prompt(answer)
+        )
 
     def _chunk(
         self,

@@ -15,7 +15,7 @@ from cluster.gateway.generation import Choice
 from cluster.gateway.prompts import check_length, encode
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.schemas.messages import FunctionCall, Message
-from cluster.gateway.structured import grammar_of
+from cluster.gateway.structured import check_alone, grammar_of
 from cluster.gateway.tools import Toolbox, format_of, marks, parser, taught, toolbox
 
 
@@ -52,9 +52,12 @@ def plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
                 where = f"messages[{i}].content"
                 raise RequestError(f"'{where}' is required", code="missing_required_parameter", param=where)
             told["content"] = message.refusal or ""
-        for name in ("name", "tool_call_id", "reasoning_content"):
-            if (value := getattr(message, name)) is not None:
-                told[name] = value
+        more = {
+            "name": message.name,
+            "tool_call_id": message.tool_call_id,
+            "reasoning_content": message.reasoning_content or message.reasoning,
+        }
+        told |= {name: value for name, value in more.items() if value is not None}
         plain.append(told)
     return plain
 
@@ -95,8 +98,9 @@ async def converse(gateway: Gateway, request: ChatRequest, *, logprobs: int | No
     gateway.check_model(request.model)
     gateway.check_unknown(request)
     tools = toolbox(request)
-    grammar = await required_calls(gateway, tools)  # where it is, nothing else is said that could follow a format
-    if not grammar and (asked := await grammar_of(gateway, request)):
+    if grammar := await required_calls(gateway, tools):
+        check_alone(request)
+    elif asked := await grammar_of(gateway, request):
         grammar = await answer_or_calls(gateway, tools, asked)
     prompt = render(gateway, request, tools)
     check_length(gateway, prompt, "messages")

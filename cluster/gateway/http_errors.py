@@ -90,7 +90,7 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
         message = "The body must be a JSON object, sent with Content-Type: application/json"
         return RequestError(message, code="invalid_json")
     root = first["loc"][1:2]
-    paths = [(_path(error["loc"][1:], body), error) for error in errors if error["loc"][1:2] == root]
+    paths = [(_path(error, body), error) for error in errors if error["loc"][1:2] == root]
     path, error = max(paths, key=lambda item: len(item[0]))
     if not path:  # a name of a field that is no text
         return RequestError(f"The body: {error['msg']}", code="invalid_json")
@@ -113,14 +113,15 @@ def _invalid(message: str, code: str, param: str) -> RequestError:
     return RequestError(message[:1000], code=code, param=param[:200] or None)
 
 
-def _path(location: Sequence[str | int], body: Any) -> list[str | int]:
+def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
     """The part of a pydantic location that leads through the body; the rest names types of a union."""
     path: list[str | int] = []
+    location = error["loc"][1:]
     for i, part in enumerate(location):
         try:
             body = body[part]
         except (KeyError, IndexError, TypeError):
-            if not (isinstance(body, dict) and i == len(location) - 1):  # a missing field ends a location
+            if error["type"] != "missing" or i < len(location) - 1:  # the field that is missing ends its location
                 continue
         path.append(part)
     return path

@@ -9,17 +9,19 @@ from cluster.gateway import response_bodies
 from cluster.gateway.chat import chat
 from cluster.gateway.completions import complete
 from cluster.gateway.context import Gateway
+from cluster.gateway.json_bodies import JsonRoute
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.schemas.completions import CompletionRequest
 
 
 def openai_routes(gateway: Gateway) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["OpenAI"])
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
     card = response_bodies.ModelObject(
         id=gateway.model.id,
         object="model",
         created=gateway.model.created,
         owned_by="expertmesh",
+        root=gateway.model.id,
         max_model_len=gateway.model.max_context,
     )
 

@@ -67,8 +67,18 @@ class ChatMessage(BaseModel):
     content: str | None
     refusal: None
     reasoning_content: str = ""
+    reasoning: str = ""
     tool_calls: list[CalledTool] = []
     function_call: CalledFunction | None = None
+
+
+class TokenScore(BaseModel):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptScores = list[dict[str, TokenScore] | None] | None
 
 
 class ChatChoice(BaseModel):
@@ -76,6 +86,8 @@ class ChatChoice(BaseModel):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    stop_reason: str | int | None
+    token_ids: list[int] | None
 
 
 class ChatCompletion(BaseModel):
@@ -86,6 +98,8 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
+    prompt_token_ids: list[int] | None
+    prompt_logprobs: PromptScores
 
 
 class CompletionLogprobs(BaseModel):
@@ -102,6 +116,10 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    stop_reason: str | int | None
+    token_ids: list[int] | None
+    prompt_token_ids: list[int] | None
+    prompt_logprobs: PromptScores
 
 
 class Completion(BaseModel):
@@ -119,6 +137,7 @@ class ModelObject(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
     max_model_len: int
 
 

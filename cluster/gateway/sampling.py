@@ -125,8 +125,10 @@ def streaming(request: SamplingFields) -> Streaming:
 
 
 def truncated(prompt_ids: list[int], request: SamplingFields) -> list[int]:
-    """The last tokens of a prompt, where only so many are to be kept."""
-    return prompt_ids if request.truncate_prompt_tokens is None else prompt_ids[-request.truncate_prompt_tokens :]
+    """The last tokens of a prompt, or the first, where only so many are to be kept."""
+    if (n := request.truncate_prompt_tokens) is None:
+        return prompt_ids
+    return prompt_ids[:n] if request.truncation_side == "right" else prompt_ids[-n:]
 
 
 def _bad_words(gateway: Gateway, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:

@@ -43,7 +43,17 @@ class SequenceText:
     text. `n_tokens` counts every token, shown or not. `shows_stop`: the stop string is part of the text.
     """
 
-    __slots__ = ("_detokenizer", "_finder", "_min_tokens", "_scored", "_seen", "_shown", "_shows_stop", "n_tokens")
+    __slots__ = (
+        "_detokenizer",
+        "_finder",
+        "_min_tokens",
+        "_scored",
+        "_seen",
+        "_shown",
+        "_shows_stop",
+        "n_tokens",
+        "stop_id",
+    )
 
     def __init__(
         self, detokenizer: Detokenizer, stops: Sequence[str] = (), min_tokens: int = 0, *, shows_stop: bool = False
@@ -55,6 +65,7 @@ class SequenceText:
         self._seen = self._shown = 0  # characters: detokenised, and let through
         self._scored: list[ScoredToken] = []  # tokens whose text is still held back
         self.n_tokens = 0
+        self.stop_id: int | None = None  # the token that ended the sequence, if one did
 
     @property
     def stop(self) -> str:
@@ -63,7 +74,9 @@ class SequenceText:
 
     def feed(self, output: StepOutput) -> Delta:
         """The text that `output` lets through. After a delta with `finish`, feed no more."""
-        ids = output.token_ids[:-1] if output.finish == "stop" else output.token_ids
+        ids = output.token_ids
+        if output.finish == "stop" and ids:
+            self.stop_id, ids = ids[-1], ids[:-1]
         text = ""
         for i, token_id in enumerate(ids):
             text += self._push(token_id, output.logprobs[i] if output.logprobs else None)

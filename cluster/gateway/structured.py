@@ -36,6 +36,16 @@ async def grammar_of(gateway: Gateway, request: SamplingFields) -> str:
     return await compiled(gateway, param, value, make)
 
 
+def check_alone(request: SamplingFields) -> None:
+    """Raise RequestError for a grammar beside a call that is required. A `response_format` is of answers only, and may
+    stand there."""
+    for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+        if getattr(request, name) is not None:
+            raise RequestError(
+                f"'{name}' and a required tool call exclude each other", code="invalid_value", param=name
+            )
+
+
 async def compiled(gateway: Gateway, param: str, value: Any, make: Callable[[Any], str]) -> str:
     """The grammar that `make` makes of the field `param`. Raises RequestError where it cannot be compiled."""
     try:

@@ -22,6 +22,7 @@ class TokenFields:
         self._ids = bool(request.return_token_ids)
         self._routing = bool(request.return_routing)
         self._scores = request.prompt_logprobs
+        self._stop_ids = frozenset(request.stop_token_ids or ())
 
     @property
     def any(self) -> bool:
@@ -41,16 +42,29 @@ class TokenFields:
 
     def whole(self, answer: Answer) -> Fields:
         """Of a whole choice."""
-        fields: Fields = {}
-        if self._ids:
-            fields |= {"prompt_token_ids": answer.choice.prompt_ids, "token_ids": answer.token_ids}
+        fields: Fields = {
+            "stop_reason": self.stop_reason(answer.choice),
+            "token_ids": answer.token_ids if self._ids else None,
+        }
         if self._routing:
             fields["routing"] = _routing(answer.routing)
-        if self._scores is not None:
-            fields["prompt_logprobs"] = self._prompt(answer.choice.prompt_ids, answer.prompt_logprobs or ())
         return fields
 
-    def _prompt(self, ids: Sequence[int], scored: Sequence[TokenLogprobs | None]) -> list[Fields | None]:
+    def prompt(self, answer: Answer) -> Fields:
+        """Of the prompt that `answer` answers."""
+        scores, ids = answer.prompt_logprobs or (), answer.choice.prompt_ids
+        return {
+            "prompt_token_ids": ids if self._ids else None,
+            "prompt_logprobs": None if self._scores is None else self._scored(ids, scores),
+        }
+
+    def stop_reason(self, choice: Choice) -> str | int | None:
+        """The stop string, or the one of `stop_token_ids`, that ended a choice; null for the model's own end."""
+        if choice.text.stop:
+            return choice.text.stop
+        return choice.text.stop_id if choice.text.stop_id in self._stop_ids else None
+
+    def _scored(self, ids: Sequence[int], scored: Sequence[TokenLogprobs | None]) -> list[Fields | None]:
         """For each token of the prompt its score and those of the likeliest in its place, by id; none for the first."""
         return [
             None if entry is None else self._entry(token_id, entry)

@@ -8,12 +8,13 @@ from cluster.errors import RequestError
 from cluster.gateway import response_bodies
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import plain_messages
+from cluster.gateway.json_bodies import JsonRoute
 from cluster.gateway.prompts import encode
 from cluster.gateway.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 
 def token_routes(gateway: Gateway) -> APIRouter:
-    router = APIRouter(tags=["tokens"])
+    router = APIRouter(tags=["tokens"], route_class=JsonRoute)
 
     @router.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> response_bodies.Tokenized:

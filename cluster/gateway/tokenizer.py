@@ -163,7 +163,7 @@ class Tokenizer:
 
     def info(self) -> dict[str, Any]:
         """What a client may want to know of it."""
-        return {
+        return read_json(self.path / "tokenizer_config.json") | {
             "vocab_size": self.vocab_size,
             "chat_template": self._template_source,
             "special_tokens": self.special_tokens,

@@ -49,7 +49,7 @@ class Cluster:
             "process": processes["every process"],
             "state": 4, "role": 1 if "process" in series.labels or series.set_by == "every process" else 3,
             "route": 20, "status": 2, "reason": 6, "action": 4, "result": 2, "mode": 3, "transport": 1, "version": 1,
-            "gpu": 1,
+            "gpu": 1, "signal": 3,
         }  # fmt: skip
         lines = len(series.buckets) + 3 if series.kind == "histogram" else 1
         return round(processes[series.set_by] * lines * prod(ranges[label] for label in series.labels))

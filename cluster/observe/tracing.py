@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,7 @@ def request_span(name: str, traceparent: str, attributes: Attributes) -> Iterato
         yield span
 
 
+@lru_cache(maxsize=1024)  # of a step's requests it is asked again and again
 def context_of(traceparent: str) -> Any:
     """The context that a W3C `traceparent` names, for what follows from it; an empty or broken one: none."""
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator

@@ -43,7 +43,7 @@ class Limits:
 
     expert_bytes: int = 1
     moved_bytes: int | None = None  # at most so many are loaded; None: any number
-    tolerance: float = 0.01  # a layer within this of the best that was found keeps its homes
+    tolerance: float = 0.01  # a layer within this of the best that was found keeps its homes; inf: whatever it costs
     least_homes: int = 1  # of every expert, each on another worker
     bytes_per_s: float = 1e9  # at which replicas are loaded: for the forecast
 
@@ -100,9 +100,12 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
         if (ruled := obey(best, here_LE, len(fleet), rules)) is not best:
             best = divide(here_LE, ruled, speed_W)
         best_L = best.times(speed_W).max(1)
-        # Not above what equal shares would do with as many slots, however near that is.
-        equal_L = replicate_and_pack(here_LE, worker_S, speed_W).times(speed_W).max(1)
-        enough_L = np.minimum(best_L * (1 + limits.tolerance), np.maximum(best_L, equal_L))
+        enough_L = best_L * (1 + limits.tolerance)
+        if np.isfinite(
+            limits.tolerance
+        ):  # not above what equal shares would do with as many slots, however near that is
+            equal_L = replicate_and_pack(here_LE, worker_S, speed_W).times(speed_W).max(1)
+            enough_L = np.minimum(enough_L, np.maximum(best_L, equal_L))
         adjusted = divide(here_LE, adjust(kept, counts(best.expert_LS, n_experts), here_LE, speed_W, rules), speed_W)
         ways = [kept, best]
         for start in (adjusted, kept):

@@ -25,6 +25,11 @@ class _Choice:
     shares: tuple[float, ...]  # above 0
     rows: list[int]  # that each has been given
 
+    def next(self, rows: int) -> int:
+        """Which of them would have the fewest rows for its share, with these."""
+        given, shares = self.rows, self.shares
+        return min(range(len(given)), key=lambda i: (given[i] + rows) / shares[i])
+
 
 class Routes:
     """Where rows go while the workers in `down` are to be avoided. Used by one thread.
@@ -57,18 +62,30 @@ class Routes:
                     choices.append(_Choice(expert, workers, shares, [0] * len(active)))
             self._choices.append(choices)
 
-    def fixed_owners(self) -> Ints:
-        """A worker for every expert [L, E], for steps in which nobody knows the rows beforehand: of several replicas
-        one, others for other experts."""
+    def step_owners(self) -> Ints:
+        """A worker for every expert [L, E], for a step whose rows nobody knows beforehand: of several replicas the one
+        whose rows are the fewest for its share. What it takes is said by `took`."""
         owner_LE: Ints = self._owner_LE.copy()
         for layer, choices in enumerate(self._choices):
             for choice in choices:
-                owner_LE[layer, choice.expert] = choice.workers[(layer + choice.expert) % len(choice.workers)]
+                owner_LE[layer, choice.expert] = choice.workers[choice.next(1)]
         return owner_LE
+
+    def took(self, owner_LE: Ints, rows_LE: Ints) -> None:
+        """The rows of a step, by the owners that it had."""
+        for layer, choices in enumerate(self._choices):
+            for choice in choices:
+                worker = int(owner_LE[layer, choice.expert])
+                choice.rows[choice.workers.index(worker)] += int(rows_LE[layer, choice.expert])
 
     def has_others(self, layer: int, worker: int) -> bool:
         """Whether whatever the worker with index `worker` computes of `layer` could be computed elsewhere too."""
         return not self._is_alone_LW[layer][worker]
+
+    @property
+    def all_have_others(self) -> bool:
+        """Whether that is so of every worker and layer."""
+        return not any(map(any, self._is_alone_LW))
 
     def has_choice(self, layer: int) -> bool:
         """Whether an expert of `layer` has more than one replica to go to."""
@@ -88,8 +105,7 @@ class Routes:
         owner_E = owner_E.copy()
         for choice in choices:
             if rows := int(rows_E[choice.expert]):
-                given, shares = choice.rows, choice.shares
-                best = min(range(len(given)), key=lambda i: (given[i] + rows) / shares[i])
-                given[best] += rows
+                best = choice.next(rows)
+                choice.rows[best] += rows
                 owner_E[choice.expert] = choice.workers[best]
         return owner_E

@@ -11,6 +11,7 @@ from cluster.config import Config
 from cluster.router.compute import Compute, HostCompute
 from cluster.router.engine import Engine
 from cluster.router.exchange.exchange import Exchange
+from cluster.router.exchange.host_step_compute import HostStepCompute
 from cluster.router.grammar import GrammarCompiler
 from cluster.router.memory import check_memory, with_kv_cache
 from cluster.router.sizing import context_limit, expert_format_of, pool_blocks, step_bytes
@@ -85,6 +86,8 @@ def compute_on(model: Decoder, config: Config, trace: RoutingTrace | None = None
         limit = context_limit(config, model.spec, model.cache.n_blocks)
         return DeviceCompute(model, config.max_sequences, limit, progress, trace)
     if isinstance(model.experts, Exchange) and model.experts.steps is not None:
+        if model.cache.device.type == "cpu":
+            return HostStepCompute(model, model.experts, trace)
         from cluster.router.exchange.step_compute import ExchangeCompute
 
         limit = context_limit(config, model.spec, model.cache.n_blocks)

@@ -83,8 +83,12 @@ class HostCompute:
     def _by_layers(self, step: int, batch: Batch, draws: Items[Draw], observer: RoutingObserver | None) -> Computed:
         experts = self._model.experts
         experts.begin_step(step)
-        batches = batch.split(experts.micro_batches(batch.n_rows))
-        logits_RV = self._model.forward(batches, observer).cpu().numpy()
+        return self._forward(batch, batch.split(experts.micro_batches(batch.n_rows)), draws, observer)
+
+    def _forward(
+        self, batch: Batch, cut: Items[Batch], draws: Items[Draw], observer: RoutingObserver | None = None
+    ) -> Computed:
+        logits_RV = self._model.forward(cut, observer).cpu().numpy()
         routing_RLK = self._model.routing().cpu().numpy() if batch.routing else None
         return _OnHost(logits_RV, draws, self._sampler, routing_RLK)
 

@@ -7,8 +7,9 @@ What expert workers computed is drawn by their replies' own account: a span as l
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 
 class _Exchange(NamedTuple):
-    """One layer's: times by time.perf_counter(); of each worker its name, the nanoseconds it computed, its rows."""
+    """One layer's. Times by time.perf_counter(); of each worker its name, the nanoseconds it computed, its rows."""
 
+    layer: int
     began: float
     ended: float
     parts: list[tuple[str, int, int]]
@@ -49,7 +51,9 @@ class RouterSpans:
             return
         from opentelemetry import trace
 
-        contexts = [context_of(each.params.traceparent) for each in traced]
+        contexts = [
+            context_of(traceparent) for traceparent in dict.fromkeys(each.params.traceparent for each in traced)
+        ]
         links = [trace.Link(trace.get_current_span(context).get_span_context()) for context in contexts[1:]]
         attributes = {"expertmesh.step": number, "expertmesh.rows": n_rows, "expertmesh.traced": len(traced)}
         with tracer.start_as_current_span(
@@ -62,10 +66,10 @@ class RouterSpans:
                 self.is_tracing = False
                 self._draw_exchanges(tracer, trace.set_span_in_context(span))
 
-    def exchange(self, parts: Iterable[Part], began: float, now: float) -> None:
+    def exchange(self, parts: Items[Part], began: float, now: float) -> None:
         """After one layer's exchange. Times by time.perf_counter()."""
         did = [(part.reply.worker, part.reply.compute_ns, part.rows.n_pairs) for part in parts]
-        self._exchanges.append(_Exchange(began, now, did))
+        self._exchanges.append(_Exchange(parts[0].rows.tag.layer, began, now, did))
 
     def _draw_exchanges(self, tracer: Tracer, context: Any) -> None:
         """One span for those of a step, and one for each worker in them: a span for each layer would cost more than
@@ -77,22 +81,24 @@ class RouterSpans:
             return
         clock = time.perf_counter()
         start, end = (since_epoch_ns(at, clock) for at in (exchanges[0].began, exchanges[-1].ended))
-        seconds = [round(each.ended - each.began, 7) for each in exchanges]
-        attributes: dict[str, Any] = {"expertmesh.layer_seconds": seconds}
+        seconds = [each.ended - each.began for each in exchanges]
+        attributes: dict[str, str | int | float] = {
+            "expertmesh.seconds": sum(seconds),
+            "expertmesh.slowest_seconds": (slowest := max(seconds)),
+            "expertmesh.slowest_layer": exchanges[seconds.index(slowest)].layer,
+        }
         span = tracer.start_span("exchange", context, attributes=attributes, start_time=start)
         inside = trace.set_span_in_context(span)
-        by_worker: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        spent: Counter[str] = Counter()  # nanoseconds, by worker
+        rows: Counter[str] = Counter()
         for each in exchanges:
             for worker, compute_ns, n_rows in each.parts:
-                by_worker[worker].append((compute_ns, n_rows))
-        for worker, did in by_worker.items():
-            attributes = {
-                "expertmesh.worker": worker,
-                "expertmesh.rows": sum(n_rows for _, n_rows in did),
-                "expertmesh.call_seconds": [compute_ns / 1e9 for compute_ns, _ in did],
-            }
+                spent[worker] += compute_ns
+                rows[worker] += n_rows
+        for worker, compute_ns in spent.items():
+            attributes = {"expertmesh.worker": worker, "expertmesh.rows": rows[worker]}
             computing = tracer.start_span("worker compute", inside, attributes=attributes, start_time=start)
-            computing.end(start + sum(compute_ns for compute_ns, _ in did))
+            computing.end(start + compute_ns)
         span.end(end)
 
     def first_token(self, sequence: Sequence, now: float) -> None:

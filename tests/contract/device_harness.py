@@ -100,7 +100,7 @@ class StepTransport:
             if time.monotonic() > end:
                 return None
             time.sleep(0.002)
-        if not way.begin_step(len(x_PD)):
+        if not way.begin_step(len(x_PD), Tag(0, 0, 0, 0, 0, 0), 1.0):
             return None
         y_PD = x_PD
         for each in range(model.n_layers):

@@ -51,9 +51,8 @@ def test_survivors_take_over_what_a_killed_worker_held_alone(fleet: RunningClust
     assert sum(spread) == len(spread) + 1, "what was added goes again, but for the pinned replica"
 
 
-def test_a_worker_and_a_router_that_hang(fleet: RunningCluster) -> None:
-    """The router for so long that its gateway gives it up: its requests go on elsewhere meanwhile."""
-    chaos(fleet, "pause", "expert-0", "--seconds", "2", "--tokens", "200")
+def test_a_router_that_hangs_is_given_up_by_its_gateway(fleet: RunningCluster) -> None:
+    """For so long that its requests go on elsewhere meanwhile."""
     chaos(fleet, "pause", "router-1", "--seconds", "4", "--tokens", "200")
 
 

@@ -146,20 +146,56 @@ def test_a_killed_controller_and_a_killed_worker_keep_the_placement(fleet: Runni
             assert client.get("/placement").json()["epoch"] == before["epoch"] + 1
 
 
-def test_workers_come_and_go_under_streams(fleet: RunningCluster) -> None:
-    """Would catch a worker that gets rows before its experts, and one that is ended with experts only it has."""
+def members(fleet: RunningCluster, role: str) -> set[str]:
+    return {process["id"] for process in fleet.status()["processes"] if process["role"] == role}
+
+
+def test_processes_come_and_go_under_streams(fleet: RunningCluster) -> None:
+    """Would catch a worker that gets rows before its experts, one that is ended with experts only it has, a router or a
+    gateway that is ended with requests, and one that gets none."""
     with Load(fleet):
-        more = fleet.command("scale", "--expert-workers", "4")
+        more = fleet.command("scale", "--expert-workers", "4", "--routers", "3", "--gateways", "2")
         assert more.returncode == 0, more.stderr
-        assert held(fleet)["expert-3"] > 0
-        fewer = fleet.command("scale", "--expert-workers", "2")
+        assert held(fleet)["expert-3"] > 0 and members(fleet, "gateway") == {"gateway-0", "gateway-1"}
+        wait_until(lambda: fleet.process_of("router-2")["detail"].get("tokens", 0) > _TOKENS, 30)
+        fewer = fleet.command("scale", "--expert-workers", "2", "--routers", "1", "--gateways", "1")
         assert fewer.returncode == 0, fewer.stderr
         wait_until(lambda: held(fleet).keys() == {"expert-0", "expert-1"}, 20)
-        back = fleet.command("scale", "--expert-workers", "3")
+        wait_until(lambda: members(fleet, "router") == {"router-0"}, 20)
+        wait_until(lambda: len(members(fleet, "gateway")) == 1, 60)
+        back = fleet.command("scale", "--expert-workers", "3", "--routers", "2")
         assert back.returncode == 0, back.stderr
     refused = fleet.command("scale", "--expert-workers", "1")
     assert refused.returncode == 1 and "do not fit into the 15 slots of 1 worker" in refused.stderr
     assert len(held(fleet)) == 3
+
+
+def test_a_controller_killed_in_the_middle_of_a_scaling_goes_on_with_it(fleet: RunningCluster) -> None:
+    """It knows of that, and of who is drained, from the members alone: its arguments are those of the first start."""
+    with Load(fleet):
+        with admin(fleet) as client:
+            workers = client.get("/fleet").json()["processes"]["workers"]
+            assert client.post(f"/workers/{workers[1]}/drain").status_code == 200
+            asking = threading.Thread(target=fleet.command, args=("scale", "--expert-workers", "4"))
+            asking.start()
+            wait_until(lambda: client.get("/fleet").json()["scaling"] is not None, 30)
+        fleet.kill("controller")
+        asking.join()
+
+        def goal() -> dict[str, Any]:
+            with admin(fleet) as client:
+                return dict(client.get("/fleet").json())
+
+        wait_until(lambda: goal()["scaling"] is None, 60)
+        after = goal()
+        assert after["drained"] == [workers[1]]
+        assert set(after["processes"]["workers"]) in (set(workers), {*workers, "expert-3"})
+        wait_until(lambda: held(fleet).keys() == set(after["processes"]["workers"]), 20)
+        with admin(fleet) as client:
+            homes = client.get("/placement").json()["homes"]
+            assert all(workers[1] not in home for experts in homes for home in experts)
+            assert client.post(f"/workers/{workers[1]}/undrain").status_code == 200
+        assert fleet.command("scale", "--expert-workers", "3").returncode == 0
 
 
 def test_the_command_line_says_what_was_done_and_why_not(fleet: RunningCluster) -> None:

@@ -72,6 +72,11 @@ class Plan:
         return first, first + 4 * self.n_pairs
 
     @property
+    def cuts_address(self) -> tuple[int, int]:
+        """Of what `cuts` gives."""
+        return self.address, self.address + 8 * (self.n_workers + 1)
+
+    @property
     def row_address(self) -> int:
         """Of `row_P`."""
         return self.address + 8 * self._row

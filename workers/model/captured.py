@@ -68,13 +68,17 @@ class CapturedSteps:
         self._ops = ops
         self._kept: OrderedDict[tuple[int, ...], CapturedStep] = OrderedDict()
 
+    def takes(self, n_rows: int, n_sequences: int, n_logits: int) -> bool:
+        """Whether a step is one of few rows that decode."""
+        return n_rows <= self._ops.capture_rows and n_rows == n_sequences == n_logits
+
     def step(self, batch: MicroBatch, micro_batch: int) -> CapturedStep | None:
         """The step of this size, filled with `batch`; None where it is not one of few rows that decode.
 
         Micro-batches that are in flight together have memory of their own.
         """
         table_SB, n_rows = batch.metadata.block_table_SB, len(batch.x_TD)
-        if n_rows > self._ops.capture_rows or n_rows != len(table_SB) or batch.logit_rows_R is not None:
+        if batch.logit_rows_R is not None or not self.takes(n_rows, len(table_SB), n_rows):
             return None
         n_blocks = max(_FEWEST_BLOCKS, 1 << (table_SB.shape[1] - 1).bit_length())
         key = (micro_batch, n_rows, n_blocks, torch.get_num_threads())

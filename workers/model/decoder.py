@@ -133,6 +133,10 @@ class Decoder:
                 layer.feed_forward(ops, batch, asked[0])
         return _combine(experts, batch), ids_by_layer
 
+    def captures(self, batch: Batch) -> bool:
+        """Whether `batch`, as the only one of a step, is computed by captured calls."""
+        return self._captured.takes(batch.n_rows, len(batch.block_table_SB), len(batch.logit_rows_R))
+
     @property
     def ops(self) -> Ops:
         """The operations of its device."""

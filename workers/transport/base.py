@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers import wire
@@ -72,6 +74,22 @@ class Received(NamedTuple):
 
     rows_PD: Tensor
     compute_ns: int
+
+
+class StepTraffic(NamedTuple):
+    """What a captured step exchanged with one worker."""
+
+    sent_bytes: int
+    received_bytes: int
+    waited_seconds: float
+    compute_seconds: float  # as the worker says
+
+
+class StepReport(NamedTuple):
+    """What a captured step did. Legend: L layers, E experts."""
+
+    rows_LE: NDArray[np.int64]  # pairs of each expert
+    traffic: tuple[StepTraffic, ...] = ()  # of each worker, where the way knows it
 
 
 class Transport(Protocol):

@@ -36,6 +36,7 @@ class Job:
     is_wanted: Callable[[], bool]
     out_PD: Tensor | None  # on the CPU: where the rows may be computed to, if the request is alone
     result: Tensor | Exception | None = None
+    queued_ns: int = 0
     compute_ns: int = 0
 
 
@@ -51,6 +52,7 @@ class Batcher:
         # Since start:
         self.rows = 0  # pairs computed
         self.compute_seconds = 0.0
+        self.waited_seconds = 0.0  # of all requests together, until they were computed
         self.calls = [0] * (_SIZES + 2)  # calls by their pairs: at most 1, 2, 4, ... 2 ** _SIZES, and more
 
     def respond(
@@ -73,6 +75,7 @@ class Batcher:
         except WireError as error:
             job.result = error
         else:
+            job.queued_ns = time.perf_counter_ns()
             self._waiting.append(job)
         return job
 
@@ -148,6 +151,8 @@ class Batcher:
             else:
                 job.result = CancelledError()
         if wanted:
+            now = time.perf_counter_ns()
+            self.waited_seconds += sum(now - job.queued_ns for job in wanted) / 1e9
             results = self._compute(layer, wanted)
             for job, (result, compute_ns) in zip(wanted, results, strict=True):
                 job.result, job.compute_ns = result, compute_ns

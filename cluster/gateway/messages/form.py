@@ -30,6 +30,7 @@ class MessageForm:
             "model": gateway.model.id,
         }
         self._n_prompt = n_prompt
+        self._block_size = gateway.config.block_size if gateway.config.prefix_cache else 0
         self._n_blocks = 0
         self._open: str | None = None  # kind of the block that is being written
         self._stop: dict[str, str | None] = {}
@@ -52,7 +53,7 @@ class MessageForm:
         return data
 
     def closing(self, usage: Usage, wanted: bool) -> bytes:
-        told = _usage(usage)
+        told = self._usage(usage)
         return _event("message_delta", {"delta": self._stop, "usage": told}) + _event("message_stop", {})
 
     def error(self, error: RequestError) -> bytes:
@@ -70,8 +71,19 @@ class MessageForm:
             {"type": "tool_use", "id": _use_id(), "name": call.name, "input": _object(call.arguments)}
             for call in written.calls
         ]
-        told = _usage(usage)
+        told = self._usage(usage)
         return self._head | {"content": blocks} | _stop(answer.choice, answer.finish) | {"usage": told}
+
+    def _usage(self, usage: Usage) -> dict[str, int]:
+        """The prompt in three: read from the cache, left in it (as full blocks), and the rest."""
+        cached, n_prompt = usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+        left = max(n_prompt // self._block_size * self._block_size - cached, 0) if self._block_size else 0
+        return {
+            "input_tokens": n_prompt - cached - left,
+            "cache_read_input_tokens": cached,
+            "cache_creation_input_tokens": left,
+            "output_tokens": usage["completion_tokens"],
+        }
 
     def _part(self, part: Part) -> bytes:
         """The events of one part; a part of another kind than the one before begins a block."""
@@ -112,15 +124,6 @@ def _stop(choice: Choice, finish: str | None) -> dict[str, str | None]:
     if finish == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     return {"stop_reason": "stop_sequence" if found else "end_turn", "stop_sequence": found or None}
-
-
-def _usage(usage: Usage) -> dict[str, int]:
-    cached = usage["prompt_tokens_details"]["cached_tokens"]
-    return {
-        "input_tokens": usage["prompt_tokens"] - cached,
-        "cache_read_input_tokens": cached,
-        "output_tokens": usage["completion_tokens"],
-    }
 
 
 def _object(arguments: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import converse, render
 from cluster.gateway.generation import respond
 from cluster.gateway.http_errors import refusal_of
+from cluster.gateway.json_bodies import JsonRoute
 from cluster.gateway.messages import errors
 from cluster.gateway.messages.form import MessageForm
 from cluster.gateway.messages.schemas import CountRequest, MessagesRequest
@@ -25,7 +26,7 @@ class Counted(BaseModel):
 
 
 def message_routes(gateway: Gateway) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["Anthropic"])
+    router = APIRouter(prefix="/v1", tags=["Anthropic"], route_class=JsonRoute)
 
     @router.post(
         "/messages", response_model=response_bodies.AnyObject, responses=errors.RESPONSES | response_bodies.STREAM

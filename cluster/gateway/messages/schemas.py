@@ -14,6 +14,7 @@ from cluster.gateway.schemas.fields import (
     Integer,
     JsonObject,
     MaxTokens,
+    Small,
     Stop,
     Text,
     at_most,
@@ -87,7 +88,7 @@ class CountRequest(Body):
         list[InputMessage], Field(min_length=1, fail_fast=True), BeforeValidator(at_most(MAX_MESSAGES, "messages"))
     ]
     system: Text | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
-    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True), Small] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Annotated[JsonObject | None, Field(description="Accepted; a model thinks as its template says")] = None
 

@@ -13,7 +13,7 @@ from cluster.gateway.generation import Answer, Choice, Usage, parts_of
 from cluster.gateway.parsers.parts import CallArguments, CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import call_id
 from cluster.gateway.responses.schemas import NamedFunctionTool, ResponsesRequest
-from cluster.gateway.sequence_text import Delta
+from cluster.gateway.sequence_text import Delta, ScoredToken
 from cluster.gateway.sse import dump
 
 Item = dict[str, Any]
@@ -27,6 +27,9 @@ class ResponseForm:
 
     def __init__(self, gateway: Gateway, body: ResponsesRequest, on_end: Callable[[Item], None]) -> None:
         self._on_end = on_end
+        self._names = gateway.names
+        self._n_top = body.n_logprobs or 0
+        self._scored: list[ScoredToken] = []  # tokens that no text was sent for yet
         self._sequence_number = 0
         self._items: list[Item] = []
         self._finish: str | None = None
@@ -62,6 +65,7 @@ class ResponseForm:
         )
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
+        self._scored += delta.scored
         data = b"".join(event for part in parts_of(choice, delta) for event in self._part(part))
         if delta.finish is not None:
             self._finish = delta.finish
@@ -78,6 +82,7 @@ class ResponseForm:
     def whole(self, answers: Sequence[Answer], usage: Usage) -> Item:
         answer = answers[0]
         self._finish = answer.finish
+        self._scored = answer.scored
         parts = answer.parts if answer.choice.parser is not None else [Content(answer.text)]
         for part in parts:
             for _ in self._part(part):
@@ -124,8 +129,22 @@ class ResponseForm:
             yield from self._begin(item | {"content": []} | more)
             self._items[-1]["content"].append(content)
             yield self._more("response.content_part.added", content_index=0, part=content)
-        self._items[-1]["content"][0]["text"] += text
-        yield self._more(f"response.{content['type']}.delta", content_index=0, delta=text, **_scores(kind))
+        written = self._items[-1]["content"][0]
+        written["text"] += text
+        more = {}
+        if kind == "message":
+            more["logprobs"] = self._scores()
+            written["logprobs"] += more["logprobs"]
+        yield self._more(f"response.{content['type']}.delta", content_index=0, delta=text, **more)
+
+    def _scores(self) -> list[Item]:
+        """Those of the tokens since the last text."""
+        scored, self._scored = self._scored, []
+        return [
+            self._names.named(token.token_id, token.logprobs.logprob)
+            | {"top_logprobs": [self._names.named(*top) for top in token.logprobs.top[: self._n_top]]}
+            for token in scored
+        ]
 
     def _is_open(self, kind: str) -> bool:
         return bool(self._items) and self._items[-1]["type"] == kind and self._items[-1]["status"] == "in_progress"
@@ -147,7 +166,8 @@ class ResponseForm:
         else:
             part = item["content"][0]
             done = f"response.{part['type']}.done"
-            yield self._more(done, content_index=0, text=part["text"], **_scores(item["type"]))
+            more = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
+            yield self._more(done, content_index=0, text=part["text"], **more)
             yield self._more("response.content_part.done", content_index=0, part=part)
         yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
 
@@ -159,11 +179,6 @@ class ResponseForm:
         data = {"type": kind, "sequence_number": self._sequence_number} | fields
         self._sequence_number += 1
         return f"event: {kind}\ndata: {dump(data)}\n\n".encode("ascii")
-
-
-def _scores(kind: str) -> Item:
-    """Events of a message's text have log-probabilities; there are none."""
-    return {"logprobs": []} if kind == "message" else {}
 
 
 def _choice(choice: str | NamedFunctionTool | None) -> Any:

@@ -14,6 +14,7 @@ from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import converse
 from cluster.gateway.generation import respond
 from cluster.gateway.http_errors import refusal_of
+from cluster.gateway.json_bodies import JsonRoute
 from cluster.gateway.responses.form import Item, ResponseForm
 from cluster.gateway.responses.schemas import ResponsesRequest
 from cluster.gateway.responses.store import ResponseStore, Stored
@@ -21,7 +22,7 @@ from cluster.gateway.responses.translate import chat_request
 
 
 def response_routes(gateway: Gateway) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["OpenAI"])
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
     store = ResponseStore()
 
     @router.post("/responses", response_model=response_bodies.AnyObject, responses=response_bodies.STREAM)
@@ -36,7 +37,7 @@ def response_routes(gateway: Gateway) -> APIRouter:
         except ValidationError as error:
             raise refusal_of(error) from error
         try:
-            conversation = await converse(gateway, request)
+            conversation = await converse(gateway, request, logprobs=body.n_logprobs)
         except RequestError as error:
             error.param = _NAMES.get(error.param or "", error.param)
             raise

@@ -11,9 +11,10 @@ from cluster.gateway.schemas.fields import (
     MAX_TOOLS,
     Body,
     FunctionName,
-    Integer,
     JsonObject,
     MaxTokens,
+    NTop,
+    Small,
     Text,
     at_most,
 )
@@ -83,14 +84,14 @@ class ResponsesRequest(Body):
         ]
     )
     instructions: Text | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True), Small] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     max_output_tokens: MaxTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=limits.MAX_TEMPERATURE)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=0)] | None = None
+    top_logprobs: NTop | None = None
     stream: bool | None = None
     stream_options: JsonObject | None = None
     store: Annotated[bool | None, Field(description="false: cannot be gone on with; default true")] = None
@@ -98,9 +99,16 @@ class ResponsesRequest(Body):
     metadata: Annotated[dict[str, str], BeforeValidator(at_most(64, "entries"))] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     reasoning: JsonObject | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], Field(max_length=64)] | None = None
     user: str | None = None
     service_tier: Any = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     background: Literal[False] | None = None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are asked for; None: no log-probabilities at all."""
+        if self.top_logprobs or "message.output_text.logprobs" in (self.include or ()):
+            return self.top_logprobs or 0
+        return None

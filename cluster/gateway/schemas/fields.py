@@ -33,6 +33,19 @@ def at_most(n: int, what: str) -> Callable[[Any], Any]:
     return check
 
 
+def _small(value: Any) -> Any:
+    """What is only passed on costs time for each value in it: how many there are is counted, up to a limit."""
+    n_values, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, list | dict):
+            n_values += len(item)
+            if n_values > MAX_VALUES:
+                raise ValueError(f"holds more than {MAX_VALUES} values")
+            left.extend(item if isinstance(item, list) else item.values())
+    return value
+
+
 def _boolean(value: Any) -> Any:
     """To Python 0 is False; to JSON it is not."""
     if not isinstance(value, bool):
@@ -64,7 +77,9 @@ MaxTokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
 No = Annotated[Literal[False], BeforeValidator(_boolean)]
 One = Annotated[Literal[1], BeforeValidator(_number)]
 Empty = Annotated[list[Any], Field(max_length=0)]
-JsonObject = dict[str, Any]
+MAX_VALUES = 50_000
+Small = BeforeValidator(_small)
+JsonObject = Annotated[dict[str, Any], Small]
 FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
 MAX_MESSAGES = 4096
 MAX_TOOLS = 256

@@ -27,8 +27,12 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Annotated[
-        Literal["system", "developer", "user", "assistant", "tool", "function"],
-        Field(description="`developer` is the same as `system`, `function` the older name of `tool`"),
+        str,
+        Field(
+            pattern="^[a-z][a-z0-9_-]{0,31}$",
+            description="system, user, assistant, tool, or another that the chat template knows; `developer` is the "
+            "same as `system`, `function` the older name of `tool`",
+        ),
     ]
     content: Annotated[
         Text | Annotated[list[TextPart], Field(fail_fast=True)] | None,
@@ -39,6 +43,7 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     function_call: FunctionCall | None = None
     reasoning_content: Text | None = None
+    reasoning: Annotated[Text | None, Field(description="Another name of reasoning_content")] = None
     refusal: Text | None = None
     annotations: list[Any] | None = None
     audio: None = None

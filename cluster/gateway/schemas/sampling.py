@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -83,7 +83,10 @@ class SamplingFields(Body):
     ] = None
     return_tokens_as_token_ids: Annotated[bool | None, Field(description="In log-probabilities, for names")] = None
     truncate_prompt_tokens: Annotated[
-        Annotated[Integer, Field(ge=1, le=2**31 - 1)] | None, Field(description="Keep the last so many of the prompt")
+        Annotated[Integer, Field(ge=1, le=2**31 - 1)] | None, Field(description="Keep so many of the prompt")
+    ] = None
+    truncation_side: Annotated[
+        Literal["left", "right"] | None, Field(description="Where a prompt is cut; default left: its end is kept")
     ] = None
     priority: Annotated[
         Annotated[Integer, Field(ge=-(2**31), le=2**31 - 1)] | None, Field(description="A lower one is served earlier")

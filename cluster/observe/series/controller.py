@@ -22,6 +22,15 @@ READY: Final = Series(
     "expertmesh_fleet_ready", "gauge", "", "controller", ("role",), "How many processes of the role are ready"
 )
 
+AUTOSCALE_TARGET: Final = Series(
+    "expertmesh_autoscale_target", "gauge", "", "controller", ("role",),
+    "How many processes of the role the autoscaler wants, whether it acts or advises",
+)  # fmt: skip
+AUTOSCALE_LOAD: Final = Series(
+    "expertmesh_autoscale_load_ratio", "gauge", "ratio", "controller", ("role", "signal"),
+    "What the autoscaler looks at, as a multiple of its target",
+)  # fmt: skip
+
 # The placement.
 REPLICAS: Final = Series(
     "expertmesh_expert_replicas", "gauge", "", "controller", ("layer", "expert"), "Replicas on workers that are ready"

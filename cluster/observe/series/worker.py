@@ -13,6 +13,10 @@ ROWS: Final = Series(
 COMPUTE: Final = Series(
     "expertmesh_worker_compute_seconds_total", "counter", "seconds", "expert worker", (), "Time spent computing"
 )
+WAITED: Final = Series(
+    "expertmesh_worker_waited_seconds_total", "counter", "seconds", "expert worker", (),
+    "Time that requests waited to be computed, all together: its rate is how many wait",
+)  # fmt: skip
 CALL_ROWS: Final = Series(
     "expertmesh_worker_call_tokens", "histogram", "", "expert worker", (),
     "Token rows of one call of the experts of a layer, over all routers that waited for it", CALL_SIZES,

@@ -5,23 +5,37 @@ Legend: L layers, E experts, W workers that take part.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.placement.routes import Routes
 from cluster.router.exchange.sender import Sender
 from workers.model.experts import Experts
+from workers.transport.base import StepReport, StepTraffic, Tag
 
 
 class StepWay(Protocol):
-    """A way on which whole steps can be captured: what `workers.transport.device.way.DeviceWay` is."""
+    """A way on which whole steps can be captured: `transport.device.way.DeviceWay`, `transport.shm.steps.RingSteps`."""
+
+    name: str
 
     @property
     def experts(self) -> Experts: ...
     def ready(self, workers: tuple[str, ...], owner_LE: NDArray[np.int32]) -> bool: ...
-    def begin_step(self, n_rows: int) -> bool: ...
-    def end_step(self) -> NDArray[np.int64] | None: ...
+    def begin_step(self, n_rows: int, tag: Tag, limit_s: float) -> bool: ...
+    def end_step(self) -> StepReport | None: ...
+
+
+class _Step(NamedTuple):
+    """A step under way."""
+
+    epoch: int
+    routes: Routes
+    owner_LE: NDArray[np.int64]
+    workers: tuple[str, ...]
+    placed_LE: NDArray[np.int64]  # which of `workers` each expert is computed by
 
 
 class CapturedSteps:
@@ -30,39 +44,71 @@ class CapturedSteps:
     def __init__(self, sender: Sender, way: StepWay) -> None:
         self._sender = sender
         self._way = way
-        self._owners: tuple[int, tuple[str, ...], NDArray[np.int64]] = (0, (), np.zeros((0, 0), np.int64))
+        self._step: _Step | None = None
 
     @property
     def experts(self) -> Experts:
         """What the steps are captured with."""
         return self._way.experts
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self._step is not None
+
+    def abandon(self) -> None:
+        """The step that has begun, if there is one, failed."""
+        self._step = None
+
     def begin(self, n_rows: int) -> bool:
         """Before a captured step of `n_rows` rows: whether the workers take part."""
-        epoch = self._sender.enter()
-        routes = self._sender.routes
-        owner_LE = routes.fixed_owners()
+        sender, way = self._sender, self._way
+        epoch = sender.enter()
+        routes = sender.routes
+        owner_LE = routes.step_owners()
         used = np.unique(owner_LE)  # a worker that owns nothing is not waited for
         workers = tuple(routes.workers[index] for index in used.tolist())
         placed_LE = np.searchsorted(used, owner_LE)
-        if self._way.ready(workers, placed_LE.astype(np.int32)) and self._way.begin_step(n_rows):
-            self._owners = (epoch, workers, placed_LE)
+        limit_s = sender.pool.limit(n_rows, routes.all_have_others)
+        if way.ready(workers, placed_LE.astype(np.int32)) and way.begin_step(n_rows, sender.tag(0, 0), limit_s):
+            self._step = _Step(epoch, routes, owner_LE, workers, placed_LE)
             return True
-        self._sender.views.leave(epoch)
+        sender.views.leave(epoch)
         return False
 
     def end(self) -> bool:
         """After a captured step, which it waits for: False when it is void, since a worker did not answer in time."""
-        rows_LE = self._way.end_step()
-        epoch, workers, placed_LE = self._owners
-        self._sender.views.leave(epoch)
-        counters = self._sender.counters
-        if rows_LE is None:
+        assert self._step is not None
+        step, self._step = self._step, None
+        report, counters = self._way.end_step(), self._sender.counters
+        self._sender.views.leave(step.epoch)
+        if report is None:
             counters.void_steps += 1
             return False
         counters.captured_steps += 1
-        counters.rows_LE += rows_LE
-        for layer, (rows_E, placed_E) in enumerate(zip(rows_LE, placed_LE, strict=True)):
-            for worker, rows in zip(workers, np.bincount(placed_E, rows_E, len(workers)).tolist(), strict=True):
-                counters.add_rows(worker, layer, int(rows))
+        counters.rows_LE += report.rows_LE
+        step.routes.took(step.owner_LE, report.rows_LE)
+        rows_LW = _by_worker(report.rows_LE, step.placed_LE, len(step.workers))
+        for index, worker in enumerate(step.workers):
+            counters.add_layers(worker, rows_LW[:, index])
+            if report.traffic:
+                self._count(step.routes, worker, rows_LW[:, index], report.traffic[index])
         return True
+
+    def _count(self, routes: Routes, worker: str, rows_L: NDArray[np.int64], said: StepTraffic) -> None:
+        traffic, n_requests = self._sender.counters.of(worker, self._way.name), int(np.count_nonzero(rows_L))
+        traffic.requests += n_requests
+        traffic.sent_bytes += said.sent_bytes
+        traffic.received_bytes += said.received_bytes
+        traffic.wait_seconds += said.waited_seconds
+        traffic.compute_seconds += said.compute_seconds
+        if n_requests and routes.all_have_others:
+            self._sender.pool.came(int(rows_L.sum()) // n_requests, said.waited_seconds / n_requests)
+
+
+def _by_worker(rows_LE: NDArray[np.int64], placed_LE: NDArray[np.int64], n_workers: int) -> NDArray[np.int64]:
+    """The rows of each worker [L, W]."""
+    n_layers = len(rows_LE)
+    flat = placed_LE + n_workers * np.arange(n_layers)[:, None]
+    rows_LW = np.bincount(flat.ravel(), rows_LE.ravel(), n_layers * n_workers).astype(np.int64)
+    return rows_LW.reshape(n_layers, n_workers)

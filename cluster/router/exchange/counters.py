@@ -52,9 +52,17 @@ class Counters:
 
     def add_rows(self, worker: str, layer: int, n: int) -> None:
         """`worker` gave `n` rows of `layer` back."""
+        self._rows_L(worker)[layer] += n
+
+    def add_layers(self, worker: str, rows_L: NDArray[np.int64]) -> None:
+        """`worker` gave the rows of a whole step back."""
+        mine_L = self._rows_L(worker)
+        mine_L += rows_L
+
+    def _rows_L(self, worker: str) -> NDArray[np.int64]:
         if (rows_L := self.rows_L.get(worker)) is None:
             rows_L = self.rows_L[worker] = np.zeros(len(self.rows_LE), np.int64)
-        rows_L[layer] += n
+        return rows_L
 
     def worker_rows(self) -> dict[str, int]:
         """Rows that each worker gave back. From any thread."""

@@ -131,6 +131,8 @@ class Exchange:
     def begin_step(self, step: int) -> None:
         """Number the dispatches that follow. What the step before dispatched and did not combine is given up."""
         self._sender.begin_step(step)
+        if self._captured is not None:
+            self._captured.abandon()
 
     def close(self) -> None:
         """Let a step that waits for a worker fail at once. The transport is the owner's to close."""
@@ -150,8 +152,10 @@ class Exchange:
         assert self._captured is not None
         return self._captured.end()
 
-    def by(self, ops: Ops) -> None:
-        """None: the experts are elsewhere."""
+    def by(self, ops: Ops) -> Experts | None:
+        """Those of a captured step while one is under way: between `begin_steps` and `end_steps`."""
+        captured = self._captured
+        return captured.experts.by(ops) if captured is not None and captured.is_under_way else None
 
     def micro_batches(self, n_rows: int) -> int:
         """Two for large prefills, else one.

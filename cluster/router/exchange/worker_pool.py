@@ -100,6 +100,14 @@ class WorkerPool:
             self.reopen(worker)
         return self.transport.answers(worker)
 
+    def limit(self, n_rows: int, has_other: bool) -> float:
+        """Seconds that a reply of `n_rows` is waited for, which another replica could give as well or not."""
+        return self._patience.limit(n_rows) if has_other else self._reply_timeout_s
+
+    def came(self, n_rows: int, seconds: float) -> None:
+        """Replies of `n_rows` were awaited for so long."""
+        self._patience.came(n_rows, seconds)
+
     def abandon(self) -> None:
         """Nothing that is in flight is wanted any more."""
         self._in_flight.clear()
@@ -126,8 +134,8 @@ class WorkerPool:
         in_flight = self._in_flight[reply.worker]
         while not reply.settled:
             first = in_flight.popleft()
-            patience, began = self._patience, time.monotonic()
-            timeout_s = patience.limit(first.n_rows) if first.has_other else self._reply_timeout_s
+            began = time.monotonic()
+            timeout_s = self.limit(first.n_rows, first.has_other)
             try:
                 rows_PD, first.compute_ns = self.transport.receive(first.worker, first.tag, timeout_s, first.out_PD)
             except WorkerLost as loss:
@@ -135,7 +143,7 @@ class WorkerPool:
                 self._failed(first, loss)
             else:
                 if first.has_other:
-                    patience.came(first.n_rows, time.monotonic() - began)
+                    self.came(first.n_rows, time.monotonic() - began)
                 first.settled = True
                 if first is reply:
                     first.out_PD = rows_PD

@@ -3,6 +3,7 @@ whatever changes here replaces the cluster. */}}
 
 {{- define "expertmesh.ownEnv" -}}
 - {name: HOME, value: /state}
+- {name: USER, value: expertmesh} # libraries ask for a name, which an arbitrary user has nowhere else
 - {name: EXPERTMESH_STATE_DIR, value: /state}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 {{- end -}}

@@ -51,6 +51,7 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "gpus_per_expert_worker": "0.25",
         "gpu_memory_utilization": "0.7",
         "log_level": "debug",
+        "log_format": "json",
         "max_body_bytes": "2048",
         "api_keys_file": str(keys),
         "admin_token_file": str(keys),
@@ -68,6 +69,9 @@ def test_every_option_is_read_from_environment_and_yaml(tmp_path: Path) -> None:
         "routing_trace": str(tmp_path),
         "routing_trace_sample": "0.5",
         "rebalance_min_gain": "0.2",
+        "autoscale": "advise",
+        "autoscale_kv_use": "0.5",
+        "autoscale_worker_use": "0.5",
     }
     default = {f.name: "true" if HINTS[f.name] is bool else "7" for f in fields(Config)}
     values = default | special

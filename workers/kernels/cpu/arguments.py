@@ -216,6 +216,68 @@ class RingSleep(NamedTuple):
     futex: int
 
 
+class RingPair(NamedTuple):
+    """What a captured step knows of one worker."""
+
+    requests: int  # the ring that this process writes
+    replies: int  # the worker's
+    received: int  # how many replies were taken in, as an int32
+    asked: int  # whether one is still to come
+    lost: int  # set by another thread: none will come
+    request_bytes: int  # sums over the step, without headers
+    reply_bytes: int
+    waited_ns: int
+    compute_ns: int  # as the worker says
+
+
+class RingStep(NamedTuple):
+    """What all layers of a captured step share."""
+
+    router: int
+    epoch: int
+    step: int
+    limit_ns: int  # how long a reply may take
+    void: int  # whether a worker did not answer, or with something else
+
+
+class RingAsk(NamedTuple):
+    """Lay out each worker's request of a planned dispatch in the ring to it, and say that it is there; in a void step,
+    nothing."""
+
+    pairs: int  # `RingPair` [workers]
+    step: int  # `RingStep`
+    n_workers: int
+    layer: int
+    x: int
+    x_stride: int
+    d: int
+    first: int  # of the plan
+    first_row: int
+    row: int
+    token: int
+    expert: int
+    syscall: int
+    futex: int
+
+
+class RingCollect(NamedTuple):
+    """Wait for each asked worker's reply, check it, and note where its rows are; in a void step they are all spare."""
+
+    pairs: int
+    step: int
+    n_workers: int
+    d: int
+    first: int  # of the plan
+    parts: int  # int64 [workers, 2], as `WeightedSum` reads it
+    spare: int  # zeros, as many as all replies together have
+    ring_bytes: int
+    nap: int  # a timespec
+    clock: int  # room for one
+    syscall: int
+    futex: int
+    clock_gettime: int  # its number
+
+
 class RunGraph(NamedTuple):
     n_calls: int
     calls: int  # int64 [calls, 3]: kernel, its arguments, its team

@@ -102,6 +102,8 @@ read_request = Kernel("read_request", arguments.ReadRequest, brief=True)
 ring_publish = Kernel("ring_publish", arguments.RingPublish, brief=True)
 ring_sleep = Kernel("ring_sleep", arguments.RingSleep)
 ring_rouse = Kernel("ring_rouse", arguments.RingSleep, brief=True)
+ring_ask = Kernel("ring_ask", arguments.RingAsk)
+ring_collect = Kernel("ring_collect", arguments.RingCollect)
 run_graph = Kernel("run_graph", arguments.RunGraph)
 
 

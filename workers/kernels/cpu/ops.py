@@ -51,28 +51,28 @@ class CpuOps:
     def _linear(self, x_TD: Tensor, weight: Matrix, up: Matrix | None = None) -> Tensor:
         x_TD = _with_unit_stride(x_TD)
         n_rows, (n, k) = len(x_TD), weight.values_ND.shape
-        y_TN = self._empty(n_rows, n)
+        y_TN = self.empty(n_rows, n)
         team = kernel.team(weight.nbytes)
-        rows = self._empty(team, n_rows, dtype=torch.int64)
+        rows = self.empty(team, n_rows, dtype=torch.int64)
         values = arguments.Linear(
             x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0), weight=weight.values_ND.data_ptr(),
             up=0 if up is None else up.values_ND.data_ptr(),
             bias=0 if weight.bias_N is None else weight.bias_N.data_ptr(), y=y_TN.data_ptr(), n_rows=n_rows, k=k,
             n=n, kind=kernel.KINDS[weight.values_ND.dtype], rows=rows.data_ptr(),
         )  # fmt: skip
-        self._run(kernel.linear, team, values)
+        self.run(kernel.linear, team, values)
         return y_TN
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x_TD = _with_unit_stride(x_TD)
-        y_TD = self._empty(*x_TD.shape)
+        y_TD = self.empty(*x_TD.shape)
         self._norm(x_TD, None, weight_D, y_TD, eps, 1.0)
         return y_TD
 
     def add_rms_norm(
         self, residual_TD: Tensor, delta: Delta, weight_D: Tensor, eps: float, scale: float = 1.0
     ) -> Tensor:
-        y_TD = self._empty(*residual_TD.shape)
+        y_TD = self.empty(*residual_TD.shape)
         self._norm(residual_TD, _with_unit_stride(summed(delta)), weight_D, y_TD, eps, scale)
         return y_TD
 
@@ -96,7 +96,7 @@ class CpuOps:
             delta_stride=0 if delta_TD is None else 4 * delta_TD.stride(0), weight=_address(weight_D),
             y=_address(y_TD), n_rows=len(x_TD), d=x_TD.shape[1], eps=eps, scale=scale,
         )  # fmt: skip
-        self._run(kernel.norm, kernel.team(4 * x_TD.numel()), values)
+        self.run(kernel.norm, kernel.team(4 * x_TD.numel()), values)
 
     def rotary_write(
         self, qkv_TX: Tensor, metadata: AttentionMetadata, cos_Tr: Tensor, sin_Tr: Tensor, k_cache_CZGd: Tensor,
@@ -104,7 +104,7 @@ class CpuOps:
     ) -> Tensor:  # fmt: skip
         n_rows, (n_kv, head) = len(qkv_TX), k_cache_CZGd.shape[-2:]
         n_heads = qkv_TX.shape[1] // head - 2 * n_kv
-        q_THd = self._empty(n_rows, n_heads, head)
+        q_THd = self.empty(n_rows, n_heads, head)
         values = arguments.RotaryWrite(
             qkv=qkv_TX.data_ptr(), qkv_stride=4 * qkv_TX.stride(0), q=q_THd.data_ptr(), n_rows=n_rows,
             n_heads=n_heads, n_kv=n_kv, head=head, rotated=cos_Tr.shape[1], slot=metadata.slot_T.data_ptr(),
@@ -114,7 +114,7 @@ class CpuOps:
             q_norm_size=0 if norm is None else len(norm.q_weight),
             k_norm_size=0 if norm is None else len(norm.k_weight), eps=0.0 if norm is None else norm.eps,
         )  # fmt: skip
-        self._run(kernel.rotary_write, kernel.team(4 * qkv_TX.numel()), values)
+        self.run(kernel.rotary_write, kernel.team(4 * qkv_TX.numel()), values)
         return q_THd
 
     def attention(
@@ -124,9 +124,9 @@ class CpuOps:
         n_rows, n_heads, head = q_THd.shape
         size, n_kv = k_cache_CZGd.shape[1:3]
         group, most_keys = n_heads // n_kv, metadata.block_table_SB.shape[1] * size
-        out_THd = self._empty(n_rows, n_heads, head)
+        out_THd = self.empty(n_rows, n_heads, head)
         team = kernel.team(4 * n_rows * most_keys * n_kv * head)
-        scratch = self._empty(team, 2 * group + group * most_keys)
+        scratch = self.empty(team, 2 * group + group * most_keys)
         values = arguments.Attention(
             q=q_THd.data_ptr(), out=out_THd.data_ptr(), n_rows=n_rows, n_heads=n_heads, n_kv=n_kv, head=head,
             keys=k_cache_CZGd.data_ptr(), values=v_cache_CZGd.data_ptr(), block_size=size,
@@ -135,20 +135,20 @@ class CpuOps:
             window=window or most_keys, scratch=scratch.data_ptr(), scratch_stride=4 * scratch.stride(0),
             score_stride=4 * most_keys, scale=scale,
         )  # fmt: skip
-        self._run(kernel.attention, team, values)
+        self.run(kernel.attention, team, values)
         return out_THd
 
     def gate(self, logits_TE: Tensor, spec: GateSpec, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logits_TE = _with_unit_stride(logits_TE)
         n_rows, n_experts = logits_TE.shape
-        ids_TK, weights_TK = self._empty(n_rows, spec.top_k, dtype=torch.int64), self._empty(n_rows, spec.top_k)
-        scores_E = self._empty(n_experts)
+        ids_TK, weights_TK = self.empty(n_rows, spec.top_k, dtype=torch.int64), self.empty(n_rows, spec.top_k)
+        scores_E = self.empty(n_experts)
         values = arguments.Gate(
             logits=logits_TE.data_ptr(), logits_stride=4 * logits_TE.stride(0), bias=_address(bias_E),
             ids=ids_TK.data_ptr(), weights=weights_TK.data_ptr(), n_rows=n_rows, n_experts=n_experts, k=spec.top_k,
             sigmoid=spec.score == "sigmoid", normalize=spec.normalize, scores=scores_E.data_ptr(), scale=spec.scale,
         )  # fmt: skip
-        self._run(kernel.gate, 1, values)
+        self.run(kernel.gate, 1, values)
         return ids_TK, weights_TK
 
     def swiglu(self, x_TD: Tensor, w13: Matrix, w2: Matrix, gate: Matrix | None = None) -> Tensor:
@@ -160,7 +160,7 @@ class CpuOps:
             values = arguments.GateRows(
                 y=y_TD.data_ptr(), logits=logits_T1.data_ptr(), n_rows=len(y_TD), d=y_TD.shape[1]
             )
-            self._run(kernel.gate_rows, kernel.team(y_TD.nbytes), values)
+            self.run(kernel.gate_rows, kernel.team(y_TD.nbytes), values)
         return y_TD
 
     def layer_experts(
@@ -179,7 +179,7 @@ class CpuOps:
         x_TD, token_P, expert_P = _with_unit_stride(x_TD), token_P.int().contiguous(), expert_P.int().contiguous()
         missing_1 = torch.zeros(1, dtype=torch.int64)
         pairs = token_P.data_ptr(), expert_P.data_ptr()
-        y_PD = self._empty(len(token_P), layer.hidden_size) if out_PD is None else out_PD
+        y_PD = self.empty(len(token_P), layer.hidden_size) if out_PD is None else out_PD
         self._experts(layer, x_TD, pairs, y_PD, missing_1)
         if missing_1[0]:
             raise KeyError(*layer.missing(expert_P))
@@ -198,7 +198,7 @@ class CpuOps:
         x_TD, ids_TK, weights_TK = _with_unit_stride(x_TD), ids_TK.contiguous(), weights_TK.contiguous()
         plan = Plan(len(ids_TK), ids_TK.shape[1], layer.n_experts, 1)
         self._plan(plan, ids_TK, weights_TK, 0, 0)
-        y_PD = self._empty(plan.n_pairs, layer.hidden_size)
+        y_PD = self.empty(plan.n_pairs, layer.hidden_size)
         self._experts(layer, x_TD, plan.pairs_address, y_PD, missing_1)
         return self.weighted_sum((y_PD,), plan)
 
@@ -207,15 +207,15 @@ class CpuOps:
     ) -> None:
         """`pairs`: addresses of token_P and expert_P, int32."""
         n_pairs = len(y_PD)
-        hidden_PF = self._empty(n_pairs, layer.ffn_size)
-        places = self._empty(n_places(layer.n_experts, n_pairs), dtype=torch.int64)
+        hidden_PF = self.empty(n_pairs, layer.ffn_size)
+        places = self.empty(n_places(layer.n_experts, n_pairs), dtype=torch.int64)
         in_order, products = expert_arguments(layer, hidden_PF, places, n_pairs)
         in_order = in_order._replace(
             token=pairs[0], expert=pairs[1], n_pairs=n_pairs, x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0),
             missing=missing_1.data_ptr(),
         )  # fmt: skip
-        self._run(kernel.pairs, 1, in_order)
-        self._run(kernel.experts, kernel.team(layer.expert_bytes), products._replace(y=y_PD.data_ptr()))
+        self.run(kernel.pairs, 1, in_order)
+        self.run(kernel.experts, kernel.team(layer.expert_bytes), products._replace(y=y_PD.data_ptr()))
 
     def dispatch_plan(self, ids_TK: Tensor, weights_TK: Tensor, owner_E: Ints, n_workers: int, counter_E: Ints) -> Plan:
         plan = Plan(len(ids_TK), ids_TK.shape[1], len(owner_E), n_workers)
@@ -224,7 +224,7 @@ class CpuOps:
         return plan
 
     def _plan(self, plan: Plan, ids_TK: Tensor, weights_TK: Tensor, owner: int, counter: int) -> None:
-        self._hold(plan)
+        self.hold(plan)
         values = arguments.Plan(
             ids=ids_TK.data_ptr(),
             weights=weights_TK.data_ptr(),
@@ -236,7 +236,7 @@ class CpuOps:
             n_workers=plan.n_workers,
             memory=plan.address,
         )
-        self._run(kernel.plan, 1, values)
+        self.run(kernel.plan, 1, values)
 
     def pack_request(self, plan: Plan, x_TD: Tensor, rows: slice, pairs: slice, message: memoryview) -> None:
         x_TD = _with_unit_stride(x_TD)
@@ -252,18 +252,22 @@ class CpuOps:
             n_pairs=pairs.stop - pairs.start,
             out=address(message) + HEADER_BYTES,
         )
-        self._run(kernel.pack_request, 1, values)
+        self.run(kernel.pack_request, 1, values)
 
     def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
-        table, first, d = array("q"), 0, parts[0].shape[1]
+        table, first = array("q"), 0
         for part in parts:
             table.extend((first, part.data_ptr()))
             first += len(part)
-        self._hold(table)
-        y_TD = self._empty(plan.n_tokens, d)
+        self.hold(table)
+        return self.sum_parts(table.buffer_info()[0], len(parts), plan, parts[0].shape[1])
+
+    def sum_parts(self, table: int, n_parts: int, plan: Plan, d: int) -> Tensor:
+        """`weighted_sum` of parts whose `table` for the kernel is there."""
+        y_TD = self.empty(plan.n_tokens, d)
         values = arguments.WeightedSum(
-            parts=table.buffer_info()[0],
-            n_parts=len(parts),
+            parts=table,
+            n_parts=n_parts,
             place=plan.place_address,
             weights=plan.weights_address,
             out=y_TD.data_ptr(),
@@ -271,7 +275,7 @@ class CpuOps:
             k=plan.n_choices,
             d=d,
         )
-        self._run(kernel.weighted_sum, kernel.team(4 * first * d), values)
+        self.run(kernel.weighted_sum, kernel.team(4 * plan.n_pairs * d), values)
         return y_TD
 
     def answers(self, layers: Sequence[LayerExperts]) -> Answers | None:
@@ -281,15 +285,15 @@ class CpuOps:
         graph = CpuGraph()
         return graph, function(_Capturing(graph))
 
-    def _run(self, called: Kernel[Values], team: int, values: Values) -> None:
-        """Call a kernel."""
+    def run(self, called: Kernel[Values], team: int, values: Values) -> None:
+        """Call a kernel. This, `empty` and `hold` are what capturing does otherwise."""
         called(team, values)
 
-    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory that a kernel is given."""
         return torch.empty(shape, dtype=dtype)
 
-    def _hold(self, memory: object) -> None:
+    def hold(self, memory: object) -> None:
         """Memory that a kernel is given lies in this: nothing to do when it is called at once."""
 
 
@@ -303,15 +307,15 @@ class _Capturing(CpuOps):
     def experts_combined(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         return self._experts_combined(layer, x_TD, ids_TK, weights_TK, self._graph.missing_1)
 
-    def _run(self, called: Kernel[Values], team: int, values: Values) -> None:
+    def run(self, called: Kernel[Values], team: int, values: Values) -> None:
         self._graph.add(called, team, values)
 
-    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        memory = super()._empty(*shape, dtype=dtype)
-        self._hold(memory)
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        memory = super().empty(*shape, dtype=dtype)
+        self.hold(memory)
         return memory
 
-    def _hold(self, memory: object) -> None:
+    def hold(self, memory: object) -> None:
         self._graph.hold(memory)
 
 

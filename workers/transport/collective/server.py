@@ -80,6 +80,7 @@ class CollectiveServer:
             "weight_bytes": self._shard.weight_bytes,
             "rows": self._work.batcher.rows,
             "compute_seconds": round(self._work.batcher.compute_seconds, 3),
+            "waited_seconds": round(self._work.batcher.waited_seconds, 3),
             "group": self.ready,
             "streams": len(self._lanes),
         }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from workers.transport.base import FastWay, Offered, Pair
+from workers.transport.base import FastWay, Offered, Pair, StepReport, Tag
 from workers.transport.device import memory
 from workers.transport.device.agreement import PAGE_BYTES, RouterSide, Words
 from workers.transport.device.offer import MAX_WORKERS, Offer, Shape
@@ -85,8 +85,9 @@ class DeviceWay:
             self._side.conducts(int(numbers[0]))
         return True
 
-    def begin_step(self, n_rows: int) -> bool:
-        """Agree on a step with up to `n_rows` rows and number it; False when the workers do not answer in time."""
+    def begin_step(self, n_rows: int, tag: Tag, limit_s: float) -> bool:
+        """Agree on a step with up to `n_rows` rows; False when the workers do not answer in time. It has a number of
+        its own, and the limit that its kernels were made with."""
         conductor = self._joined.get(self._workers[0])
         step = None if conductor is None else self._side.ask(n_rows, words(conductor), self._limit_s)
         if step is None:
@@ -94,12 +95,12 @@ class DeviceWay:
         self.experts.begin_step(step.number)
         return True
 
-    def end_step(self) -> NDArray[np.int64] | None:
-        """Wait for the end of the step: the pairs of each expert [L, E]; None when the step is void, because a worker
-        did not answer in time. Then none begins before its workers rest."""
+    def end_step(self) -> StepReport | None:
+        """Wait for the end of the step; None when it is void, because a worker did not answer in time. Then none begins
+        before its workers rest."""
         report = self.experts.report.cpu().numpy()
         self._was_void = bool(report[0])
-        return None if self._was_void else report[1:].reshape(self.shape.n_layers, self.shape.n_experts)
+        return None if self._was_void else StepReport(report[1:].reshape(self.shape.n_layers, self.shape.n_experts))
 
     def joined(self, worker: str, page: PeerMemory) -> None:
         """`worker` has mapped the rows; its page."""

@@ -99,6 +99,7 @@ class ExpertServer:
             "weight_bytes": self._shard.weight_bytes,
             "rows": self._batcher.rows,
             "compute_seconds": round(self._batcher.compute_seconds, 3),
+            "waited_seconds": round(self._batcher.waited_seconds, 3),
             "streams": self._streams,
             "streams_over_shared_memory": self._fast,
         }

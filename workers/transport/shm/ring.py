@@ -10,11 +10,8 @@ caches, and memory is used only as far as the most that ever was in flight.
 
 from __future__ import annotations
 
-import platform
 import struct
-from array import array
 from collections import deque
-from ctypes import CDLL, c_void_p, cast
 from typing import NamedTuple
 
 from workers import wire
@@ -22,26 +19,29 @@ from workers.errors import WireError
 from workers.kernels.cpu import kernel
 from workers.kernels.cpu.arguments import RingPublish, RingSleep
 from workers.kernels.cpu.kernel import HEAD
-from workers.kernels.message import RING_ENTRIES, RING_ENTRY_BYTES, RING_MESSAGES
+from workers.kernels.cpu.rings import FUTEX, NAP, system_call
+from workers.kernels.message import (
+    RING_ALIGN,
+    RING_DATA,
+    RING_DONE,
+    RING_ENTRIES,
+    RING_ENTRY_BYTES,
+    RING_MESSAGES,
+    RING_SENT,
+)
 from workers.transport.shm.memory import OwnMemory, PeerMemory
 
-_DATA = 4096  # behind the control page
-RING_BYTES = _DATA + wire.MAX_PAYLOAD_BYTES + (1 << 16)  # of addresses; for memory see above
-_ALIGN = 64
-_SENT, _DONE = 64, 128  # in the control page: how many messages were sent, and how many of the peer's this side is
-#                          done with
+RING_BYTES = RING_DATA + wire.MAX_PAYLOAD_BYTES + (1 << 16)  # of addresses; for memory see above
 _ENTRY = struct.Struct("<QQQ")  # offset, bytes, how many workers were asked at once
 _COUNT = struct.Struct("<I")
-_COUNTS = 1 << 32
+COUNTS = 1 << 32
 _BEGIN, _BYTES, _ASKED = (HEAD + RingPublish._fields.index(name) for name in ("begin", "n_bytes", "asked"))
 _KNOWN = HEAD + RingSleep._fields.index("known")
-_FUTEX = {"x86_64": 202}.get(platform.machine(), 98)
-_NAP = array("q", (0, 50_000_000))  # a timespec: a wake that comes just before the sleep is lost, nobody sleeps longer
 
 
-def _system_call() -> int:
-    """The address of the C library's `syscall`."""
-    return cast(CDLL(None).syscall, c_void_p).value or 0
+def signed(count: int) -> int:
+    """A count as a kernel sees it."""
+    return (count + COUNTS // 2) % COUNTS - COUNTS // 2
 
 
 class Message(NamedTuple):
@@ -61,14 +61,14 @@ class OutRing:
         self._view = memoryview(memory.map)
         self._taken: deque[tuple[int, int]] = deque()  # begin and end of what may still be read, oldest first
         self._freed = 0  # messages whose room is free again
-        values = RingPublish(memory.address, memory.address + _SENT, 0, 0, 0, _system_call(), _FUTEX)
+        values = RingPublish(memory.address, memory.address + RING_SENT, 0, 0, 0, system_call(), FUTEX)
         self._publish = kernel.ring_publish.arguments(1, values)
 
     def room(self, n_bytes: int) -> int | None:
         """Where a message may lie, as an offset; None: too much is in flight."""
         if len(self._taken) == RING_MESSAGES:
             return None
-        at = _DATA
+        at = RING_DATA
         for begin, end in sorted(self._taken):
             if at + n_bytes <= begin:
                 break
@@ -85,22 +85,34 @@ class OutRing:
 
     def publish(self, begin: int, n_bytes: int, asked: int = 1) -> None:
         """A message that has been written where there was `room` is there for the peer from now on."""
-        self._taken.append((begin, (begin + n_bytes + _ALIGN - 1) // _ALIGN * _ALIGN))
+        self._taken.append((begin, (begin + n_bytes + RING_ALIGN - 1) // RING_ALIGN * RING_ALIGN))
         self._publish[_BEGIN], self._publish[_BYTES], self._publish[_ASKED] = begin, n_bytes, asked
         kernel.ring_publish.run(1, self._publish)
 
     def free(self, n: int) -> None:
         """The peer is done with `n` messages, counted modulo 2**32. Raises WireError for more than there are."""
-        done = (n - self._freed) % _COUNTS
+        done = (n - self._freed) % COUNTS
         if done > len(self._taken):
             raise WireError(f"the peer is done with {done} messages of {len(self._taken)}")
         for _ in range(done):
             self._taken.popleft()
         self._freed = n
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing lies in it that may still be read."""
+        return not self._taken
+
+    def written(self, n: int, begin: int, n_bytes: int) -> None:
+        """Kernels have published messages, each at `begin`, and the peer is done with `n` in all. The last one, of at
+        most `n_bytes`, may still be read, unless that is 0."""
+        self._freed = n
+        if n_bytes:
+            self._taken.append((begin, begin + n_bytes))
+
     def done(self, n: int) -> None:
         """Let the peer know that this side is done with `n` of its messages."""
-        _COUNT.pack_into(self._view, _DONE, n % _COUNTS)
+        _COUNT.pack_into(self._view, RING_DONE, n % COUNTS)
 
 
 class InRing:
@@ -109,37 +121,35 @@ class InRing:
     def __init__(self, name: str) -> None:
         """`name` of the peer's memory. Raises NotShared."""
         memory = PeerMemory(name, RING_BYTES)
-        self._view, self._address = memoryview(memory.map), memory.address
+        self._view, self.address = memoryview(memory.map), memory.address
         self.received = 0
-        values = RingSleep(memory.address + _SENT, 0, _NAP.buffer_info()[0], _system_call(), _FUTEX)
+        values = RingSleep(memory.address + RING_SENT, 0, NAP.buffer_info()[0], system_call(), FUTEX)
         self._sleep = kernel.ring_sleep.arguments(1, values)
         self._rouse = kernel.ring_rouse.arguments(1, values)
 
     def wait(self) -> bool:
         """Whether there is a message; sleeps for one at most 50 ms."""
-        self._sleep[_KNOWN] = known = (
-            self.received + _COUNTS // 2
-        ) % _COUNTS - _COUNTS // 2  # as the kernel sees it: signed
+        self._sleep[_KNOWN] = known = signed(self.received)
         kernel.ring_sleep.run(1, self._sleep)
         return self._sleep[0] != known
 
     def next(self) -> Message:
         """The oldest message that was not received yet; there is one. Raises WireError if it lies nowhere."""
-        n_waiting = (self._sleep[0] - self.received) % _COUNTS
+        n_waiting = (self._sleep[0] - self.received) % COUNTS
         at = RING_ENTRIES + self.received % RING_MESSAGES * RING_ENTRY_BYTES
         begin, n_bytes, asked = _ENTRY.unpack_from(self._view, at)
-        is_there = _DATA <= begin <= RING_BYTES and wire.HEADER_BYTES <= n_bytes <= RING_BYTES - begin
-        if not is_there or begin % _ALIGN or not 0 < asked < 1 << 16 or n_waiting > RING_MESSAGES:
+        is_there = RING_DATA <= begin <= RING_BYTES and wire.HEADER_BYTES <= n_bytes <= RING_BYTES - begin
+        if not is_there or begin % RING_ALIGN or not 0 < asked < 1 << 16 or n_waiting > RING_MESSAGES:
             raise WireError(
                 f"{n_waiting} messages, the first of {n_bytes} bytes at {begin}: the ring does not hold that"
             )
         self.received += 1
-        return Message(self._view[begin : begin + n_bytes], self._address + begin, asked)
+        return Message(self._view[begin : begin + n_bytes], self.address + begin, asked)
 
     @property
     def done(self) -> int:
         """How many messages the peer is done with, by its own word."""
-        n: int = _COUNT.unpack_from(self._view, _DONE)[0]
+        n: int = _COUNT.unpack_from(self._view, RING_DONE)[0]
         return n
 
     def rouse(self) -> None:

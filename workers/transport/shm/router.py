@@ -8,17 +8,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import MutableMapping
+from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers import wire
 from workers.errors import WireError, WorkerLost
+from workers.kernels.cpu.arguments import RingPair
+from workers.kernels.message import RING_DATA
 from workers.transport.base import Received, Rows, Tag
 from workers.transport.shm.memory import NAME, NotShared
-from workers.transport.shm.ring import InRing, OutRing
+from workers.transport.shm.ring import COUNTS, InRing, OutRing, signed
 
 _log = logging.getLogger(__name__)
+_RECEIVED, _ASKED, _LOST, _REQUEST_BYTES = map(RingPair._fields.index, ("received", "asked", "lost", "request_bytes"))
 
 
 class ShmWay:
@@ -28,11 +35,13 @@ class ShmWay:
 
     def __init__(self) -> None:
         self._said = False
+        #: The newest pair of each worker that took it.
+        self.pairs: WeakValueDictionary[str, Pair] = WeakValueDictionary()
 
     def offer(self, worker: str) -> Offered | None:
         """None where this system has no such memory, which is said once."""
         try:
-            return Offered(worker)
+            return Offered(worker, self.pairs)
         except NotShared as error:
             if not self._said:
                 _log.warning("rows go over gRPC, not through shared memory: %s", error)
@@ -43,16 +52,18 @@ class ShmWay:
 class Offered:
     """A ring that waits for the worker to open it."""
 
-    def __init__(self, worker: str) -> None:
-        """Raises NotShared."""
+    def __init__(self, worker: str, pairs: MutableMapping[str, Pair]) -> None:
+        """`pairs`: where the pair is noted. Raises NotShared."""
         self._worker = worker
+        self._pairs = pairs
         self._requests = OutRing()
         self.text = self._requests.memory.name
 
     def accepted(self, text: str) -> Pair:
         """The pair, from what the worker says of its ring. Raises NotShared."""
         try:
-            return Pair(self._worker, self._requests, InRing(text))
+            self._pairs[self._worker] = pair = Pair(self._worker, self._requests, InRing(text))
+            return pair
         finally:
             self.close()
 
@@ -69,9 +80,31 @@ class Pair:
         self._worker = worker
         self._requests = requests
         self._replies = replies
-        self._in_flight: deque[Rows] = deque()
+        self._in_flight: deque[Rows | None] = deque()  # None: of a step that is void
         self._room: tuple[memoryview, int] | None = None  # what was given last, and where it is
         self.lost: WorkerLost | None = None
+        self._lent: NDArray[np.int64] | None = None  # to the kernels of a captured step
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight, and nothing broken."""
+        return self.lost is None and self._requests.is_empty and not self._in_flight
+
+    def lend(self, row: NDArray[np.int64]) -> None:
+        """Let the kernels of a step use the rings: `row` is what they know of them, a `RingPair`."""
+        requests, replies = self._requests.address(0), self._replies.address
+        row[:4] = requests, replies, signed(self._replies.received), False
+        self._lent = row
+        row[_LOST] = self.lost is not None  # whoever breaks the pair from now on finds the row
+
+    def take_back(self) -> None:
+        """The step is over: go on behind its messages. A reply that is still to come is nobody's."""
+        assert self._lent is not None
+        row, self._lent = self._lent, None
+        self._replies.received = received = int(row[_RECEIVED]) % COUNTS
+        self._requests.written(received, RING_DATA, wire.HEADER_BYTES + int(row[_REQUEST_BYTES]) if row[_ASKED] else 0)
+        if row[_ASKED]:
+            self._in_flight.append(None)
 
     def room(self, n_bytes: int) -> memoryview | None:
         """Where the next request may be laid out; None: too much is in flight."""
@@ -113,6 +146,8 @@ class Pair:
     def broken(self, reason: str) -> None:
         """There will be no further replies; who waits gets WorkerLost. From any thread."""
         self.lost = self.lost or WorkerLost(self._worker, reason)
+        if (row := self._lent) is not None:
+            row[_LOST] = True
         self._replies.rouse()
 
     def close(self) -> None:
@@ -141,14 +176,15 @@ class Pair:
                 return Received(torch.frombuffer(content, dtype=dtype).view(shape), compute_ns)
             self._look_at_unexpected(head, message.content, tag, rows)
 
-    def _look_at_unexpected(self, head: bytes, content: memoryview, tag: Tag, rows: Rows) -> None:
+    def _look_at_unexpected(self, head: bytes, content: memoryview, tag: Tag, rows: Rows | None) -> None:
         header = wire.parse_head(head)
         if header.tag != tag:
             self.dropped_replies += 1
             return
         if header.kind != wire.ERROR or header.payload_bytes != len(content) - wire.HEADER_BYTES:
             raise WireError(f"{header.n_pairs} rows of {header.width} {header.dtype} in {len(content)} bytes")
-        rows.detach()
+        if rows is not None:
+            rows.detach()
         text = bytes(content[wire.HEADER_BYTES :]).decode(errors="replace")
         raise WorkerLost(self._worker, f"refused the rows: {text}")
 

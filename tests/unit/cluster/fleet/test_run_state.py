@@ -4,6 +4,7 @@ import fcntl
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,6 +14,9 @@ from cluster.errors import ExpertMeshError, StartError
 from cluster.fleet import snapshot
 from cluster.fleet.run_state import RunDirectory, RunState, find
 from cluster.placement.placement import striped
+from cluster.state_dir import VARIABLE
+
+NOEXEC = SimpleNamespace(f_flag=os.ST_NOEXEC)  # of `os.statvfs`
 
 
 @pytest.fixture
@@ -113,3 +117,17 @@ def test_a_long_temporary_directory_is_passed_over(tmp_path: Path, monkeypatch: 
     run = RunDirectory.make()
     assert run.path.parent != long
     run.remove()
+
+
+def test_a_directory_from_which_nothing_may_be_started_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary directory that is mounted `noexec`, as hardened systems have it: HAProxy could not be started."""
+    real, closed = os.statvfs, {"/tmp"}
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    monkeypatch.setattr(os, "statvfs", lambda path: NOEXEC if path in closed else real(path))
+    monkeypatch.setenv(VARIABLE, "/var/tmp")
+    run = RunDirectory.make()
+    assert run.path.parent != Path("/tmp")
+    run.remove()
+    monkeypatch.setattr(os, "statvfs", lambda path: NOEXEC)
+    with pytest.raises(StartError, match=r"no program may be started from there.*set TMPDIR"):
+        RunDirectory.make()

@@ -32,14 +32,21 @@ def chunks(served: Served, path: str, **fields: Any) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
 
 
+def prompt_fields(answer: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the prompt: of a chat there is one, text completions have one for each choice."""
+    place = answer if "chat" in answer["object"] else answer["choices"][0]
+    return {name: value for name, value in place.items() if name.startswith("prompt_")}
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_ids_of_prompt_and_answer(served: Served, path: str) -> None:
     say(served, "Paris.")
-    choice = post(served, path, return_token_ids=True)["choices"][0]
+    answer = post(served, path, return_token_ids=True)
+    choice = answer["choices"][0] | prompt_fields(answer)
     asked = served.session.asked[-1][0]
     ids = [*served.tokenizer.encode("Paris.", False), 2]
     assert choice["prompt_token_ids"] == asked and choice["token_ids"] == ids[:5]
-    streamed = [c["choices"][0] for c in chunks(served, path, return_token_ids=True)]
+    streamed = [c["choices"][0] | prompt_fields(c) for c in chunks(served, path, return_token_ids=True)]
     assert [i for c in streamed for i in c.get("token_ids", [])] == ids[:5]
     assert [c["prompt_token_ids"] for c in streamed if "prompt_token_ids" in c] == [asked]
 
@@ -53,8 +60,7 @@ def test_usage_with_every_chunk(served: Served, path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_scores_of_the_prompt(served: Served, path: str) -> None:
-    choice = post(served, path, prompt_logprobs=2)["choices"][0]
-    scores, asked = choice["prompt_logprobs"], served.session.asked[-1][0]
+    scores, asked = prompt_fields(post(served, path, prompt_logprobs=2))["prompt_logprobs"], served.session.asked[-1][0]
     assert scores[0] is None and len(scores) == len(asked)
     assert all(str(token_id) in entry for token_id, entry in zip(asked[1:], scores[1:], strict=True))
     answer = httpx.post(served.url + path, json={"model": "tiny", "stream": True, "prompt_logprobs": 0} | PATHS[path])
@@ -72,6 +78,19 @@ def test_a_prompt_is_cut_at_its_beginning(served: Served, path: str) -> None:
     whole = served.session.asked[-1][0]
     answer = post(served, path, truncate_prompt_tokens=3)
     assert served.session.asked[-1][0] == whole[-3:] and answer["usage"]["prompt_tokens"] == 3
+    post(served, path, truncate_prompt_tokens=3, truncation_side="right")
+    assert served.session.asked[-1][0] == whole[:3]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_ended_the_answer(served: Served, path: str) -> None:
+    say(served, "one STOP two")
+    assert post(served, path, stop=["STOP"], max_tokens=50)["choices"][0]["stop_reason"] == "STOP"
+    assert chunks(served, path, stop=["STOP"], max_tokens=50)[-1]["choices"][0]["stop_reason"] == "STOP"
+    last = served.tokenizer.encode("Paris.", False)[-1]
+    say(served, "Paris.")
+    assert post(served, path, stop_token_ids=[last], max_tokens=50)["choices"][0]["stop_reason"] == last
+    assert post(served, path, max_tokens=50)["choices"][0]["stop_reason"] is None
 
 
 def test_the_last_message_before_the_answer(served: Served) -> None:

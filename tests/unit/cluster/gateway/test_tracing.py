@@ -23,7 +23,10 @@ from cluster.observe import tracing
 from cluster.placement.placement import striped
 from cluster.router.build import build_engine
 from cluster.router.exchange.exchange import Exchange
+from cluster.router.params import SamplingParams
+from cluster.router.sequence import Sequence
 from cluster.router.service import GenerationService
+from cluster.router.spans import RouterSpans
 from tests.contract.harness import GrpcWorkers, start_all
 from tests.contract.test_same_bits import OnDisk
 from tests.credentials import CREDENTIALS
@@ -35,6 +38,7 @@ export = pytest.importorskip("opentelemetry.sdk.trace.export")
 memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
 
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+OTHER = "1af7651916cd43dd8448eb211c80319d"
 CONFIG = Config(kv_cache_mb=16, block_size=4)
 WORD = "zebrafish"
 
@@ -78,8 +82,8 @@ async def client_of(checkpoint: Path, tokenizer_path: Path) -> AsyncIterator[htt
     workers.close()
 
 
-async def complete(client: httpx.AsyncClient, traceparent: str, n: int = 1) -> str:
-    body = {"model": "tiny", "prompt": f"The {WORD} is", "max_tokens": 4, "ignore_eos": True, "n": n, "temperature": 1}
+async def complete(client: httpx.AsyncClient, traceparent: str) -> str:
+    body = {"model": "tiny", "prompt": f"The {WORD} is", "max_tokens": 4, "ignore_eos": True, "temperature": 1}
     headers = {"traceparent": traceparent} if traceparent else {}
     response = await client.post("/v1/completions", json=body, headers=headers)
     assert response.status_code == 200, response.text
@@ -107,26 +111,24 @@ async def test_one_trace_from_the_client_to_the_workers(spans: Any, checkpoint: 
             assert span.attributes["http.response.status_code"] == 200
         else:
             assert parent.name.startswith(parents[span.name])
-        if span.name == "exchange":  # a number for each of the three layers
+        if span.name == "exchange":
             assert parent.start_time <= span.start_time and span.end_time <= parent.end_time
-            assert len(span.attributes["expertmesh.layer_seconds"]) == 3
+            assert span.attributes["expertmesh.slowest_layer"] in range(3)
+            assert 0 < span.attributes["expertmesh.slowest_seconds"] <= span.attributes["expertmesh.seconds"]
         if span.name == "worker compute":
             assert span.start_time == parent.start_time < span.end_time
             assert span.attributes["expertmesh.worker"] in ("a", "b") and span.attributes["expertmesh.rows"] > 0
-            seconds = sum(span.attributes["expertmesh.call_seconds"])
-            assert 1e9 * seconds == pytest.approx(span.end_time - span.start_time)
 
 
 @in_loop
-async def test_who_is_not_sampled_leaves_no_span_and_who_shares_a_step_a_link(
+async def test_who_is_not_sampled_or_asked_for_leaves_no_span(
     spans: Any, checkpoint: Path, byte_level_path: Path
 ) -> None:
     async with client_of(checkpoint, byte_level_path) as client:
         await complete(client, f"00-{TRACE}-{CLIENT}-00")
         assert spans.get_finished_spans() == ()
-        await complete(client, "", n=2)
-        found = [span for span in spans.get_finished_spans() if span.name == "step"]
-        assert any(span.links for span in found) and len({span.context.trace_id for span in found}) == 1
+        await complete(client, "")  # the client traces nothing; we do
+        assert len({span.context.trace_id for span in spans.get_finished_spans()}) == 1
         spans.clear()
         await complete(client, "nonsense")
         assert "step" in {span.name for span in spans.get_finished_spans()}
@@ -134,6 +136,18 @@ async def test_who_is_not_sampled_leaves_no_span_and_who_shares_a_step_a_link(
         tracing.install(None, "test")
         await complete(client, f"00-{TRACE}-{CLIENT}-01")
         assert spans.get_finished_spans() == ()
+
+
+def test_a_step_is_in_the_trace_of_the_first_and_linked_to_the_others(spans: Any) -> None:
+    requests = (f"00-{TRACE}-{CLIENT}-01", "", f"00-{TRACE}-{CLIENT}-01", f"00-{OTHER}-{CLIENT}-01")
+    sequences = [Sequence("x", [1], SamplingParams(max_tokens=1, traceparent=each)) for each in requests]
+    made = RouterSpans()
+    with made.step(7, 9, sequences):
+        assert made.is_tracing
+    assert not made.is_tracing
+    (span,) = spans.get_finished_spans()
+    assert f"{span.context.trace_id:032x}" == TRACE and dict(span.attributes)["expertmesh.rows"] == 9
+    assert [f"{link.context.trace_id:032x}" for link in span.links] == [OTHER]
 
 
 def test_without_opentelemetry_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ Imported only to build them (see `library`): numba is here.
 
 from __future__ import annotations
 
+import numba
+
 from workers.kernels.cpu import arguments
 from workers.kernels.cpu.compiled.jit import as_float32, as_int32, as_int64, reader, take
 
@@ -14,9 +16,9 @@ _pack_request = reader(arguments.PackRequest)
 _UNIT = 512
 
 
-def pack_request(args: int) -> None:
+@numba.njit(inline="never")
+def pack(a):  # type: ignore[no-untyped-def]
     """See `arguments.PackRequest`."""
-    a = _pack_request(args)
     row, token, expert = as_int64(a.row), as_int32(a.token), as_int32(a.expert)
     for r in range(a.n_rows):
         source, target = as_float32(a.x + row[r] * a.x_stride), as_float32(a.out + 4 * a.d * r)
@@ -26,6 +28,11 @@ def pack_request(args: int) -> None:
     for p in range(a.n_pairs):
         tokens[p] = token[p]
         experts[p] = expert[p]
+
+
+def pack_request(args: int) -> None:
+    """See `arguments.PackRequest`."""
+    pack(_pack_request(args))
 
 
 def plan(args: int) -> None:

@@ -25,6 +25,7 @@ from cluster.placement.placement import Placement, striped
 from cluster.router.exchange.exchange import Exchange
 from tests.contract.model import Batch, Model, batch
 from tests.unit.workers.transport.device.device_worker import LIMIT_S, serve
+from workers.transport.base import Tag
 from workers.transport.device.offer import Offer, Shape
 from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import DeviceWay
@@ -98,18 +99,18 @@ def wait_ready(way: DeviceWay, placement: Placement) -> None:
 
 def step(way: DeviceWay, given: Batch) -> Tensor | None:
     """y [L, T, D] of all layers; None where the step was void, or the workers did not answer in time."""
-    if not way.begin_step(len(given.x_TD)):
+    if not way.begin_step(len(given.x_TD), Tag(0, 0, 0, 0, 0, 0), 1.0):
         return None
     experts = way.experts
     y_LTD = [
         experts.combine(experts.dispatch(layer, given.x_TD, given.ids_TK, given.weights_TK))
         for layer in range(MODEL.n_layers)
     ]
-    rows_LE = way.end_step()
-    if rows_LE is None:
+    report = way.end_step()
+    if report is None:
         return None
     expected_E = given.ids_TK.flatten().bincount(minlength=MODEL.n_experts)
-    assert (rows_LE == expected_E.numpy()).all(), "the rows of experts are counted wrong"
+    assert (report.rows_LE == expected_E.numpy()).all(), "the rows of experts are counted wrong"
     return torch.stack(y_LTD)
 
 
@@ -199,7 +200,9 @@ def test_a_router_that_dies_holds_nobody_up(workers: Workers) -> None:
     given = batch(MODEL, 4)
     check(step(dies, given), given)
     check(step(stays, given), given)
-    asks = threading.Thread(target=dies.begin_step, args=(4,))  # agreed, and never heard of again
+    asks = threading.Thread(
+        target=dies.begin_step, args=(4, Tag(0, 0, 0, 0, 0, 0), 1.0)
+    )  # agreed, and never heard of again
     asks.start()
     y_LTD = step(stays, given)  # in the same step, which is void, or in the next
     asks.join()
