@@ -25,6 +25,8 @@ _POLL_S = 0.1
 _STOP_S = 5.0
 _SCRAPE_S = 5
 _PR_SET_PDEATHSIG = 1
+# In a clone; a wheel has the package alone.
+_RULES = tuple(Path(__file__).parents[2] / "deploy" / "prometheus" / name for name in ("rules.yml", "alerts.yml"))
 
 
 def check_installed() -> None:
@@ -83,6 +85,7 @@ class Prometheus:
     def _config(self) -> dict[str, object]:
         return {
             "global": {"scrape_interval": f"{_SCRAPE_S}s", "evaluation_interval": f"{_SCRAPE_S}s"},
+            "rule_files": [str(path) for path in _RULES if path.exists()],
             "scrape_configs": [
                 {
                     "job_name": "expertmesh",

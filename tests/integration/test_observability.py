@@ -110,10 +110,12 @@ def prometheus(cluster: RunningCluster, tmp_path_factory: pytest.TempPathFactory
 
 
 def _answers(prometheus: Prometheus) -> bool:
+    """Whether it is up and has seen the cluster."""
     try:
-        return bool(prometheus.values("expertmesh_rebalance_last_success_timestamp_seconds"))
+        up = httpx.get(f"{prometheus.url}/-/ready", timeout=30).status_code == 200
     except httpx.HTTPError:
         return False
+    return up and bool(prometheus.values("expertmesh_rebalance_last_success_timestamp_seconds"))
 
 
 def _admin(cluster: RunningCluster, path: str) -> Any:
