@@ -8,9 +8,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from cluster.control.autoscale import AutoscaleOptions, Decision, Sample, decide
+from cluster.control.autoscale import AutoscaleOptions, Decision, Limits, Sample, decide
 from cluster.control.membership import Membership
 from cluster.control.scaling import Scaler
 from cluster.control.view import Member
@@ -54,6 +54,10 @@ class Autoscaler:
         kept = 2 + int(max(options.idle_s, options.window_s) / options.interval_s)
         self._pools = {role: Pool(deque(maxlen=kept)) for role in ("router", "expert")}
         self._counted: dict[str, tuple[int, float, float, float]] = {}  # by worker: pid, when, seconds computed, waited
+
+    def limit(self, routers: Limits, workers: Limits) -> None:
+        """How many processes each pool may have, from the next look on."""
+        self._options = replace(self._options, routers=routers, workers=workers)
 
     async def run(self) -> None:
         """For ever, unless it is off."""

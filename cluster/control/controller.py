@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import ray
 
+from cluster.control.autoscale import Limits
 from cluster.control.autoscaler import Autoscaler
 from cluster.control.chaos import Chaos
 from cluster.control.client import NAME
@@ -124,6 +125,10 @@ class Controller:
     async def scale(self, workers: int | None, routers: int | None) -> None:
         """See `Scaler.scale`; for the Serve application, which says itself how many gateways there are."""
         await self._scaler.scale(workers, routers)
+
+    async def limit(self, routers: Limits, workers: Limits) -> None:
+        """How far the autoscaler may go from now on."""
+        self._autoscaler.limit(routers, workers)
 
     async def declare_gateways(self, n: int) -> None:
         """There are to be `n` gateways, which is seen to elsewhere."""

@@ -105,16 +105,20 @@ class Gateway:
         )
 
 
-def application(config: Config, model: ModelCard, url: str, credentials: Credentials, n: int) -> serve.Application:
-    """The Serve application of `n` gateways, for a controller that is found by its name."""
+def application(
+    config: Config, model: ModelCard, url: str, credentials: Credentials, n: int, leaving_s: float = _LEAVING_S
+) -> serve.Application:
+    """The Serve application of `n` gateways, for a controller that is found by its name.
+
+    leaving_s: for the requests that a gateway has when it is to end.
+    """
     deployment: Any = serve.deployment(
         serve.ingress()(Gateway),
         name=DEPLOYMENT,
         num_replicas=n,
         max_ongoing_requests=100_000,  # the routers' queues are the limit
         ray_actor_options={"num_cpus": 0},
-        # When a cluster is stopped, requests were drained before. A gateway that leaves one that runs has its own yet.
-        graceful_shutdown_timeout_s=_LEAVING_S if config.ray_address is None else config.drain_timeout_s,
+        graceful_shutdown_timeout_s=leaving_s,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=1.0,
     )
@@ -130,8 +134,10 @@ def deploy(config: Config, model: ModelCard, url: str, credentials: Credentials,
     # In a Ray of our own this is where Serve's own servers are; HAProxy listens on `config.host` (fleet.haproxy_exec).
     host = node_address() if config.ray_address is None else config.host
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": config.port}, logging_config=quiet)
+    # In a Ray that we joined Serve is shut down with the cluster, which waits for requests that outlived the drain.
+    leaving_s = _LEAVING_S if config.ray_address is None else config.drain_timeout_s
     serve.run(
-        application(config, model, url, credentials, n),
+        application(config, model, url, credentials, n, leaving_s),
         name=APPLICATION,
         route_prefix="/",
         logging_config=quiet,

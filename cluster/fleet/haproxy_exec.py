@@ -30,6 +30,9 @@ _NOT_YET = (
     "    http-request return status 503 content-type application/json hdr Retry-After 1 "
     f"string {json.dumps(json.dumps({'error': _ERROR}))}"
 )
+# Serve sets none of these: a client that never ends its headers would keep a connection for ever. Bodies have the
+# gateway's own deadline, answers may take as long as they like.
+_DEADLINES = ("    timeout http-request 30s", "    timeout http-keep-alive 300s")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,7 +63,10 @@ def restrict(config: str, host: str, port: int) -> str:
         if words[:1] == ["bind"]:
             if section != "frontend http_frontend" or words[1:] != [f"127.0.0.1:{port}"]:
                 raise ValueError(f"unexpected `{line.strip()}` in section `{section}`")
+            kept += _DEADLINES
             line = f"    bind {wanted}"
+        elif line in _DEADLINES:
+            continue  # of an earlier start
         elif section == "backend default_backend" and words[:4] == _NOT_FOUND:
             line = _NOT_YET
         elif section == "global" and words[:1] == ["log"]:

@@ -94,7 +94,7 @@ def start_controller(plan: Plan, launcher: RayLauncher, admin_token: str, *, det
         rebalance=RebalanceOptions(
             config.rebalance, config.rebalance_interval_s, config.rebalance_horizon_s, config.rebalance_min_gain
         ),
-        autoscale=_autoscale(config),
+        autoscale=autoscale_options(config),
         max_sequences=min(config.max_sequences, config.max_batch_tokens),
         expert_bytes=plan.expert_bytes,
         spare_replicas=config.spare_replicas,
@@ -114,7 +114,8 @@ def start_controller(plan: Plan, launcher: RayLauncher, admin_token: str, *, det
     return Cluster(controller)
 
 
-def _autoscale(config: Config) -> AutoscaleOptions:
+def autoscale_options(config: Config) -> AutoscaleOptions:
+    """When and how far pools grow and shrink."""
     n_workers = int(config.expert_workers or 0)
     return AutoscaleOptions(
         mode=config.autoscale,

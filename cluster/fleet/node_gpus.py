@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import time
 from typing import Any
 
@@ -14,27 +14,26 @@ from cluster.errors import StartError
 from cluster.fleet.launcher import EXPERT_RESOURCE, ROUTER_RESOURCE, reserve
 from workers.device import Gpu, gpus
 
-_log = logging.getLogger(__name__)
-
 _NODES_S = 1800.0  # for an autoscaler to bring the first nodes
 _POLL_S = 2.0
 
 
 def found(config: Config) -> tuple[Gpu, ...]:
-    """Those there are. Where `config` names GPUs and no node has any yet, its processes ask for their nodes first.
+    """Those there are. Where `config` names GPUs and the nodes have fewer, its processes ask for theirs first.
 
-    Raises StartError when none comes within half an hour.
+    Raises StartError when not enough come within half an hour.
     """
     wanted = _bundles(config)
+    needed = math.ceil(sum(bundle["GPU"] for bundle in wanted.values()) - 1e-6)
     deadline = time.monotonic() + _NODES_S
     while True:
         there = _ask(_nodes())
-        if there or not wanted:
+        if len(there) >= needed:
             return there
         for process, bundle in wanted.items():
             reserve(process, bundle)
         if time.monotonic() > deadline:
-            raise StartError(f"no node of this Ray has a GPU, and none came within {_NODES_S:g} s")
+            raise StartError(f"{needed} GPUs are needed, and {len(there)} were there after {_NODES_S:g} s")
         time.sleep(_POLL_S)
 
 

@@ -15,7 +15,7 @@ from cluster.config_load import load, tls_files
 from cluster.control.client import NAME, NAMESPACE
 from cluster.errors import PlacementError, StartError
 from cluster.fleet import gateway, node_gpus, preflight
-from cluster.fleet.launch import launcher_of, start_controller
+from cluster.fleet.launch import autoscale_options, launcher_of, start_controller
 from cluster.fleet.launcher import RayLauncher
 from cluster.fleet.ray_errors import reason
 from cluster.fleet.run_state import new_token, read_token
@@ -24,7 +24,9 @@ from cluster.models import resolve
 from cluster.state_dir import settle
 from workers.transport.grpc.credentials import Credentials
 
-_SIZES = ("expert_workers", "routers", "gateways")  # what may be another in a cluster that runs
+# What may be another in a cluster that runs.
+_SIZES = ("expert_workers", "routers", "gateways")
+_BOUNDS = ("min_routers", "max_routers", "min_expert_workers", "max_expert_workers")
 
 
 def application(given: Mapping[str, Any]) -> serve.Application:
@@ -69,6 +71,8 @@ def _scaled(config: Config) -> RayLauncher:
     if others := _differences(launcher.asked, config):
         raise StartError(f"{', '.join(others)} cannot be changed while the cluster runs: that takes a new Ray cluster")
     try:
+        bounds = autoscale_options(config)
+        ray.get(controller.limit.remote(bounds.routers, bounds.workers))
         ray.get(controller.scale.remote(config.expert_workers, config.routers))
         ray.get(controller.declare_gateways.remote(config.gateways))
     except ray.exceptions.RayError as error:
@@ -78,4 +82,4 @@ def _scaled(config: Config) -> RayLauncher:
 
 def _differences(before: Config, now: Config) -> list[str]:
     then, wanted = asdict(before), asdict(now)
-    return [name for name in then if name not in _SIZES and then[name] != wanted[name]]
+    return [name for name in then if name not in (*_SIZES, *_BOUNDS) and then[name] != wanted[name]]

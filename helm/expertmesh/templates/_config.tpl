@@ -45,6 +45,9 @@ expert_device: {{ $device }}
 gpus_per_router: 1
 gpus_per_expert_worker: 1
 {{- end }}
+{{- if .Values.autoscaling.enabled }}
+autoscale: auto
+{{- end }}
 {{- end -}}
 
 {{- define "expertmesh.serveConfig" -}}
@@ -85,7 +88,6 @@ applications:
 {{- $least = add $least (mul $pool.minReplicas $pool.expertWorkersPerPod) -}}
 {{- $most = add $most (mul $pool.maxReplicas $pool.expertWorkersPerPod) -}}
 {{- end -}}
-autoscale: auto
 min_routers: {{ mul $routers.minReplicas $routers.routersPerPod }}
 max_routers: {{ mul $routers.maxReplicas $routers.routersPerPod }}
 min_expert_workers: {{ max 1 $least }}

@@ -127,3 +127,24 @@ def test_advice_is_given_and_only_auto_acts(mode: str) -> None:
     assert autoscaler.health.targets == {"router": 1, "expert": 6}
     assert "waiting at 2.00" in autoscaler.health.reasons["expert"]
     assert asked == ([] if mode == "advise" else [(6, None, "autoscale, expert: waiting at 2.00 of its target")])
+
+
+def test_limits_may_change_while_it_runs() -> None:
+    """A pool that was at its limit grows on under a higher one, as after an upgrade of the chart."""
+    fleet = Fleet()
+    options = AutoscaleOptions("advise", Limits(1, 4), Limits(1, 3))
+    autoscaler = Autoscaler(fleet.membership, None, options, 64)  # type: ignore[arg-type]
+
+    async def looks(first: int) -> None:
+        for i in range(first, first + 8):
+            for worker in WORKERS:
+                counted = {"compute_seconds": 4.5 * i, "waited_seconds": 10.0 * i}
+                member = Member("expert", worker, 1, "n", "ready", "x:1", epoch=1, slots=8, detail=dict(counted))
+                fleet.membership.report(member, 0.0)
+            await autoscaler.look(5.0 * i)
+
+    asyncio.run(looks(0))
+    assert autoscaler.health.targets["expert"] == 3
+    autoscaler.limit(Limits(1, 4), Limits(1, 5))
+    asyncio.run(looks(8))
+    assert autoscaler.health.targets["expert"] == 5

@@ -112,6 +112,16 @@ def test_a_client_that_leaves_before_its_answer_comes_leaves_the_gateway_too(tmp
             client.join()
 
 
+def test_headers_that_never_end_end_their_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        haproxy_exec, "_DEADLINES", tuple(line.replace("30s", "1s") for line in haproxy_exec._DEADLINES)
+    )
+    with haproxy(tmp_path, CONFIG) as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as slow:
+        slow.settimeout(60)
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A: ")
+        assert b" 408 " in slow.recv(65536) and slow.recv(1) == b""
+
+
 def leave_early(url: str) -> None:
     """Head and body are sent apart, as many clients do."""
     with pytest.raises(httpx.ReadTimeout):
