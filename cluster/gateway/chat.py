@@ -76,8 +76,9 @@ class ChatForm:
 
     def opening(self, choice: Choice, first: Delta) -> bytes:
         first_chunk = self._chunk(choice.index, {"role": "assistant", "content": ""})
-        data = event(first_chunk | self._fields.opening(choice))
-        return data + (event(self._chunk(choice.index, {"content": self._echo})) if self._echo else b"")
+        usage = self._usage.before(choice)
+        data = event(first_chunk | self._fields.opening(choice) | usage)
+        return data + (event(self._chunk(choice.index, {"content": self._echo}) | usage) if self._echo else b"")
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
         more = self._fields.chunk(delta)

@@ -114,7 +114,7 @@ class CompletionForm:
         if choice.echo is None:
             return b""
         scores = self._scores(_prompt_scores(choice, first.prompt_logprobs), 0)
-        return event(self._chunk(choice.index, choice.echo.text, scores))
+        return event(self._chunk(choice.index, choice.echo.text, scores) | self._usage.before(choice))
 
     def delta(self, choice: Choice, delta: Delta) -> bytes:
         if delta.scored or delta.finish is not None or self._fields.any or self._usage.runs:

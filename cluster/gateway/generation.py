@@ -150,6 +150,15 @@ class RunningUsage:
         """The field of a chunk that is written now."""
         return {"usage": usage_of(self._choices, self._n)} if self.runs else self._fixed
 
+    def before(self, choice: Choice) -> dict[str, Any]:
+        """The field of a chunk that comes before the tokens of `choice`, whose first are there already."""
+        if not self.runs:
+            return self._fixed
+        usage = usage_of(self._choices, self._n)
+        early = choice.text.n_tokens
+        less = {name: usage[name] - early for name in ("completion_tokens", "total_tokens")}
+        return {"usage": usage | less}
+
 
 def _deltas(gateway: Gateway, choices: list[Choice]) -> AsyncGenerator[tuple[Choice, Delta], None]:
     """What the choices add, each in its order, all as they come. Closing it cancels every sequence."""

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import llguidance
+from pydantic import ValidationError
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
 from cluster.gateway.schemas.fields import JsonObject
+from cluster.gateway.schemas.outputs import StructuralTag
 from cluster.gateway.schemas.sampling import SamplingFields
 from cluster.router import grammar, limits
 from cluster.router.grammar import GrammarCompiler
@@ -72,6 +74,12 @@ def _asked(request: SamplingFields) -> Iterator[tuple[str, Any, Callable[[Any], 
             raise RequestError("'response_format.json_schema.schema' is required", code="missing_required_parameter",
                                param="response_format.json_schema.schema")  # fmt: skip
         yield "response_format.json_schema.schema", schema, grammar.from_json_schema
+    elif form is not None and form.type == "structural_tag":
+        if form.structures is None or form.triggers is None:
+            raise RequestError("'response_format' needs 'structures' and 'triggers'", code="missing_required_parameter",
+                               param="response_format.structures")  # fmt: skip
+        tag = StructuralTag(structures=form.structures, triggers=form.triggers)
+        yield "response_format.structures", tag, _from_structural_tag
     wanted = request.structured_outputs
     if wanted is not None:
         yield "structured_outputs.json", _schema(wanted.json_), grammar.from_json_schema
@@ -79,6 +87,7 @@ def _asked(request: SamplingFields) -> Iterator[tuple[str, Any, Callable[[Any], 
         yield "structured_outputs.regex", wanted.regex, grammar.from_regex
         yield "structured_outputs.choice", wanted.choice, grammar.from_choice
         yield "structured_outputs.grammar", wanted.grammar, _from_grammar
+        yield "structured_outputs.structural_tag", wanted.structural_tag, _from_structural_tag
     yield "guided_json", _schema(request.guided_json), grammar.from_json_schema
     yield "guided_regex", request.guided_regex, grammar.from_regex
     yield "guided_choice", request.guided_choice, grammar.from_choice
@@ -101,6 +110,22 @@ def _schema(value: JsonObject | str | None) -> JsonObject | None:
 def _from_grammar(source: str) -> str:
     """Lark's syntax as it is, GBNF turned into it."""
     return str(llguidance.grammar_from("grammar", source))
+
+
+def _from_structural_tag(tag: StructuralTag | str) -> str:
+    """Free text with structures in it. Raises ValueError where one begins with no trigger, or the text is no tag."""
+    if isinstance(tag, str):
+        try:
+            tag = StructuralTag.model_validate_json(tag)
+        except ValidationError as error:
+            raise ValueError("must be JSON of an object with 'structures' and 'triggers'") from error
+    parts: list[llguidance.StructTag] = []
+    for each in tag.structures:
+        trigger = next((trigger for trigger in tag.triggers if each.begin.startswith(trigger)), None)
+        if trigger is None:
+            raise ValueError(f"{each.begin[:100]!r} begins with none of the triggers")
+        parts.append(llguidance.StructTag(trigger=trigger, begin=each.begin, grammar=each.schema_, end=each.end))
+    return llguidance.StructTag.to_grammar(parts, assume_special=False)
 
 
 async def _compile(grammars: GrammarCompiler, source: str) -> None:

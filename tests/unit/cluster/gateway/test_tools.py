@@ -166,6 +166,9 @@ CITY = {
 }
 
 
+TAG: dict[str, Any] = {"structures": [{"begin": "<f=city>", "schema": CITY, "end": "</f>"}], "triggers": ["<f="]}
+
+
 def accepts(served: Served, grammar: str, text: str) -> bool:
     """Whether `text` follows `grammar` as a whole."""
     tokenizer = served.tokenizer
@@ -200,6 +203,8 @@ def test_structured_output_is_parsed_by_the_client(served: Served) -> None:
         ({"structured_outputs": {"grammar": 'root ::= "a" | "b"'}}, "start"),
         ({"guided_grammar": 'start: "a" | "b"'}, "start"),
         ({"guided_regex": "a+"}, "start"),
+        ({"response_format": {"type": "structural_tag"} | TAG}, "start"),
+        ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, "start"),
         ({"guided_choice": ["a", "b"]}, "start"),
         ({"response_format": {"type": "text"}, "guided_json": None}, ""),
     ],
@@ -211,6 +216,21 @@ def test_every_way_to_ask_for_a_grammar(served: Served, path: str, fields: dict[
     assert answer.status_code == 200, answer.text
     grammar = served.session.asked[-1][1].grammar
     assert kind in grammar and bool(grammar) == bool(kind)
+
+
+def test_free_text_with_structures_in_it(served: Served) -> None:
+    """Would catch a structure that may be anything, and one that the rest of the text must be."""
+    say(served, "a")
+    asked = {"model": "tiny", "messages": [USER], "max_tokens": 5}
+    ask = f"{served.url}/v1/chat/completions"
+    assert httpx.post(ask, json=asked | {"structured_outputs": {"structural_tag": TAG}}).status_code == 200
+    grammar = served.session.asked[-1][1].grammar
+    right = 'Let me see. <f=city>{"name": "Paris"}</f>'
+    for text, follows in {right: True, "Nothing.": True, f"{right} So.": True, "<f=city>no": False}.items():
+        assert accepts(served, grammar, text) == follows, text
+    wrong = {"structural_tag": TAG | {"triggers": ["<g"]}}
+    answer = httpx.post(ask, json=asked | {"structured_outputs": wrong})
+    assert answer.status_code == 400 and "none of the triggers" in answer.json()["error"]["message"]
 
 
 def test_reasoning_is_told_apart(byte_level_path: Path, tmp_path: Path) -> None:
