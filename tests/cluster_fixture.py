@@ -74,9 +74,10 @@ def run(
 
 
 def free_port() -> int:
-    """A port that nobody uses, below the range from which the system gives ports to connections."""
+    """A port that nobody uses, below the range from which the system gives ports to connections, and above the one that
+    Ray keeps for its workers."""
     while True:
-        port = random.randrange(10_000, 28_000)
+        port = random.randrange(20_000, 28_000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

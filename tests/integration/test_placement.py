@@ -143,7 +143,7 @@ def test_a_killed_controller_and_a_killed_worker_keep_the_placement(fleet: Runni
         with admin(fleet) as client:
             response = client.post("/placement/replicate", json={"layer": 1, "expert": 0})
             assert response.status_code == 200, response.text
-            assert client.get("/placement").json()["epoch"] == before["epoch"] + 1
+            assert client.get("/placement").json()["epoch"] > before["epoch"]  # fail-over has epochs of its own
 
 
 def members(fleet: RunningCluster, role: str) -> set[str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ def ray_nodes(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A head without CPUs and a node for each role; its address and environment."""
     port, directory = free_port(), tempfile.mkdtemp(prefix="em-ray-")  # tmp_path is too long for Unix sockets
     address, environ = f"127.0.0.1:{port}", private_environ(tmp_path / "nodes")
-    environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    # Who has a token of Ray's somewhere is else asked for it by `ray start` alone.
+    environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     head = ["--head", "--port", str(port), "--num-cpus", "0", "--temp-dir", directory, "--include-dashboard", "false"]
     nodes: list[psutil.Popen] = []
 
     def start(*arguments: str) -> None:
-        common = ["--block", "--node-ip-address", "127.0.0.1", "--object-store-memory", "80000000"]
+        common = ["--block", "--object-store-memory", "80000000"]
         with (tmp_path / f"node-{len(nodes)}.log").open("w") as log:
             command = [program("ray"), "start", *common, *arguments]
             nodes.append(psutil.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True))
@@ -55,13 +57,18 @@ def ray_nodes(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         wait_until(lambda: "Ray runtime started" in (tmp_path / "node-0.log").read_text(), 60)
         for role in ("expertmesh_router", "expertmesh_expert"):
             start("--address", address, "--num-cpus", "1", "--resources", json.dumps({role: 2}))
+            log = tmp_path / f"node-{len(nodes) - 1}.log"
+            wait_until(lambda log=log: "Ray runtime started" in log.read_text(), 60)  # type: ignore[misc]
         yield address, environ
     finally:
-        family = [process for node in nodes for process in (*node.children(recursive=True), node)]
+        family: list[psutil.Process] = list(nodes)
         for node in nodes:
-            node.terminate()
+            with suppress(psutil.NoSuchProcess):
+                family += node.children(recursive=True)
+                node.terminate()
         for process in psutil.wait_procs(family, timeout=15)[1]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -73,7 +80,8 @@ def test_a_model_is_served_by_the_nodes_that_are_meant_for_it(
     token.write_text("secret\n")
     args: dict[str, Any] = {
         "model": str(tiny_checkpoint), "expert_workers": 2, "kv_cache_mb": 16, "trusted_network": True,
-        "require_node_roles": True, "admin_token_file": str(token), "admin_port": admin_port, "rebalance": False,
+        "require_node_roles": True, "admin_token_file": str(token), "admin_host": "127.0.0.1", "admin_port": admin_port,
+        "rebalance": False,
     }  # fmt: skip
     application: dict[str, Any] = {
         "name": "expertmesh", "route_prefix": "/", "import_path": "cluster.serve_app:app",
