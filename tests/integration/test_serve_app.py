@@ -57,8 +57,8 @@ def ray_nodes(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         wait_until(lambda: "Ray runtime started" in (tmp_path / "node-0.log").read_text(), 60)
         for role in ("expertmesh_router", "expertmesh_expert"):
             start("--address", address, "--num-cpus", "1", "--resources", json.dumps({role: 2}))
-            log = tmp_path / f"node-{len(nodes) - 1}.log"
-            wait_until(lambda log=log: "Ray runtime started" in log.read_text(), 60)  # type: ignore[misc]
+        logs = [tmp_path / f"node-{i}.log" for i in range(len(nodes))]
+        wait_until(lambda: all("Ray runtime started" in log.read_text() for log in logs), 60)
         yield address, environ
     finally:
         family: list[psutil.Process] = list(nodes)
@@ -66,7 +66,7 @@ def ray_nodes(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             with suppress(psutil.NoSuchProcess):
                 family += node.children(recursive=True)
                 node.terminate()
-        for process in psutil.wait_procs(family, timeout=15)[1]:
+        for process in psutil.wait_procs(family, timeout=3)[1]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         shutil.rmtree(directory, ignore_errors=True)
