@@ -35,7 +35,7 @@ from tests.contract.grpc_attacker import (
 )
 from tests.contract.harness import MODEL_NAME
 from tests.contract.model import Model
-from tests.credentials import CREDENTIALS
+from tests.credentials import CREDENTIALS, PATIENT_S
 from workers.errors import WorkerLost
 from workers.transport.base import Rows, Tag
 from workers.transport.grpc.client import GrpcTransport
@@ -57,7 +57,7 @@ class Worker:
         )  # fmt: skip
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
-        self.router = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS)
+        self.router = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, silent_after_s=PATIENT_S)
         self.router.connect("a", self.address)
         self.step = 0
         self.ask()  # what is made for the first one is not the attack's doing
@@ -133,7 +133,7 @@ def test_a_full_table_of_descriptors_is_a_closed_door_and_no_spinning(worker: Wo
             worker.ask()
     assert busy < 50, f"{busy} % of a core for nothing"
     deadline = time.monotonic() + 20
-    other = GrpcTransport("router-2", MODEL_NAME, CREDENTIALS)
+    other = GrpcTransport("router-2", MODEL_NAME, CREDENTIALS, silent_after_s=PATIENT_S)
     while True:
         other.connect("a", worker.address)
         try:
