@@ -14,6 +14,8 @@ _EVERY_S = 1.0  # between two questions while nothing is overdue
 #: A process that has no core for a moment is not silent.
 SILENT_AFTER_S = 0.5
 _MESSAGE_BYTES = 1 << 16
+#: What gRPC says where nobody did. Whatever else comes is an answer, also from a server without health checks.
+_NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 _RETRY = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 300)]
 
 
@@ -47,7 +49,7 @@ class Pulse:
         before, question = self.answers, self._question
         self._asked += lag_s
         if question is not None and question.done():
-            self.answers = not question.cancelled() and question.code() is grpc.StatusCode.OK
+            self.answers = not question.cancelled() and question.code() not in _NO_ANSWER
             self._question, self._next = None, now + (_EVERY_S if self.answers else 0.0)
         elif question is not None and now - self._asked > self._silent_after_s:
             self.answers = False
