@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cluster.placement.placement import Placement
 from tests.contract.model import Model
-from tests.credentials import CREDENTIALS
+from tests.credentials import CREDENTIALS, PATIENT_S
 from workers.shard import ExpertShard
 from workers.transport.base import Acceptor, FastWay, Transport
 from workers.transport.batcher import Batcher
@@ -134,7 +134,9 @@ class GrpcWorkers:
         return self.shards[worker]
 
     def transport(self) -> Transport:
-        self._transports.append(GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, ways=self.ways))
+        self._transports.append(
+            GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, ways=self.ways, silent_after_s=PATIENT_S)
+        )
         return self._transports[-1]
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from cluster.placement.placement import striped
 from cluster.router.exchange.exchange import Exchange
 from tests.contract.harness import MODEL_NAME
 from tests.contract.model import Model, batch
-from tests.credentials import CREDENTIALS
+from tests.credentials import CREDENTIALS, PATIENT_S
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.shm.router import ShmWay
 
@@ -17,7 +17,7 @@ addresses = dict(argument.split("=") for argument in sys.argv[1:])
 exchange = Exchange(
     striped(model.n_layers, model.n_experts, tuple(addresses)),
     addresses,
-    GrpcTransport("router", MODEL_NAME, CREDENTIALS, ways=(ShmWay(),)),
+    GrpcTransport("router", MODEL_NAME, CREDENTIALS, ways=(ShmWay(),), silent_after_s=PATIENT_S),
     reply_timeout_s=20,
     rejoin_timeout_s=20,
 )

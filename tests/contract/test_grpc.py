@@ -20,7 +20,7 @@ from cluster.router.exchange.exchange import Exchange
 from tests.contract.harness import MODEL_NAME, GrpcWorkers
 from tests.contract.model import Model, batch
 from tests.contract.test_results import exchange_over, run
-from tests.credentials import CREDENTIALS
+from tests.credentials import CREDENTIALS, PATIENT_S
 from workers import wire
 from workers.errors import WorkerLost
 from workers.pb import experts_pb2, experts_pb2_grpc
@@ -208,7 +208,7 @@ def test_a_worker_that_answers_nonsense_is_lost() -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS)
+    transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, silent_after_s=PATIENT_S)
     transport.connect("liar", address)
     transport.send("liar", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
     with pytest.raises(WorkerLost, match="malformed reply"):
@@ -283,7 +283,7 @@ def test_processes_that_are_killed_or_frozen_change_no_bit() -> None:
     both = Placement(1, ("a", "b"), tuple(tuple((e % 2, (e + 1) % 2) for e in range(6)) for _ in range(2)))
     given = batch(MODEL, 9)
     processes = dict(zip(both.workers, map(start_process, both.workers), strict=True))
-    transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS)
+    transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, silent_after_s=PATIENT_S)
     try:
         addresses = {worker: address for worker, (_, address) in processes.items()}
         exchange = Exchange(both, addresses, transport, reply_timeout_s=1, rejoin_timeout_s=60)

@@ -21,7 +21,7 @@ from cluster.router.service import GenerationService
 from tests.certificates import Authority
 from tests.contract.harness import MODEL_NAME
 from tests.contract.model import Model
-from tests.credentials import CREDENTIALS
+from tests.credentials import CREDENTIALS, PATIENT_S
 from tests.fake_engine import FakeEngine
 from tests.loop import in_loop, until
 from workers.errors import ExpertMeshError, WorkerLost
@@ -54,7 +54,7 @@ def serve() -> Iterator[Serve]:
 
 
 def ask(server: ExpertServer, credentials: Credentials, worker: str = "a", model: str = MODEL_NAME) -> torch.Tensor:
-    transport = GrpcTransport("router-0", model, credentials, greet_timeout_s=5)
+    transport = GrpcTransport("router-0", model, credentials, greet_timeout_s=5, silent_after_s=PATIENT_S)
     try:
         transport.connect(worker, server.address)
         transport.send(worker, Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))

@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.contract.harness import MODEL_NAME, GrpcWorkers
 from tests.contract.model import Model
-from tests.credentials import CREDENTIALS
+from tests.credentials import CREDENTIALS, PATIENT_S
 from workers import wire
 from workers.errors import WorkerLost
 from workers.pb import experts_pb2, experts_pb2_grpc
@@ -160,7 +160,7 @@ def grpc_server(exchange: Callable[[Frames, grpc.ServicerContext], Frames]) -> I
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, greet_timeout_s=0.5)
+    transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, greet_timeout_s=0.5, silent_after_s=PATIENT_S)
     transport.connect("a", address)
     try:
         yield transport
@@ -244,7 +244,7 @@ def test_a_server_of_grpcs_that_is_killed_is_a_lost_worker_at_once() -> None:
         [sys.executable, "-c", _SILENT, service, *words], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, greet_timeout_s=0.5)
+        transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, greet_timeout_s=0.5, silent_after_s=PATIENT_S)
         try:
             transport.connect("a", f"127.0.0.1:{process.stdout.readline().strip()}")
             transport.send("a", Rows(TAG, torch.ones(1, 32), ONE_P, ONE_P))
@@ -261,7 +261,7 @@ def test_a_worker_that_nobody_is_at_is_lost_when_its_reply_is_due() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
-        transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, greet_timeout_s=0.5)
+        transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, greet_timeout_s=0.5, silent_after_s=PATIENT_S)
         for where in (address, "no-such-host.invalid:1"):
             transport.connect("a", where)
             with pytest.raises(WorkerLost):

@@ -19,7 +19,7 @@ from cluster.router.exchange.exchange import Exchange
 from tests.contract.harness import MODEL_NAME, ShmWorkers, start_all
 from tests.contract.model import Model, batch
 from tests.contract.test_results import run
-from tests.credentials import CREDENTIALS
+from tests.credentials import CREDENTIALS, PATIENT_S
 from workers.transport.base import Declined
 from workers.transport.batcher import Batcher
 from workers.transport.grpc.client import GrpcTransport
@@ -58,7 +58,7 @@ def n_rings(process: subprocess.Popen[str]) -> int:
 
 
 def exchange_over(addresses: dict[str, str]) -> Exchange:
-    transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, ways=(ShmWay(),))
+    transport = GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, ways=(ShmWay(),), silent_after_s=PATIENT_S)
     return Exchange(TWICE, addresses, transport, reply_timeout_s=20, rejoin_timeout_s=20)
 
 
@@ -95,7 +95,7 @@ def test_a_router_that_is_killed_leaves_nothing_with_its_workers(start: Start) -
     exchange = Exchange(
         Placement(1, ("a",), tuple(((0,),) * 6 for _ in range(2))),
         {"a": addresses["a"]},
-        GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, ways=(ShmWay(),)),
+        GrpcTransport("router-0", MODEL_NAME, CREDENTIALS, ways=(ShmWay(),), silent_after_s=PATIENT_S),
         reply_timeout_s=20,
         rejoin_timeout_s=20,
     )

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from cluster.observe.series.table import TABLE
+from tests.browser import Faults, chromium
 from tests.cluster_fixture import (
     LOOPBACK,
     RunningCluster,
@@ -33,6 +35,7 @@ from tests.cluster_fixture import (
     wait_until,
 )
 from tests.promtool import check_metrics
+from tests.terminal import run_in_terminal
 
 pytestmark = pytest.mark.cluster
 
@@ -76,6 +79,43 @@ def test_every_process_shows_its_series_and_is_discovered(cluster: RunningCluste
     assert sorted(group["labels"]["instance"] for group in by_http) == sorted(process["id"] for process in processes)
     by_file = json.loads(Path(cluster.status()["run_dir"], "prometheus_targets.json").read_text())
     assert by_file == by_http
+
+
+def test_the_page_and_the_terminal_show_the_cluster(cluster: RunningCluster) -> None:
+    """An answer coloured by the experts of its tokens; one imbalance on the page, in `status` and by the admin API."""
+    body = {"model": cluster.model, "prompt": "once", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    body["return_routing"] = True
+    answers = [httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=120) for _ in range(2)]
+    routing, again = (answer.json()["choices"][0]["routing"] for answer in answers)
+    assert routing == again and routing["start"] == 0 and len(routing["experts"]) == 11
+    assert all(len(set(chosen)) == 2 for layers in routing["experts"] for chosen in layers)
+
+    def imbalances() -> list[float]:
+        told = re.search(r"imbalance ([0-9.]+)", page.text_content("#balance") or "")
+        asked = json.loads(cluster.command("placement", "show", "--json").stdout)["imbalance"]
+        return [float(told[1]) if told else -1, cluster.process_of("controller")["detail"].get("imbalance", 0), asked]
+
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(120_000)
+        faults = Faults(page, cluster.url)
+        page.goto(cluster.url)
+        page.wait_for_selector("#workers li:nth-child(2)")
+        page.fill("#prompt", "Once upon a time")
+        page.press("#prompt", "Enter")
+        page.wait_for_function(
+            "() => document.querySelectorAll('.answer [data-expert]:not([data-expert=\"\"])').length > 5"
+        )
+        page.click("#send")
+        page.wait_for_selector("#hottest tbody tr")
+        # Once nothing is sent any more every load is forgotten alike, so that the imbalance stays.
+        wait_until(lambda: max(imbalances()) - min(imbalances()) < 0.011, 60)
+        assert imbalances()[2] >= 1 and "router-1" in (page.text_content("#others") or "")
+        assert "expert-1 is ready" in (page.text_content("#events") or "")
+        assert faults.seen == []
+    expertmesh = str(Path(sys.executable).with_name("expertmesh"))
+    shown = run_in_terminal(expertmesh, "status", "--watch", environ=cluster.environ, until="expert-1 is ready")
+    assert shown.rindex("\x1b[?1049l") > shown.rindex("expert-1") and "imbalance" in shown and "Traceback" not in shown
 
 
 def test_nothing_listens_beyond_loopback(cluster: RunningCluster) -> None:

@@ -14,7 +14,7 @@ from workers.transport.base import FastWay, Received, Rows, Tag
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.handshake import Hello
 from workers.transport.grpc.link import Link
-from workers.transport.grpc.pulse import Pulse
+from workers.transport.grpc.pulse import SILENT_AFTER_S, Pulse
 from workers.transport.grpc.stream import StreamBroken
 
 _WATCH_S = 0.05
@@ -38,12 +38,13 @@ class GrpcTransport:
         epoch: Callable[[], int] = int,
         ways: Sequence[FastWay] = (),
         greet_timeout_s: float = 10.0,
+        silent_after_s: float = SILENT_AFTER_S,
         on_reach: Callable[[], None] = lambda: None,
     ) -> None:
         """router: who this is. model: `Checkpoint.fingerprint`. epoch: of the placement in force.
 
-        greet_timeout_s: how long a worker may take to answer its first call. on_reach: called, by a thread of its own,
-        when `unreachable` has changed.
+        greet_timeout_s: how long a worker may take to answer its first call; silent_after_s: its process a health
+        check. on_reach: called, by a thread of its own, when `unreachable` has changed.
         """
         self.dropped_replies = 0
         self._hello = Hello("", router, model)
@@ -51,6 +52,7 @@ class GrpcTransport:
         self._epoch = epoch
         self._ways = ways
         self._greet_timeout_s = greet_timeout_s
+        self._silent_after_s = silent_after_s
         self._on_reach = on_reach
         self._links: dict[str, Link] = {}
         self._pulses: dict[str, Pulse] = {}
@@ -141,7 +143,7 @@ class GrpcTransport:
         if pulse is None or pulse.address != address:
             if pulse is not None:
                 pulse.close()
-            pulse = self._pulses[worker] = Pulse(address, self._credentials)
+            pulse = self._pulses[worker] = Pulse(address, self._credentials, self._silent_after_s)
         return pulse
 
     def _link(self, worker: str) -> Link:

@@ -11,8 +11,11 @@ from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.serving import channel_options, open_channel
 
 _EVERY_S = 1.0  # between two questions while nothing is overdue
-_SILENT_AFTER_S = 0.5
+#: A process that has no core for a moment is not silent.
+SILENT_AFTER_S = 0.5
 _MESSAGE_BYTES = 1 << 16
+#: What gRPC says where nobody did. Whatever else comes is an answer, also from a server without health checks.
+_NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 _RETRY = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 300)]
 
 
@@ -23,9 +26,10 @@ class Pulse:
     lock, so a worker that computes for long answers.
     """
 
-    def __init__(self, address: str, credentials: Credentials) -> None:
-        """Raises ExpertMeshError without its TLS files."""
+    def __init__(self, address: str, credentials: Credentials, silent_after_s: float) -> None:
+        """silent_after_s: how long an answer may take. Raises ExpertMeshError without its TLS files."""
         self.address = address
+        self._silent_after_s = silent_after_s
         self.answers: bool | None = None  # None: not known yet. For any thread.
         self._channel = open_channel(address, credentials, [*channel_options(_MESSAGE_BYTES), *_RETRY])
         self._check = health_pb2_grpc.HealthStub(self._channel).Check
@@ -45,9 +49,9 @@ class Pulse:
         before, question = self.answers, self._question
         self._asked += lag_s
         if question is not None and question.done():
-            self.answers = not question.cancelled() and question.code() is grpc.StatusCode.OK
+            self.answers = not question.cancelled() and question.code() not in _NO_ANSWER
             self._question, self._next = None, now + (_EVERY_S if self.answers else 0.0)
-        elif question is not None and now - self._asked > _SILENT_AFTER_S:
+        elif question is not None and now - self._asked > self._silent_after_s:
             self.answers = False
             question.cancel()
             self._question, self._next = None, now

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from cluster.errors import ExpertMeshError
 from cluster.fleet.status_watch import picture, watch
+from tests.terminal import run_in_terminal
 from tests.unit.cluster.gateway.page.fake_source import FakeSource
 
 
@@ -57,3 +60,19 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_and_a_lost_controller_is_waited_fo
 def test_it_needs_a_terminal() -> None:
     with pytest.raises(ExpertMeshError, match="needs a terminal"):
         watch("tiny", lambda epoch, event: {}, Console(file=io.StringIO()))
+
+
+PROGRAM = """
+import asyncio
+from rich.console import Console
+from cluster.fleet.status_watch import watch
+from tests.unit.cluster.gateway.page.fake_source import FakeSource
+source = FakeSource((3, 4, 2))
+watch("tiny", lambda epoch, event: asyncio.run(source.observe(epoch, event)), Console(), interval_s=0.05)
+"""
+
+
+def test_in_a_real_terminal() -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    shown = run_in_terminal(sys.executable, "-c", PROGRAM, environ=environ, until="expert-1 is ready")
+    assert shown.rindex("\x1b[?1049l") > shown.rindex("expert-1") and "Traceback" not in shown
