@@ -65,9 +65,13 @@ def test_every_process_shows_its_series_and_is_discovered(cluster: RunningCluste
         text = httpx.get(process["metrics_url"]).text
         assert check_metrics(text) == "", process["id"]
         found |= {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
-    # Those of a GPU, of a change of the placement, of a refusal, of a restart, of captured steps through device memory.
+    # Those of a GPU, of a change of the placement, of autoscaling, of a refusal, of a restart.
     unset = {"expertmesh_requests_rejected_total", "expertmesh_member_restarts_total"}
-    missing = {s.name for s in TABLE if not any(word in s.name for word in ("_gpu_", "_action", "moved", "_gain_"))}
+    missing = {
+        s.name
+        for s in TABLE
+        if not any(word in s.name for word in ("_gpu_", "_action", "moved", "_gain_", "_autoscale_"))
+    }
     assert missing - found - unset == {"expertmesh_process_scraped"}
     whole = httpx.get(f"{cluster.url}/metrics").text
     assert check_metrics(whole) == ""
