@@ -13,6 +13,7 @@ from cluster.config import Config
 from cluster.errors import PlacementError, StartError
 from cluster.fleet import node_gpus
 from cluster.fleet import serve_cluster as module
+from cluster.fleet.launch import autoscale_options
 from cluster.fleet.launcher import RayLauncher
 from cluster.serve_app import Args
 
@@ -34,6 +35,7 @@ class Controller:
         launcher = RayLauncher(Config(), "", unused, unused, "", unused, unused, asked=asked)
         self.calls: list[tuple[Any, ...]] = []
         self.launched = SimpleNamespace(remote=lambda: launcher)
+        self.limit = SimpleNamespace(remote=lambda *bounds: self.calls.append(("limit", *bounds)))
         self.scale = SimpleNamespace(remote=lambda *sizes: self.calls.append(("scale", *sizes)))
         self.declare_gateways = SimpleNamespace(remote=lambda n: self.calls.append(("gateways", n)))
 
@@ -52,7 +54,9 @@ def scaled(monkeypatch: pytest.MonkeyPatch, controller: Controller, config: Conf
 def test_other_numbers_scale_what_runs_and_anything_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = Controller(ASKED)
     scaled(monkeypatch, controller, replace(ASKED, expert_workers=4, gateways=3))
-    assert controller.calls == [("scale", 4, 1), ("gateways", 3)]
+    (_, routers, workers), *others = controller.calls
+    assert (routers, workers) == (autoscale_options(ASKED).routers, autoscale_options(ASKED).workers)
+    assert others == [("scale", 4, 1), ("gateways", 3)]
     with pytest.raises(StartError, match="block_size, max_context cannot be changed"):
         scaled(monkeypatch, controller, replace(ASKED, block_size=8, max_context=100))
     with pytest.raises(StartError, match="that `expertmesh serve` started"):
