@@ -53,9 +53,11 @@ def scaled(monkeypatch: pytest.MonkeyPatch, controller: Controller, config: Conf
 
 def test_other_numbers_scale_what_runs_and_anything_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = Controller(ASKED)
-    scaled(monkeypatch, controller, replace(ASKED, expert_workers=4, gateways=3))
+    wanted = replace(ASKED, expert_workers=4, gateways=3)
+    scaled(monkeypatch, controller, wanted)
     (_, routers, workers), *others = controller.calls
-    assert (routers, workers) == (autoscale_options(ASKED).routers, autoscale_options(ASKED).workers)
+    bounds = autoscale_options(wanted)
+    assert (routers, workers) == (bounds.routers, bounds.workers)
     assert others == [("scale", 4, 1), ("gateways", 3)]
     with pytest.raises(StartError, match="block_size, max_context cannot be changed"):
         scaled(monkeypatch, controller, replace(ASKED, block_size=8, max_context=100))
