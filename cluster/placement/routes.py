@@ -61,6 +61,8 @@ class Routes:
                     workers, shares = zip(*active, strict=True)
                     choices.append(_Choice(expert, workers, shares, [0] * len(active)))
             self._choices.append(choices)
+        #: Whether `has_others` is so of every worker and layer.
+        self.all_have_others = not any(map(any, self._is_alone_LW))
 
     def step_owners(self) -> Ints:
         """A worker for every expert [L, E], for a step whose rows nobody knows beforehand: of several replicas the one
@@ -81,11 +83,6 @@ class Routes:
     def has_others(self, layer: int, worker: int) -> bool:
         """Whether whatever the worker with index `worker` computes of `layer` could be computed elsewhere too."""
         return not self._is_alone_LW[layer][worker]
-
-    @property
-    def all_have_others(self) -> bool:
-        """Whether that is so of every worker and layer."""
-        return not any(map(any, self._is_alone_LW))
 
     def has_choice(self, layer: int) -> bool:
         """Whether an expert of `layer` has more than one replica to go to."""
