@@ -127,3 +127,18 @@ def test_a_worker_refuses_what_it_does_not_hold(cluster: Callable[..., Cluster],
     each.before_step(2, unload)
     assert each.results() == alone
     assert each.exchange.counters.void_steps >= 1
+
+
+def test_a_step_that_fails_in_this_process_leaves_the_rings_as_the_next_one_needs_them(
+    cluster: Callable[..., Cluster], alone: list[Result]
+) -> None:
+    """The workers have answered it, and nobody ended it: its replies are not the next step's."""
+    each = cluster(striped(SPEC.n_layers, SPEC.n_experts, ("a", "b")))
+    end, fails = each.exchange.end_steps, iter([False, True])
+
+    def end_or_fail() -> bool:
+        return end() if not next(fails, False) else False
+
+    each.exchange.end_steps = end_or_fail  # type: ignore[method-assign]
+    assert each.results() == alone
+    assert each.exchange.counters.repairs == 0

@@ -57,8 +57,10 @@ class CapturedSteps:
         return self._step is not None
 
     def abandon(self) -> None:
-        """The step that has begun, if there is one, failed."""
-        self._step = None
+        """The step that has begun, if there is one, failed; what the way lent to it is taken back."""
+        if self._step is not None:
+            self._step = None
+            self._way.end_step()
 
     def begin(self, n_rows: int) -> bool:
         """Before a captured step of `n_rows` rows: whether the workers take part."""
