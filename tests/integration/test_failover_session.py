@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 
 from cluster.gateway.session import Session
+from cluster.gateway.suspects import MAX_LOSSES
 from cluster.router.params import SamplingParams
 from tests.credentials import CREDENTIALS
 from tests.fake_engine import expected
@@ -48,8 +49,9 @@ async def test_every_stream_survives_20_kills() -> None:
     over = asyncio.Event()
     pauses: list[float] = []
     ids = count()
+    went_on = [asyncio.Event() for _ in range(STREAMS)]
 
-    async def stream(session: Session) -> None:
+    async def stream(session: Session, number: int) -> None:
         """One request after the other until the killing is over, and one more."""
         last = False
         while not last:
@@ -61,18 +63,29 @@ async def test_every_stream_survives_20_kills() -> None:
             pause, before = 0.0, time.monotonic()
             async for output in session.generate(prompt_ids, params):
                 tokens.extend(output.token_ids)
+                went_on[number].set()
                 pause, before = max(pause, time.monotonic() - before), time.monotonic()
             pauses.append(pause)
             assert tokens == expected(prompt_ids, params)
 
+    async def every_stream_goes_on() -> None:
+        for event in went_on:
+            event.clear()
+        await asyncio.gather(*(event.wait() for event in went_on))
+
     async with Session(CREDENTIALS, rejoin_timeout_s=25) as session:
         routers = Routers(session)
         await asyncio.gather(routers.spawn("router-0"), routers.spawn("router-1"))
-        streams = [asyncio.create_task(stream(session)) for _ in range(STREAMS)]
+        streams = [asyncio.create_task(stream(session, number)) for number in range(STREAMS)]
+        losses = 0  # that one request can have had in a row: with one more it would be taken for their reason
         try:
             for _ in range(KILLS):
                 await asyncio.sleep(chance.uniform(0.0, 0.3))
                 victims = chance.sample(sorted(routers.processes), chance.choice((1, 1, 1, 2)))
+                if losses + len(victims) >= MAX_LOSSES:
+                    await asyncio.wait_for(every_stream_goes_on(), 60)
+                    losses = 0
+                losses += len(victims)
                 await asyncio.gather(*map(routers.kill, victims))
                 await asyncio.gather(*map(routers.spawn, victims))
             over.set()
