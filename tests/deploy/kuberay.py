@@ -64,9 +64,11 @@ def _with_autoscaler(pod: Object, options: Object) -> Object:
     """Ray's autoscaler beside the head, which shares its log directory alone."""
     head = pod["spec"]["containers"][0]
     logs = {"name": "ray-logs", "mountPath": "/tmp/ray"}
-    fields = {"RAY_CLUSTER_NAME": "metadata.labels['ray.io/cluster']", "RAY_CLUSTER_NAMESPACE": "metadata.namespace",
-              "RAY_HEAD_POD_NAME": "metadata.name"}  # fmt: skip
-    env = [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
+    env = [
+        _of_pod("RAY_CLUSTER_NAME", "metadata.labels['ray.io/cluster']"),
+        _of_pod("RAY_CLUSTER_NAMESPACE", "metadata.namespace"),
+        _of_pod("RAY_HEAD_POD_NAME", "metadata.name"),
+    ]
     own = {key: options[key] for key in ("resources", "securityContext", "imagePullPolicy")}
     started = 'ray kuberay-autoscaler --cluster-name "$RAY_CLUSTER_NAME" --cluster-namespace "$RAY_CLUSTER_NAMESPACE"'
     autoscaler = {
@@ -107,6 +109,9 @@ def _pod(name: str, group: Object, parameters: dict[str, str], head: str) -> Obj
     container["args"] = [f"ulimit -n ${{RAY_START_ULIMIT_OPEN_FILES:-65536}}; {start}"]
     container["env"] = [
         *container.get("env", []),
+        _of_pod("RAY_CLUSTER_NAME", "metadata.labels['ray.io/cluster']"),
+        _of_pod("RAY_CLOUD_INSTANCE_ID", "metadata.name"),
+        _of_pod("RAY_NODE_TYPE_NAME", "metadata.labels['ray.io/group']"),
         {"name": "RAY_ADDRESS", "value": f"{head}:6379"},
         {"name": "FQ_RAY_IP", "value": head},
         {"name": "RAY_TIMEOUT_MS_TASK_WAIT_FOR_DEATH_INFO", "value": "0"},
@@ -125,6 +130,10 @@ def _pod(name: str, group: Object, parameters: dict[str, str], head: str) -> Obj
         "annotations": template["metadata"].get("annotations", {}),
     }
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+
+
+def _of_pod(name: str, path: str) -> Object:
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
 def _word(key: str, value: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ class Release:
     def __init__(self, rendered: Rendered, net: Network, directory: Path, sources: Sources, api: ApiServer) -> None:
         self.rendered, self.pods, self.api = rendered, dict[str, Pod](), api
         self._net, self._directory, self._sources = net, directory, sources
+        self._numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)  # a pod's name is never another's
         net.policies = rendered.all("NetworkPolicy")
         self.client = net.add({"app": "client"})
         self.stranger = net.add({"app": "stranger"})
@@ -54,10 +57,9 @@ class Release:
             for name in group.get("scaleStrategy", {}).get("workersToDelete", []):
                 if name in self.pods:
                     self.end(name)
-            numbers = (f"{group['groupName']}-{number}" for number in range(100))
             while sum(self._of(group, pod) for pod in self.pods.values()) < group["replicas"]:
                 manifest = kuberay.with_token(kuberay.worker_pod(group), "raycluster")
-                manifest["metadata"]["name"] = name = next(name for name in numbers if name not in self.pods)
+                manifest["metadata"]["name"] = name = f"{group['groupName']}-{next(self._numbers[group['groupName']])}"
                 self.pods[name] = self.start(manifest)
         self._tell_api_server()
 

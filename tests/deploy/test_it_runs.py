@@ -50,8 +50,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
     with release(_rendered(), directory, {"models": directory / "claim"}) as found:
         head = found.start_head()
         head.wait("startupProbe")
-        found.tell(found.rendered.serve)
         found.reconcile()
+        found.tell(found.rendered.serve)
         router = found.pods["routers-0"]
         assert not router.probe("readinessProbe"), "ready before there is anything to serve"
         for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
