@@ -56,17 +56,20 @@ def gpus() -> tuple[Gpu, ...]:
 def pick(name: str, ray_gpu_ids: Sequence[object] = ()) -> torch.device:
     """The device of a process for which the configuration says `name`, with an index where it is a GPU.
 
-    ray_gpu_ids: what Ray gave the process; without, the first GPU is taken. Raises DeviceError when a GPU is asked for
-    and cannot be used.
+    ray_gpu_ids: what Ray gave the process, of which the first is taken, and is the process's GPU 0 from now on: a
+    thread that does not say on which GPU it launches launches there. All others stay in sight, behind it. To be called
+    before CUDA is first used. Raises DeviceError when a GPU is asked for and cannot be used.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if name == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        reason = f"torch {torch.__version__} was built without it" if torch.version.cuda is None else "it finds no GPU"
-        raise DeviceError(f"device cuda: CUDA cannot be used here: {reason}")
-    device = torch.device("cuda", _position(str(ray_gpu_ids[0])) if ray_gpu_ids else 0)
-    torch.cuda.set_device(device)  # of whoever launches without saying where
-    return device
+    if ray_gpu_ids and torch.version.cuda is not None:
+        _put_first(str(ray_gpu_ids[0]))
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if name == "auto":
+        return torch.device("cpu")
+    reason = f"torch {torch.__version__} was built without it" if torch.version.cuda is None else "it finds no GPU"
+    raise DeviceError(f"device cuda: CUDA cannot be used here: {reason}")
 
 
 def compute_dtype(name: str, stored: torch.dtype, *devices: torch.device | str) -> torch.dtype:
@@ -99,7 +102,7 @@ def describe(device: torch.device) -> dict[str, object]:
         return {"device": "cpu"}
     free, total = torch.cuda.mem_get_info(device)
     said: dict[str, object] = {
-        "device": str(device),
+        "device": f"cuda:{_shown()[device.index] if _shown() else device.index}",  # as others name it, too
         "gpu": torch.cuda.get_device_name(device),
         "gpu_total_bytes": total,
         "gpu_used_bytes": total - free,
@@ -110,14 +113,28 @@ def describe(device: torch.device) -> dict[str, object]:
     return said
 
 
-def _position(gpu_id: str) -> int:
-    """N of `cuda:N` for Ray's name of a GPU: a number among all, or what CUDA_VISIBLE_DEVICES calls it."""
-    shown = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-    if not shown:
-        return int(gpu_id)
+def _put_first(gpu_id: str) -> None:
+    """Make Ray's `gpu_id`, a number among all GPUs or what CUDA_VISIBLE_DEVICES calls it, the first that CUDA shows."""
+    shown = _shown() or [str(index) for index in range(_count())]
     if gpu_id not in shown:
         raise DeviceError(f"Ray gave GPU {gpu_id}, but CUDA_VISIBLE_DEVICES is {','.join(shown)}")
-    return shown.index(gpu_id)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join([gpu_id, *(each for each in shown if each != gpu_id)])
+
+
+def _shown() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names; empty where it says nothing."""
+    return [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+
+
+def _count() -> int:
+    """How many GPUs NVML finds."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _visible() -> list[object]:
