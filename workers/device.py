@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Gpu:
     total_bytes: int
     free_bytes: int  # of all processes, now
     bytes_per_s: int  # what its memory gives by its clock and width
+    host: str = ""
+    strangers: tuple[int, ...] = ()  # GPUs of the host whose memory it does not reach directly
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -48,7 +51,8 @@ def gpus() -> tuple[Gpu, ...]:
     except pynvml.NVMLError:
         return ()
     try:
-        return tuple(_gpu(index, handle) for index, handle in enumerate(_visible()))
+        handles = _visible()
+        return tuple(_gpu(index, handle, handles) for index, handle in enumerate(handles))
     finally:
         pynvml.nvmlShutdown()
 
@@ -78,6 +82,11 @@ def compute_dtype(name: str, stored: torch.dtype, *devices: torch.device | str) 
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     return torch.float32 if any(str(device) == "cpu" for device in devices) else stored
+
+
+def rows_device(device: torch.device, *ends: str) -> torch.device:
+    """Where the rows lie that a process on `device` exchanges collectively: on its GPU if all `ends` are on GPUs."""
+    return device if device.type == "cuda" and all(end == "cuda" for end in ends) else torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +164,15 @@ def _visible() -> list[object]:
     return handles
 
 
-def _gpu(index: int, handle: object) -> Gpu:
+def _gpu(index: int, handle: object, handles: Sequence[object]) -> Gpu:
     import pynvml
+
+    def reaches(peer: object) -> bool:
+        try:
+            status = pynvml.nvmlDeviceGetP2PStatus(handle, peer, pynvml.NVML_P2P_CAPS_INDEX_READ)
+        except pynvml.NVMLError:
+            return True  # not known; the handshake tries it
+        return bool(status == pynvml.NVML_P2P_STATUS_OK)
 
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     name = pynvml.nvmlDeviceGetName(handle)
@@ -164,7 +180,8 @@ def _gpu(index: int, handle: object) -> Gpu:
     clock_mhz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)
     # Two transfers a cycle: NVML states HBM's and GDDR's clocks so that this holds for both.
     bytes_per_s = 2 * clock_mhz * 10**6 * width_bits // 8
-    return Gpu(index, name, memory.total, memory.free, bytes_per_s)
+    strangers = tuple(other for other, peer in enumerate(handles) if other != index and not reaches(peer))
+    return Gpu(index, name, memory.total, memory.free, bytes_per_s, socket.gethostname(), strangers)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
