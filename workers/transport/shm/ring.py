@@ -44,6 +44,11 @@ def signed(count: int) -> int:
     return (count + COUNTS // 2) % COUNTS - COUNTS // 2
 
 
+def _aligned(end: int) -> int:
+    """Where the next message may begin."""
+    return (end + RING_ALIGN - 1) // RING_ALIGN * RING_ALIGN
+
+
 class Message(NamedTuple):
     """A message in the peer's ring. It is there; what it says is still to be checked, and the peer may change it."""
 
@@ -85,7 +90,7 @@ class OutRing:
 
     def publish(self, begin: int, n_bytes: int, asked: int = 1) -> None:
         """A message that has been written where there was `room` is there for the peer from now on."""
-        self._taken.append((begin, (begin + n_bytes + RING_ALIGN - 1) // RING_ALIGN * RING_ALIGN))
+        self._taken.append((begin, _aligned(begin + n_bytes)))
         self._publish[_BEGIN], self._publish[_BYTES], self._publish[_ASKED] = begin, n_bytes, asked
         kernel.ring_publish.run(1, self._publish)
 
@@ -108,7 +113,7 @@ class OutRing:
         most `n_bytes`, may still be read, unless that is 0."""
         self._freed = n
         if n_bytes:
-            self._taken.append((begin, begin + n_bytes))
+            self._taken.append((begin, _aligned(begin + n_bytes)))
 
     def done(self, n: int) -> None:
         """Let the peer know that this side is done with `n` of its messages."""
