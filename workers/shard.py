@@ -12,7 +12,9 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.errors import ExpertNotHeld
@@ -79,6 +81,10 @@ class ExpertShard:
             for index, layer in enumerate(self._layers)
             for expert in sorted(layer.held)
         )
+
+    def rows_LE(self) -> NDArray[np.int64]:
+        """Rows that each expert computed since it was loaded, [layers, experts]; 0 for those that are not held."""
+        return np.stack([layer.rows_E.numpy() for layer in self._layers])
 
     @property
     def expert_bytes(self) -> int:
