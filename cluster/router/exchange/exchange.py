@@ -74,7 +74,7 @@ class Exchange:
         self._views = Views(View(placement, dict(addresses)))
         self._pool = WorkerPool(transport, reply_timeout_s)
         self._sender = Sender(self._views, self._pool, self.counters)
-        self._captured = None if step_way is None else CapturedSteps(self._sender, step_way)
+        self._captured = None if step_way is None else CapturedSteps(self._sender, step_way, self.spans)
         self._ops = ops_for(device, dtype)  # loads the kernels too, so that no step waits for it
 
     @property
