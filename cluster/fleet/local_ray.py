@@ -66,7 +66,7 @@ def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str
         wants_token = has_token(os.environ) and "RAY_AUTH_MODE" not in os.environ
         return {**_COMMON, "RAY_AUTH_MODE": "token"} if wants_token else _COMMON
     haproxy = run_dir / "haproxy"
-    haproxy_exec.install(haproxy, config.host, config.port)
+    haproxy_exec.install(haproxy, config.host, config.port, config.max_connections_per_address)
     return {
         **_COMMON,
         **{name: os.environ.get(name, value) for name, value in _QUIET.items()},

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from cluster.gateway.parsers.parts import Content, Part
 from cluster.gateway.sampling import Streaming
 from cluster.gateway.sequence_text import Delta, FinishReason, ScoredToken, SequenceText
 from cluster.gateway.sse import EventStream, JsonAnswer
+from cluster.gateway.tenants import tenant
 from cluster.router.params import Routing, SamplingParams, TokenLogprobs
 
 
@@ -96,7 +97,7 @@ async def _events(
     gateway: Gateway, choices: list[Choice], n: int, form: Form, with_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     opened: set[int] = set()
-    async with aclosing(_deltas(gateway, choices)) as deltas:
+    async with _charged(choices, n), aclosing(_deltas(gateway, choices)) as deltas:
         async for choice, delta in deltas:
             data = b""
             if choice.index not in opened:
@@ -111,7 +112,7 @@ async def _events(
 
 async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) -> dict[str, Any]:
     answers = [Answer(choice) for choice in choices]
-    async with aclosing(_deltas(gateway, choices)) as deltas:
+    async with _charged(choices, n), aclosing(_deltas(gateway, choices)) as deltas:
         async for choice, delta in deltas:
             answer = answers[choice.index]
             answer.text += delta.text
@@ -123,6 +124,20 @@ async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) ->
             answer.finish = delta.finish
             answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
     return form.whole(answers, usage_of(choices, n))
+
+
+@asynccontextmanager
+async def _charged(choices: Sequence[Choice], n: int) -> AsyncIterator[None]:
+    """While a request runs: its tenant has so many sequences more, and pays for the tokens, the prompt's at once."""
+    if (whose := tenant.get()) is None:
+        yield
+        return
+    with whose.admitted(len(choices)):
+        whose.spend(usage_of(choices, n)["prompt_tokens"])
+        try:
+            yield
+        finally:
+            whose.spend(usage_of(choices, n)["completion_tokens"])
 
 
 def usage_of(choices: Sequence[Choice], n: int) -> Usage:

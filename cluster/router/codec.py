@@ -10,6 +10,7 @@ import numpy as np
 
 from cluster.errors import RequestError
 from cluster.router.params import Finish, Routing, SamplingParams, StepOutput, TokenLogprobs
+from cluster.router.queue import Queue
 from workers.pb import generation_pb2 as pb
 
 SERVICE = "expertmesh.generation.v1.Generation"
@@ -57,6 +58,16 @@ def decode_sampling(sampling: pb.Sampling) -> SamplingParams:
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
+
+
+def encode_queue(queue: Queue) -> pb.Queue:
+    return pb.Queue(
+        seats=queue.seats, places=queue.places, max_wait_s=queue.max_wait_s, pace_s=queue.pace_s, open=queue.open
+    )
+
+
+def decode_queue(queue: pb.Queue) -> Queue:
+    return Queue(queue.seats, queue.places, queue.max_wait_s, queue.pace_s, dict(queue.open))
 
 
 def merge_output(message: pb.Output, output: StepOutput) -> None:

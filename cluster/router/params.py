@@ -36,6 +36,7 @@ class SamplingParams:
     grammar: str = ""  # what the answer must follow (`router.grammar`); a complete answer ends, whatever `ignore_eos`
     bad_words: tuple[tuple[int, ...], ...] = ()  # no token is sampled that would complete one of these
     priority: int = 0  # of those who wait the lowest goes first
+    tenant: str = ""  # whose request it is: seats and queue of a router are shared out between them
     cache_salt: str = ""  # KV blocks are shared by requests of the same salt alone
     allowed_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all may be
     routing: bool = False  # whether to say which experts computed the answer's tokens
