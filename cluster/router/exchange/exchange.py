@@ -70,7 +70,7 @@ class Exchange:
         self._rejoin_timeout_s = rejoin_timeout_s
         self._n_experts = placement.n_experts
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
-        self._meter = LoadMeter(self.counters.rows_LE, self.counters.worker_rows)
+        self._meter = LoadMeter(self.counters.rows_LE.copy, self.counters.worker_rows)
         self._views = Views(View(placement, dict(addresses)))
         self._pool = WorkerPool(transport, reply_timeout_s)
         self._sender = Sender(self._views, self._pool, self.counters)
