@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already being told that this router is there
     import torch
 
+    from cluster.placement.load import Load, LoadMeter
     from cluster.router.engine import Engine
     from cluster.router.exchange.exchange import Exchange
     from cluster.router.service import GenerationService
@@ -65,6 +66,7 @@ class Router:
         self._store: object = None  # of the groups whose first router this one is; lives as long as the process
         self._store_address = ""
         self._engine: Engine | None = None
+        self._own_load: LoadMeter | None = None  # of experts that this router holds itself
         self._service: GenerationService | None = None
         self._metrics_url = serve_metrics(
             config, router_id, "router", self._readings, epoch=self._epoch, state=self._state, device=self._describe
@@ -110,18 +112,23 @@ class Router:
 
     def _build(self) -> Engine:
         from cluster.fleet.router_transport import Shell, reach
+        from cluster.placement.load import LoadMeter
         from cluster.router.build import build_engine
         from cluster.router.exchange.exchange import Exchange
         from workers.checkpoint import Checkpoint
         from workers.device import compute_dtype, pick
         from workers.kernels.threads import set_threads
+        from workers.shard import ExpertShard
 
         set_threads(self._threads)
         self._device = pick(self._config.router_device, self._gpu_ids)
         checkpoint = checkpoint_here(self._checkpoint, self._config.model)
         self._source = source = Checkpoint(checkpoint, self._device, finite=self._config.check_weights)
         if self._config.transport == "local":
-            return build_engine(self._config, source, trace=self._make_trace(source))
+            engine = build_engine(self._config, source, trace=self._make_trace(source))
+            if isinstance(shard := engine.model.experts, ExpertShard):
+                self._own_load = LoadMeter(shard.rows_LE, lambda: {self._id: int(shard.rows_LE().sum())})
+            return engine
         assert self._view is not None
         dtype = compute_dtype(self._config.dtype, source.spec.dtype, self._device, self._config.expert_device)
         shell = Shell(
@@ -236,12 +243,18 @@ class Router:
             group=None if self._view is None else self._view.group,
             broken=0 if self._collective is None else self._collective.broken,
             unreachable=() if self._exchange is None else tuple(sorted(self._exchange.unreachable)),
-            load=None if self._exchange is None else self._exchange.load(),
+            load=self._load(),
             detail=self._detail(),
         )
 
     def _state(self) -> str:
         return "starting" if self._service is None else self._service.state
+
+    def _load(self) -> Load | None:
+        """Rows by expert and by who computed them; None before the model is loaded."""
+        if self._exchange is not None:
+            return self._exchange.load()
+        return None if self._own_load is None else self._own_load.read()
 
     def _readings(self) -> Iterable[Reading]:
         """For the scrape's thread."""

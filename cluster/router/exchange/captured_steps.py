@@ -5,6 +5,7 @@ Legend: L layers, E experts, W workers that take part.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from cluster.placement.routes import Routes
 from cluster.router.exchange.sender import Sender
+from cluster.router.spans import RouterSpans
 from workers.model.experts import Experts
 from workers.transport.base import StepReport, StepTraffic, Tag
 
@@ -39,6 +41,7 @@ class StepWay(Protocol):
 class _Step(NamedTuple):
     """A step under way."""
 
+    began: float  # time.perf_counter()
     epoch: int
     routes: Routes
     owner_LE: NDArray[np.int64]
@@ -49,9 +52,10 @@ class _Step(NamedTuple):
 class CapturedSteps:
     """Steps over a `StepWay`. The step loop's alone."""
 
-    def __init__(self, sender: Sender, way: StepWay) -> None:
+    def __init__(self, sender: Sender, way: StepWay, spans: RouterSpans) -> None:
         self._sender = sender
         self._way = way
+        self._spans = spans
         self._step: _Step | None = None
 
     @property
@@ -77,7 +81,7 @@ class CapturedSteps:
 
     def begin(self, n_rows: int) -> bool:
         """Before a captured step of `n_rows` rows: whether the workers take part."""
-        sender, way = self._sender, self._way
+        sender, way, began = self._sender, self._way, time.perf_counter()
         epoch = sender.enter()
         routes = sender.routes
         owner_LE = routes.step_owners()
@@ -86,7 +90,7 @@ class CapturedSteps:
         placed_LE = np.searchsorted(used, owner_LE)
         limit_s = sender.pool.limit(n_rows, routes.all_have_others)
         if way.ready(workers, placed_LE.astype(np.int32)) and way.begin_step(n_rows, sender.tag(0, 0), limit_s):
-            self._step = _Step(epoch, routes, owner_LE, workers, placed_LE)
+            self._step = _Step(began, epoch, routes, owner_LE, workers, placed_LE)
             return True
         sender.views.leave(epoch)
         return False
@@ -108,6 +112,10 @@ class CapturedSteps:
             counters.add_layers(worker, rows_LW[:, index])
             if report.traffic:
                 self._count(step.routes, worker, rows_LW[:, index], report.traffic[index])
+        if self._spans.is_tracing and report.traffic:
+            seconds = [said.compute_seconds for said in report.traffic]
+            work = zip(step.workers, seconds, rows_LW.sum(0).tolist(), strict=True)
+            self._spans.captured(step.began, sum(said.waited_seconds for said in report.traffic), work)
         return True
 
     def _count(self, routes: Routes, worker: str, rows_L: NDArray[np.int64], said: StepTraffic) -> None:

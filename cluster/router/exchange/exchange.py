@@ -70,11 +70,11 @@ class Exchange:
         self._rejoin_timeout_s = rejoin_timeout_s
         self._n_experts = placement.n_experts
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
-        self._meter = LoadMeter(self.counters.rows_LE, self.counters.worker_rows)
+        self._meter = LoadMeter(self.counters.rows_LE.copy, self.counters.worker_rows)
         self._views = Views(View(placement, dict(addresses)))
         self._pool = WorkerPool(transport, reply_timeout_s)
         self._sender = Sender(self._views, self._pool, self.counters)
-        self._captured = None if step_way is None else CapturedSteps(self._sender, step_way)
+        self._captured = None if step_way is None else CapturedSteps(self._sender, step_way, self.spans)
         self._ops = ops_for(device, dtype)  # loads the kernels too, so that no step waits for it
 
     @property
