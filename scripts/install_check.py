@@ -52,11 +52,17 @@ def main() -> None:
 def at_hand() -> Iterator[str]:
     """An interpreter of each version that this machine has."""
     for version in VERSIONS:
-        pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}"))
-        if found := shutil.which(f"python{version}") or next(map(str, reversed(pyenv)), None):
-            yield found
+        pyenv = sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")), reverse=True)
+        found = [each for each in (shutil.which(f"python{version}"), *pyenv) if each and runs(each)]
+        if found:
+            yield found[0]
         else:
             print(f"Python {version} is not at hand", flush=True)
+
+
+def runs(python: str) -> bool:
+    """Whether it is an interpreter: pyenv has something of that name on PATH for versions that are not in use too."""
+    return subprocess.run([python, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def install(venv: Path, python: str, package: Path) -> Path:

@@ -32,14 +32,15 @@ class _Choice:
 
 
 class Routes:
-    """Where rows go while the workers in `down` are to be avoided. Used by one thread.
+    """Where rows go while the workers in `down` are to be avoided, of whom those in `silent` do not even answer. Used
+    by one thread.
 
     All rows that a dispatch has for one expert go to one replica, and over many dispatches each replica gets its
     share. Results do not depend on the choice: the rows of an expert give the same bits whatever they are
     computed with.
     """
 
-    def __init__(self, placement: Placement, down: Collection[str] = ()) -> None:
+    def __init__(self, placement: Placement, down: Collection[str] = (), silent: Collection[str] = ()) -> None:
         self.workers = placement.workers
         self.n_experts = placement.n_experts
         avoided = {index for index, worker in enumerate(placement.workers) if worker in down}
@@ -53,8 +54,9 @@ class Routes:
                 live = [(index, share) for index, share in homes if index not in avoided]
                 # A replica without a share is a spare: it takes rows when the others are down.
                 active = [(index, share) for index, share in live if share > 0] or [(index, 1.0) for index, _ in live]
-                # An expert without a live replica stays with a dead one: the exchange waits for it.
-                self._owner_LE[layer, expert] = active[0][0] if active else holders[0]
+                # Without a live replica the exchange waits for one: best for one that answers again.
+                last_resort = next((index for index in holders if self.workers[index] not in silent), holders[0])
+                self._owner_LE[layer, expert] = active[0][0] if active else last_resort
                 if len(live) < 2:
                     self._is_alone_LW[layer][self._owner_LE[layer, expert]] = True
                 if len(active) > 1:

@@ -118,4 +118,4 @@ class Sender:
         self._reroute()
 
     def _reroute(self) -> None:
-        self.routes = Routes(self.views.current.placement, self.pool.ejected)
+        self.routes = Routes(self.views.current.placement, self.pool.ejected, self.pool.silent)

@@ -57,6 +57,11 @@ class WorkerPool:
         """Workers to pass over where another replica can take their rows."""
         return self._ejected_until.keys()
 
+    @property
+    def silent(self) -> Collection[str]:
+        """Those of them that would not answer if they were asked, as far as is known."""
+        return [worker for worker in self._ejected_until if not self.transport.answers(worker)]
+
     def update(self, addresses: Mapping[str, str]) -> None:
         """Connect to workers that are new or moved. A worker without an address keeps the way it has, as long as it
         lasts: it may be draining. One that comes back is passed over until it answers."""

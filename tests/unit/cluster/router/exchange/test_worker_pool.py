@@ -3,6 +3,7 @@ connection that stays open to a worker that left."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ class Scripted:
         self.dropped_replies = 0
         self.connected: set[str] = set()
         self.down: set[str] = set()
+        self.refused: set[str] = set()  # those to whom no way can be opened any more
 
     def connect(self, worker: str, address: str) -> None:
         self.connected.add(worker)
@@ -47,7 +49,7 @@ class Scripted:
         return "local"
 
     def answers(self, worker: str) -> bool:
-        return worker in self.connected
+        return worker in self.connected and worker not in self.refused
 
     @property
     def unreachable(self) -> Mapping[str, str]:
@@ -117,3 +119,19 @@ def test_a_worker_that_leaves_is_forgotten(lost: bool) -> None:
         assert not exchange.combine(handle).any()
     exchange.combine(exchange.dispatch(*rows))
     assert transport.connected == {"b", "c"}
+
+
+def test_rows_go_to_a_worker_that_answers_again_however_long_it_is_to_be_passed_over() -> None:
+    """All that hold an expert failed at once, and one of them is back: nobody waits for the other."""
+    transport = Scripted()
+    addresses = {"a": "at a", "b": "at b"}
+    exchange = Exchange(
+        Placement(1, ("a", "b"), (((0, 1),),)), addresses, transport, reply_timeout_s=1.0, rejoin_timeout_s=5.0
+    )
+    rows = (0, torch.ones(2, 4), torch.tensor([[0], [0]]), torch.ones(2, 1))
+    transport.down |= {"a", "b"}
+    handle = exchange.dispatch(*rows)
+    threading.Timer(0.1, transport.down.discard, ("b",)).start()
+    transport.refused.add("a")
+    assert not exchange.combine(handle).any()
+    assert exchange.ejected == {"a"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from workers.errors import WireError
+from workers.kernels.message import RING_DATA
 from workers.transport.shm.memory import NotShared, OwnMemory, PeerMemory
 from workers.transport.shm.ring import RING_BYTES, InRing, OutRing
 
@@ -48,6 +49,18 @@ def test_memory_is_used_from_the_beginning_whenever_that_is_free() -> None:
     assert ring.room(1000) not in (first, second)
     ring.free(3)
     assert send(ring, bytes(1000)) == first
+
+
+def test_the_room_behind_a_message_that_kernels_wrote_is_as_good_as_any() -> None:
+    """The peer refuses a message that begins where none may: a void step would cost all its workers."""
+    ring = OutRing()
+    into = InRing(ring.memory.name)
+    for n_bytes in (72, 1656, 4096):
+        ring.publish(RING_DATA, n_bytes)
+        assert into.wait() and len(into.next().content) == n_bytes
+        send(ring, b"x" * 100)
+        assert into.wait() and bytes(into.next().content) == b"x" * 100
+        ring.free(into.received)
 
 
 def test_a_ring_is_full_once() -> None:
