@@ -215,7 +215,7 @@ class Pod:
         """The preStop hook, as kubelet runs it; what it says."""
         result = self.main.execute(self.main.spec["lifecycle"]["preStop"]["exec"]["command"])
         assert result.returncode == 0, result.stderr
-        return result.stdout
+        return result.stdout + result.stderr
 
     def end(self) -> None:
         for container in self.containers:

@@ -28,7 +28,7 @@ from tests.deploy.rendering import ROOT, Rendered, case
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 _VALUES = ("model.source=pvc", "model.path=tiny", "model.storage.type=pvc", "model.storage.existingClaim=models",
-           "monitoring.podMonitor.enabled=true", "config.kv_cache_mb=16", "autoscaling.idleTimeoutSeconds=5",
+           "monitoring.podMonitor.enabled=true", "config.kv_cache_mb=16", "config.expert_slots=17", "autoscaling.idleTimeoutSeconds=5",
            "networkPolicy.clients[0].podSelector.matchLabels.app=client",
            r"networkPolicy.monitoringNamespaceSelector.matchLabels.kubernetes\.io/metadata\.name=monitoring",
            )  # fmt: skip
@@ -134,7 +134,8 @@ def test_an_experts_pod_gives_its_experts_away_before_it_ends(running: Release) 
     """A node is drained: what was on it is elsewhere before the pod is gone, and a pod that takes its place serves."""
     names = {name for name in running.pods if "experts" in name}
     with _asking(running):
-        assert re.search(r"emptied: expert-\d", running.end(min(names)))
+        said = running.end(min(names))
+        assert re.search(r"emptied: expert-\d", said), said
         running.reconcile()
         for name in (name for name in running.pods if "experts" in name):
             running.pods[name].wait("readinessProbe")
