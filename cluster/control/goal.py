@@ -74,6 +74,7 @@ class Goal:
     scaling: Scaling | None = None
     leaving: frozenset[str] = frozenset()  # routers that finish what they have and take nothing new
     drained: frozenset[str] = frozenset()  # expert workers that are to hold nothing
+    ending: frozenset[str] = frozenset()  # nodes that end: expert workers there are to hold nothing, but do elsewhere
     bounds: Bounds | None = None  # None: those of the start
 
 

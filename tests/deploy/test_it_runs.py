@@ -8,6 +8,7 @@ number, a drain that drops requests.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -28,7 +29,9 @@ from tests.deploy.rendering import ROOT, Rendered, case
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 _VALUES = ("model.source=pvc", "model.path=tiny", "model.storage.type=pvc", "model.storage.existingClaim=models",
-           "monitoring.podMonitor.enabled=true", "config.kv_cache_mb=16", "config.expert_slots=17", "autoscaling.idleTimeoutSeconds=5",
+           "monitoring.podMonitor.enabled=true", "config.kv_cache_mb=16", "autoscaling.idleTimeoutSeconds=5",
+           "config.expert_slots=17",  # one worker has room for all
+          
            "networkPolicy.clients[0].podSelector.matchLabels.app=client",
            r"networkPolicy.monitoringNamespaceSelector.matchLabels.kubernetes\.io/metadata\.name=monitoring",
            )  # fmt: skip
@@ -131,7 +134,7 @@ def test_the_pool_follows_its_number(running: Release) -> None:
 
 
 def test_an_experts_pod_gives_its_experts_away_before_it_ends(running: Release) -> None:
-    """A node is drained: what was on it is elsewhere before the pod is gone, and a pod that takes its place serves."""
+    """A node is drained: what was on it is elsewhere before the pod is gone, and a pod that takes its place is used."""
     names = {name for name in running.pods if "experts" in name}
     with _asking(running):
         said = running.end(min(names))
@@ -139,6 +142,11 @@ def test_an_experts_pod_gives_its_experts_away_before_it_ends(running: Release) 
         running.reconcile()
         for name in (name for name in running.pods if "experts" in name):
             running.pods[name].wait("readinessProbe")
+        head = running.pods["head"].main
+        rebalanced = head.execute(["expertmesh", "rebalance"])  # which the controller else does by load
+        assert rebalanced.returncode == 0, rebalanced.stderr
+        workers = json.loads(head.execute(["expertmesh", "placement", "show", "--json"]).stdout)["workers"]
+        assert all(worker["replicas"] and not worker["drained"] for worker in workers), workers
 
 
 def test_a_router_waits_for_its_open_requests(running: Release) -> None:
