@@ -17,9 +17,11 @@ from cluster.gateway.parsers.message_parser import MessageParser
 from cluster.gateway.parsers.parts import Content, Part
 from cluster.gateway.sampling import Streaming
 from cluster.gateway.sequence_text import Delta, FinishReason, ScoredToken, SequenceText
-from cluster.gateway.sse import EventStream, JsonAnswer
+from cluster.gateway.sse import EventStream, JsonAnswer, dump, dump_large
 from cluster.gateway.tenants import tenant
 from cluster.router.params import Routing, SamplingParams, TokenLogprobs
+
+_MANY_SCORES = 5000  # take 10 ms to write, in which no other stream would move
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Answer:
     routing: list[Routing] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
 
 
 class Form(Protocol):
@@ -110,7 +112,7 @@ async def _events(
         yield last
 
 
-async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) -> dict[str, Any]:
+async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) -> bytes:
     answers = [Answer(choice) for choice in choices]
     async with _charged(choices, n), aclosing(_deltas(gateway, choices)) as deltas:
         async for choice, delta in deltas:
@@ -123,7 +125,16 @@ async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) ->
             answer.scored += delta.scored
             answer.finish = delta.finish
             answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
-    return form.whole(answers, usage_of(choices, n))
+    usage = usage_of(choices, n)
+    if max(map(_n_scores, answers)) > _MANY_SCORES:
+        return await asyncio.to_thread(lambda: dump_large(form.whole(answers, usage)).encode("ascii"))
+    return dump(form.whole(answers, usage)).encode("ascii")
+
+
+def _n_scores(answer: Answer) -> int:
+    """About how many numbers it tells of tokens."""
+    params, n_prompt = answer.choice.params, len(answer.prompt_logprobs or ())
+    return len(answer.scored) * (1 + (params.logprobs or 0)) + n_prompt * (1 + (params.prompt_logprobs or 0))
 
 
 @asynccontextmanager
