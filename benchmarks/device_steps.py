@@ -138,9 +138,9 @@ def measure(n_layers: int, n_rows: int, n_workers: int) -> dict[str, object]:
                 pipe.send(offered.text)
                 offered.accepted(pipe.recv())
             one = DecodeGraphs(decoder, n_rows, CONTEXT)
-            apart = DecodeGraphs(decoder, n_rows, CONTEXT, way.experts)
-            for graphs in (one, apart):
-                graphs.capture(n_rows)
+            apart = DecodeGraphs(decoder, n_rows, CONTEXT)
+            one.capture(n_rows)
+            apart.capture(n_rows, experts=way.experts)
             while not way.ready(names, owner_LE.astype(np.int32)):
                 time.sleep(0.01)
             batch = batch_of(n_rows)

@@ -181,8 +181,11 @@ class Config:
     )
     strict_fields: bool = option(False, "refuse requests with fields that are not known instead of ignoring those")
     max_body_bytes: int = option(8 * 1024 * 1024, "largest request body; a larger one gets 413", at_least=1024)
+    max_connections_per_address: int = option(
+        4096, "connections that one client's address may have open; 0: any number", at_least=0, at_most=1_000_000
+    )
     api_keys_file: Path | None = option(  # noqa: RUF009
-        None, "file with one API key per line; without it no key is asked for"
+        None, "file with one API key per line, and what each may ask for; without it no key is asked for"
     )
     allowed_hosts: str = option("", "names, by commas, that a gateway on loopback without keys may be called by")
     cors_origins: str = option("", "origins, by commas, whose pages may call the gateway from a browser; *: any")

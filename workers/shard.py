@@ -5,19 +5,22 @@ Legend: T token rows, P (token, expert) pairs, K choices a token, D hidden, F ff
 
 from __future__ import annotations
 
-import threading
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.errors import ExpertNotHeld
 from workers.kernels.memory import empty_weights, give_back
-from workers.kernels.ops import Delta, Ops, unsummed
+from workers.kernels.mutex import Mutex
+from workers.kernels.ops import Delta, Ops, RingLoop, Rings, unsummed
 from workers.kernels.select import ops_for
 from workers.kernels.weights import Matrix, WeightFormat
 
@@ -69,7 +72,7 @@ class ExpertShard:
         ]
         self._answers = self._ops.answers(self._layers)
         self.only_launches = self.device.type == "cuda" and self._ops.exact_rows
-        self._lock = threading.Lock()  # held while a layer computes, or changes what it holds
+        self._lock = Mutex()  # held while a layer computes, or changes what it holds
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -79,6 +82,10 @@ class ExpertShard:
             for index, layer in enumerate(self._layers)
             for expert in sorted(layer.held)
         )
+
+    def rows_LE(self) -> NDArray[np.int64]:
+        """Rows that each expert computed since it was loaded, [layers, experts]; 0 for those that are not held."""
+        return np.stack([layer.rows_E.numpy() for layer in self._layers])
 
     @property
     def expert_bytes(self) -> int:
@@ -160,15 +167,14 @@ class ExpertShard:
         with self._lock:
             return self._answers.answer(message)
 
-    def reply_bytes(self, n_pairs: int) -> int:
-        """How long the reply is to a request of so many pairs that `answer_at` may answer; 0: it does not."""
-        return 0 if self._answers is None else self._answers.reply_bytes(n_pairs)
+    def loop(self, rings: Rings, threads: int, cores: int, computing: Mutex, counts: array[int]) -> RingLoop | None:
+        """What answers whole requests of few rows by itself, from one ring to another; None: nothing does.
 
-    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: int) -> bool:
-        """`answer` from one address to another; see `Answers.answer_at`. `reply_bytes` said that there is a way."""
-        assert self._answers is not None
-        with self._lock:
-            return self._answers.answer_at(request, n_bytes, n_pairs, reply)
+        `computing`: held meanwhile, beside the shard's own lock. The others: see `Answers.loop`.
+        """
+        if self._answers is None:
+            return None
+        return self._answers.loop(rings, threads, cores, (computing, self._lock), counts)
 
     def by(self, ops: Ops) -> ExpertShard:
         """The same slots, computed by other operations of the same device. Slots must not change while a graph runs."""

@@ -25,7 +25,7 @@ from cluster.observe.exposition import Reading
 from cluster.placement.placement import Placement
 from cluster.router.sizing import expert_format_of
 from workers.checkpoint import Checkpoint
-from workers.device import Capacity, capacity, compute_dtype, describe, pick
+from workers.device import Capacity, capacity, compute_dtype, describe, pick, rows_device
 from workers.kernels.threads import set_threads
 from workers.shard import ExpertShard, load_shard
 from workers.transport.base import Acceptor
@@ -133,8 +133,15 @@ class ExpertWorker:
                 ways=self._ways(shard),
             )
         host = bind_address(config.collective_interface, config.trusted_network, node_address())
+        device = rows_device(shard.device, config.router_device, config.expert_device)
         return CollectiveServer(
-            shard, self._worker, host, deadline_s=config.collective_deadline_s, on_change=self._membership.tell
+            shard,
+            self._worker,
+            host,
+            deadline_s=config.collective_deadline_s,
+            device=device,
+            steps=device.type == "cuda" and shard.only_launches,
+            on_change=self._membership.tell,
         )
 
     def _make_weights(self, shard: ExpertShard, source: Checkpoint) -> WeightSource:

@@ -39,6 +39,22 @@ _COMMON = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end must not start another Ray
 }
 
+# What Ray and Serve do while nothing happens, for dashboards and an autoscaler that are not there: left alone it takes
+# 15 % of a core. Values of the user's own environment count.
+_QUIET = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_metrics_report_interval_ms": "60000",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    "RAY_event_stats_print_interval_ms": "0",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_raylet_check_gc_period_milliseconds": "1000",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # the statistics of Ray's agent
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+}
+
 
 def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str]:
     """Ray's and Serve's settings, to be in force before Ray is imported. Writes the HAProxy script into `run_dir`.
@@ -50,9 +66,10 @@ def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str
         wants_token = has_token(os.environ) and "RAY_AUTH_MODE" not in os.environ
         return {**_COMMON, "RAY_AUTH_MODE": "token"} if wants_token else _COMMON
     haproxy = run_dir / "haproxy"
-    haproxy_exec.install(haproxy, config.host, config.port)
+    haproxy_exec.install(haproxy, config.host, config.port, config.max_connections_per_address)
     return {
         **_COMMON,
+        **{name: os.environ.get(name, value) for name, value in _QUIET.items()},
         # Under this name Ray knows the setting that makes a node's address 127.0.0.1: all its servers bind to that.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Ray's own default, 15, is for batches that run beside other work.
@@ -116,8 +133,11 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus
     except StartError:
         ray.shutdown()  # so that `stop` finds nothing of ours in it
         raise
+    worker = import_module("ray._private.worker").__dict__
     # Ray prints a paragraph for every process that dies, whatever `log_to_driver` says; Watch prints a line.
-    import_module("ray._private.worker").__dict__["_worker_logs_enabled"] = False
+    worker["_worker_logs_enabled"] = False
+    if address is None:
+        worker["_global_node"].kill_log_monitor(check_alive=False)  # it reads all logs ten times a second, for nobody
     return str(ray.get_runtime_context().gcs_address)
 
 

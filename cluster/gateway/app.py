@@ -43,10 +43,11 @@ def create_app(
     other machines.
     """
     check_exposure(config)
-    keys = ApiKeys.from_file(config.api_keys_file) if config.api_keys_file is not None else None
+    metrics = metrics or Metrics()
+    keys = ApiKeys.from_file(config.api_keys_file, metrics.n_gateways) if config.api_keys_file is not None else None
     grammars = GrammarCompiler(model.path, model.vocab_size, tokenizer.eos_ids)
     names, fingerprint = TokenNames(tokenizer.pieces), _fingerprint(model)
-    gateway = Gateway(config, model, tokenizer, names, session, metrics or Metrics(), grammars, fingerprint)
+    gateway = Gateway(config, model, tokenizer, names, session, metrics, grammars, fingerprint)
     app = FastAPI(
         title="ExpertMesh",
         description="A mixture-of-experts model behind OpenAI's API",

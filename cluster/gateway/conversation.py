@@ -12,7 +12,7 @@ from cluster.gateway import sampling
 from cluster.gateway.call_grammar import answer_or_calls, required_calls
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Choice
-from cluster.gateway.prompts import check_length, encode
+from cluster.gateway.prompts import check_length, encode, give_way
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.schemas.messages import FunctionCall, Message
 from cluster.gateway.structured import check_alone, grammar_of
@@ -71,9 +71,10 @@ def _call(call: FunctionCall, id_: str | None) -> dict[str, Any]:
     return told if id_ is None else {"id": id_, **told}
 
 
-def render(gateway: Gateway, request: ChatRequest, tools: Toolbox) -> str:
+async def render(gateway: Gateway, request: ChatRequest, tools: Toolbox) -> str:
     """The prompt of a conversation. Raises RequestError where the template refuses it."""
     messages = plain_messages(request.messages)
+    await give_way()
     described = tools.described
     more = dict(request.chat_template_kwargs or {})
     if request.documents is not None:
@@ -97,12 +98,14 @@ async def converse(gateway: Gateway, request: ChatRequest, *, logprobs: int | No
     """Check, render, tokenise. Raises RequestError naming the field at fault."""
     gateway.check_model(request.model)
     gateway.check_unknown(request)
+    await give_way()
     tools = toolbox(request)
     if grammar := await required_calls(gateway, tools):
         check_alone(request)
     elif asked := await grammar_of(gateway, request):
         grammar = await answer_or_calls(gateway, tools, asked)
-    prompt = render(gateway, request, tools)
+    prompt = await render(gateway, request, tools)
+    await give_way()
     check_length(gateway, prompt, "messages")
     prompt_ids = await encode(gateway, prompt, add_special_tokens=bool(request.add_special_tokens))
     prompt_ids = sampling.truncated(prompt_ids, request)

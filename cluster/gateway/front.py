@@ -16,6 +16,7 @@ from cluster.gateway.http_errors import ERROR_CODE, error_response
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.page import routes as page_routes
+from cluster.gateway.tenants import tenant
 from cluster.observe.context import request_id as request_ids
 from cluster.observe.tracing import request_span
 
@@ -119,6 +120,7 @@ class Front:
         authorization = headers.get(b"authorization", b"").decode("latin-1")
         if not authorization and (key := headers.get(b"x-api-key")):  # Anthropic's clients send it so
             authorization = f"Bearer {key.decode('latin-1')}"
-        if not self._keys.accepts(authorization):
+        if (found := self._keys.tenant_of(authorization)) is None:
             message = "Incorrect API key" if authorization else "No API key: send `Authorization: Bearer KEY`"
             raise RequestError(message, code="invalid_api_key", status=401)
+        tenant.set(found)  # of this task, as the id

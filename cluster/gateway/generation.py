@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,8 +17,11 @@ from cluster.gateway.parsers.message_parser import MessageParser
 from cluster.gateway.parsers.parts import Content, Part
 from cluster.gateway.sampling import Streaming
 from cluster.gateway.sequence_text import Delta, FinishReason, ScoredToken, SequenceText
-from cluster.gateway.sse import EventStream, JsonAnswer
+from cluster.gateway.sse import EventStream, JsonAnswer, dump, dump_large
+from cluster.gateway.tenants import tenant
 from cluster.router.params import Routing, SamplingParams, TokenLogprobs
+
+_MANY_SCORES = 5000  # take 10 ms to write, in which no other stream would move
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Answer:
     routing: list[Routing] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
 
 
 class Form(Protocol):
@@ -96,7 +99,7 @@ async def _events(
     gateway: Gateway, choices: list[Choice], n: int, form: Form, with_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     opened: set[int] = set()
-    async with aclosing(_deltas(gateway, choices)) as deltas:
+    async with _charged(choices, n), aclosing(_deltas(gateway, choices)) as deltas:
         async for choice, delta in deltas:
             data = b""
             if choice.index not in opened:
@@ -109,9 +112,9 @@ async def _events(
         yield last
 
 
-async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) -> dict[str, Any]:
+async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) -> bytes:
     answers = [Answer(choice) for choice in choices]
-    async with aclosing(_deltas(gateway, choices)) as deltas:
+    async with _charged(choices, n), aclosing(_deltas(gateway, choices)) as deltas:
         async for choice, delta in deltas:
             answer = answers[choice.index]
             answer.text += delta.text
@@ -122,7 +125,30 @@ async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) ->
             answer.scored += delta.scored
             answer.finish = delta.finish
             answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
-    return form.whole(answers, usage_of(choices, n))
+    usage = usage_of(choices, n)
+    if max(map(_n_scores, answers)) > _MANY_SCORES:
+        return await asyncio.to_thread(lambda: dump_large(form.whole(answers, usage)).encode("ascii"))
+    return dump(form.whole(answers, usage)).encode("ascii")
+
+
+def _n_scores(answer: Answer) -> int:
+    """About how many numbers it tells of tokens."""
+    params, n_prompt = answer.choice.params, len(answer.prompt_logprobs or ())
+    return len(answer.scored) * (1 + (params.logprobs or 0)) + n_prompt * (1 + (params.prompt_logprobs or 0))
+
+
+@asynccontextmanager
+async def _charged(choices: Sequence[Choice], n: int) -> AsyncIterator[None]:
+    """While a request runs: its tenant has so many sequences more, and pays for the tokens, the prompt's at once."""
+    if (whose := tenant.get()) is None:
+        yield
+        return
+    with whose.admitted(len(choices)):
+        whose.spend(usage_of(choices, n)["prompt_tokens"])
+        try:
+            yield
+        finally:
+            whose.spend(usage_of(choices, n)["completion_tokens"])
 
 
 def usage_of(choices: Sequence[Choice], n: int) -> Usage:

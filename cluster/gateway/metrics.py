@@ -50,6 +50,10 @@ class Metrics:
         """Ray Serve numbers gateways anew when one of them leaves."""
         self.gateway = self.collector.process = gateway
 
+    def n_gateways(self) -> int:
+        """Gateways of the cluster, as far as known."""
+        return max(sum(target.role == "gateway" for target in self.targets), 1)
+
     async def of_all(self) -> str:
         """The series of all processes as text; `expertmesh_process_scraped` says who did not answer."""
         others = [target for target in self.targets if target.process != self.gateway]

@@ -11,8 +11,9 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.errors import ExpertMeshError
-from cluster.router.codec import MESSAGE_BYTES, ROUTER_KEY, STREAM_METHOD
+from cluster.errors import ExpertMeshError, RequestError
+from cluster.router.codec import MESSAGE_BYTES, ROUTER_KEY, STREAM_METHOD, decode_queue
+from cluster.router.queue import Queue
 from workers.pb import generation_pb2 as pb
 from workers.transport.grpc.credentials import Credentials
 from workers.transport.grpc.serving import channel_options
@@ -43,6 +44,7 @@ class RouterStream:
         self._credentials = credentials
         self._said = ""  # why there is no stream, as it was logged
         self.state = ""
+        self.queue: Queue | None = None  # as the router last told, with what went to it since
         self.retired = False  # the router left the fleet: finish what is open, take nothing new
         self.n_open = 0  # requests that run on it; the session counts
         self._on_event = on_event
@@ -53,6 +55,17 @@ class RouterStream:
     def send(self, command: pb.Command) -> None:
         """Queue a command; one that the stream breaks under is lost with it."""
         self._commands.put_nowait(command)
+
+    def refuse(self, tenant: str) -> RequestError | None:
+        """Why the router would not take one more request of `tenant`, by what it last told; None: it would."""
+        return None if self.queue is None else self.queue.refuse(tenant)
+
+    def submit(self, command: pb.Command, tenant: str) -> None:
+        """Let a request run there."""
+        self.n_open += 1
+        if self.queue is not None:
+            self.queue.add(tenant)
+        self.send(command)
 
     def close(self) -> asyncio.Task[None]:
         """End the stream; the task returned is done once the connection is closed."""
@@ -98,6 +111,8 @@ class RouterStream:
         try:
             async for event in call:
                 self._said = ""
+                if event.HasField("queue"):
+                    self.queue = decode_queue(event.queue)
                 if event.state:
                     self._set_state(event.state)
                 if event.outputs:
@@ -134,4 +149,6 @@ class RouterStream:
 
     def _set_state(self, state: str) -> None:
         self.state = state
+        if not state:
+            self.queue = None
         self._on_change(self)

@@ -16,6 +16,7 @@ from cluster.gateway.journal import Entry
 from cluster.gateway.latency import Waits
 from cluster.gateway.router_stream import RouterStream
 from cluster.gateway.suspects import MAX_LOSSES, Suspects
+from cluster.gateway.tenants import tenant
 from cluster.observe.context import request_id
 from cluster.observe.tracing import current_traceparent
 from cluster.router.codec import decode_output, decode_refusal, encode_cancel
@@ -121,9 +122,10 @@ class Session:
         `prompt_logprobs` come at most once. RequestError when it is refused, or can go on nowhere; a refusal comes
         before the first output.
         """
-        origin, traceparent = request_id.get(), current_traceparent()
-        if origin or traceparent:
-            params = replace(params, origin=origin, traceparent=traceparent)
+        origin, traceparent, asks = request_id.get(), current_traceparent(), tenant.get()
+        if origin or traceparent or asks is not None:
+            whose = "" if asks is None else asks.name
+            params = replace(params, origin=origin, traceparent=traceparent, tenant=whose)
         entry = Entry(str(next(self._ids)), prompt_ids, params)
         self._requests += 1
         self._open[entry.request_id] = entry
@@ -162,9 +164,15 @@ class Session:
             self._wait(entry)
             return
         self._stop_waiting(entry)
-        entry.stream = stream = min(candidates, key=lambda stream: stream.n_open)
-        stream.n_open += 1
-        stream.send(entry.submit())
+        whose = entry.params.tenant
+        if not entry.accepted:  # what a router would refuse is refused here, at once
+            refusals = [stream.refuse(whose) for stream in candidates]
+            candidates = [stream for stream, no in zip(candidates, refusals, strict=True) if no is None]
+            if not candidates:
+                entry.fail(min(filter(None, refusals), key=lambda error: error.retry_after_s or 0))
+                return
+        entry.stream = min(candidates, key=lambda stream: stream.n_open)
+        entry.stream.submit(entry.submit(), whose)
 
     def _place_waiting(self) -> None:
         for entry in [entry for entry in self._open.values() if entry.expiry is not None]:

@@ -9,7 +9,7 @@ from cluster.gateway import response_bodies
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import plain_messages
 from cluster.gateway.json_bodies import JsonRoute
-from cluster.gateway.prompts import encode
+from cluster.gateway.prompts import decode, encode
 from cluster.gateway.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 
@@ -26,17 +26,19 @@ def token_routes(gateway: Gateway) -> APIRouter:
             count=len(tokens),
             max_model_len=gateway.model.max_context,
             tokens=tokens,
-            token_strs=[gateway.names.name(token_id) for token_id in tokens] if request.return_token_strs else None,
+            token_strs=[gateway.tokenizer.token(token_id) for token_id in tokens]
+            if request.return_token_strs
+            else None,
         )
 
     @router.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> response_bodies.Detokenized:
         """The text of token ids, special tokens by their names."""
         gateway.check_model(request.model)
-        if any(token_id >= gateway.model.vocab_size for token_id in request.tokens):
+        if max(request.tokens, default=0) >= gateway.model.vocab_size:
             message = f"'tokens' has an id outside 0..{gateway.model.vocab_size - 1}"
             raise RequestError(message, code="invalid_value", param="tokens")
-        return response_bodies.Detokenized(prompt=gateway.tokenizer.decode(request.tokens, skip_special_tokens=False))
+        return response_bodies.Detokenized(prompt=await decode(gateway, request.tokens))
 
     return router
 

@@ -87,6 +87,10 @@ class Tokenizer:
         own = self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
         return frozenset(ids if own is None else ids | {own})
 
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary writes it, which is not its text: `Ġthe`; "" where it has none of that id."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     @property
     def bos_id(self) -> int | None:
         token: int | None = self._tokenizer.token_to_id(self.special_tokens.get("bos_token", ""))
@@ -97,6 +101,10 @@ class Tokenizer:
         # encode_batch gives the GIL away, encode does not: a long text is encoded beside the event loop.
         ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each of `texts`, with nothing around them."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def offsets(self, text: str) -> list[int]:
         """Where in `text`, in characters, each token of it begins; what the tokenizer adds lies where it was added."""
@@ -125,7 +133,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids that the vocabulary lacks are left out."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        # decode_batch gives the GIL away, as encode_batch does.
+        text: str = self._tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
         return text
 
     def detokenizer(self, *, after_text: bool = False, special: bool = False) -> Detokenizer:

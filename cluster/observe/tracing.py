@@ -6,6 +6,7 @@ say how much is traced and how it is sent.
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,16 @@ from cluster.errors import StartError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
-    from opentelemetry.trace import Span, Tracer
+    from opentelemetry.trace import Span, SpanContext, Tracer
+
+    from cluster.observe.deferred_spans import DeferredSpans
 
 Attributes = Mapping[str, str | int | float]
 
 _NEEDED = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+_SCOPE = "expertmesh"
 _tracer: Tracer | None = None
+_deferred: DeferredSpans | None = None
 
 
 def check_installed() -> None:
@@ -48,23 +53,37 @@ def configure(endpoint: str | None, process: str, cluster: str) -> None:
 
 
 def install(processor: SpanProcessor | None, process: str, cluster: str = "") -> None:
-    """Give every span that ends to `processor`; None: make none any more."""
-    global _tracer
+    """Give every span that ends to `processor`; None: make none any more, once those that were noted are made."""
+    global _tracer, _deferred
+    if _deferred is not None:
+        _deferred.close()
+        atexit.unregister(_deferred.close)
+    _tracer = _deferred = None
     if processor is None:
-        _tracer = None
         return
     from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import Tracer as SdkTracer
     from opentelemetry.sdk.trace import TracerProvider
+
+    from cluster.observe.deferred_spans import DeferredSpans, Pen
 
     named = {"service.name": "expertmesh", "service.instance.id": process, "service.namespace": cluster}
     provider = TracerProvider(resource=Resource.create(named))
     provider.add_span_processor(processor)
-    _tracer = provider.get_tracer("expertmesh")
+    tracer = provider.get_tracer(_SCOPE)
+    if isinstance(tracer, SdkTracer):  # else OTEL_SDK_DISABLED
+        _tracer, _deferred = tracer, DeferredSpans(Pen(provider, _SCOPE, processor))
+        atexit.register(_deferred.close)  # before the provider's own, which sends what is left
 
 
 def tracer() -> Tracer | None:
     """What makes spans; None while nothing is traced."""
     return _tracer
+
+
+def deferred() -> DeferredSpans | None:
+    """What makes spans later, of what was noted; None while nothing is traced."""
+    return _deferred
 
 
 @contextmanager
@@ -92,6 +111,13 @@ def context_of(traceparent: str) -> Any:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     return TraceContextTextMapPropagator().extract({"traceparent": traceparent}) if traceparent else None
+
+
+def span_context_of(traceparent: str) -> SpanContext:
+    """The span that a W3C `traceparent` names."""
+    from opentelemetry.trace import get_current_span
+
+    return get_current_span(context_of(traceparent)).get_span_context()
 
 
 def current_traceparent() -> str:

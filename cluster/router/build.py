@@ -85,7 +85,7 @@ def compute_on(model: Decoder, config: Config, trace: RoutingTrace | None = None
 
         limit = context_limit(config, model.spec, model.cache.n_blocks)
         return DeviceCompute(model, config.max_sequences, limit, progress, trace)
-    if isinstance(model.experts, Exchange) and model.experts.steps is not None:
+    if isinstance(model.experts, Exchange) and model.experts.captures_steps:
         if model.cache.device.type == "cpu":
             return HostStepCompute(model, model.experts, trace)
         from cluster.router.exchange.step_compute import ExchangeCompute

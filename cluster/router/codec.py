@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import cast
+from typing import cast, overload
 
 import numpy as np
 
 from cluster.errors import RequestError
 from cluster.router.params import Finish, Routing, SamplingParams, StepOutput, TokenLogprobs
+from cluster.router.queue import Queue
 from workers.pb import generation_pb2 as pb
 
 SERVICE = "expertmesh.generation.v1.Generation"
@@ -59,6 +60,16 @@ def decode_sampling(sampling: pb.Sampling) -> SamplingParams:
     )
 
 
+def encode_queue(queue: Queue) -> pb.Queue:
+    return pb.Queue(
+        seats=queue.seats, places=queue.places, max_wait_s=queue.max_wait_s, pace_s=queue.pace_s, open=queue.open
+    )
+
+
+def decode_queue(queue: pb.Queue) -> Queue:
+    return Queue(queue.seats, queue.places, queue.max_wait_s, queue.pace_s, dict(queue.open))
+
+
 def merge_output(message: pb.Output, output: StepOutput) -> None:
     """Append what one more step gave a request to the message that is on its way."""
     message.token_ids.extend(output.token_ids)
@@ -85,9 +96,7 @@ def output_bytes(output: StepOutput) -> int:
 
 def decode_output(message: pb.Output) -> StepOutput:
     """The inverse of `merge_output`; the refusal of a message whose `finish` is "error" is read apart."""
-    prompt_logprobs = None
-    if message.prompt_logprobs:
-        prompt_logprobs = (None, *(_decode_logprobs(entry) for entry in message.prompt_logprobs[1:]))
+    prompt_logprobs = _PromptScores(message.prompt_logprobs) if message.prompt_logprobs else None
     return StepOutput(
         message.request_id,
         tuple(message.token_ids),
@@ -97,6 +106,29 @@ def decode_output(message: pb.Output) -> StepOutput:
         cached_tokens=message.cached_tokens,
         routing=_decode_routing(message.routing) if message.HasField("routing") else None,
     )
+
+
+class _PromptScores(Sequence[TokenLogprobs | None]):
+    """Scores of a prompt's tokens, each decoded when it is looked at: those of a long prompt take a second in all."""
+
+    def __init__(self, encoded: Sequence[pb.Logprobs]) -> None:
+        self._encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    @overload
+    def __getitem__(self, i: int) -> TokenLogprobs | None: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[TokenLogprobs | None]: ...
+    def __getitem__(self, i: int | slice) -> TokenLogprobs | Sequence[TokenLogprobs | None] | None:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        encoded = self._encoded[i]
+        return None if i in (0, -len(self)) else _decode_logprobs(encoded)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
 
 
 def _merge_routing(message: pb.Routing, routing: Routing) -> None:

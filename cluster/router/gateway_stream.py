@@ -7,8 +7,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from cluster.errors import RequestError
-from cluster.router.codec import encode_refusal, merge_output, output_bytes
+from cluster.router.codec import encode_queue, encode_refusal, merge_output, output_bytes
 from cluster.router.params import StepOutput
+from cluster.router.queue import Queue
 from workers.pb import generation_pb2 as pb
 
 _EVENT_BYTES = 1024 * 1024  # about where the next Event begins; a larger output of one step is an Event of its own
@@ -38,6 +39,9 @@ class GatewayStream:
 
     def announce(self, state: str) -> None:
         self._last(0).event.state = state
+
+    def tell(self, queue: Queue) -> None:
+        self._last(0).event.queue.CopyFrom(encode_queue(queue))
 
     def put(self, request_id: str, output: StepOutput) -> None:
         merge_output(self._message(request_id, output_bytes(output), len(output.token_ids)), output)

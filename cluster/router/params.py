@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +36,7 @@ class SamplingParams:
     grammar: str = ""  # what the answer must follow (`router.grammar`); a complete answer ends, whatever `ignore_eos`
     bad_words: tuple[tuple[int, ...], ...] = ()  # no token is sampled that would complete one of these
     priority: int = 0  # of those who wait the lowest goes first
+    tenant: str = ""  # whose request it is: seats and queue of a router are shared out between them
     cache_salt: str = ""  # KV blocks are shared by requests of the same salt alone
     allowed_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all may be
     routing: bool = False  # whether to say which experts computed the answer's tokens
@@ -80,7 +81,7 @@ class StepOutput:
     request_id: str
     token_ids: tuple[int, ...]  # usually one; empty on the message that only ends a request
     logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, before the first token; first entry None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # once, before the first token; first entry None
     finish: Finish | None = None
     error: RequestError | None = None  # with `finish` "error"
     cached_tokens: int = 0  # of the prompt, whose K and V were there already; with the first token

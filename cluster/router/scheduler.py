@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from cluster.errors import RequestError
 from cluster.router.kv_blocks import KVBlocks
 from cluster.router.sequence import Sequence, State
+from cluster.router.shares import Shares, fair_seats
 
 
 class Chunk(NamedTuple):
@@ -46,11 +47,13 @@ class _Room:
 
 
 class Scheduler:
-    """First come, first served, within a budget of token rows a step.
+    """First come, first served among the requests of a tenant, within a budget of token rows a step.
 
-    Sequences that decode go first, then prefills in order of admission, then admissions. A sequence gets the blocks
-    for all its known tokens when it is admitted, so that only decoding can run out of blocks: then the sequence
-    admitted last gives all of its back and waits, first in the queue, to be computed anew.
+    Of several tenants the one that holds least is next; one that is below its share while all is taken gets what the
+    one that holds most has beyond its own. Sequences that decode go first, then prefills in order of admission, then
+    admissions. A sequence gets the blocks for all its known tokens when it is admitted, so that only decoding can run
+    out of blocks: then the sequence admitted last gives all of its back and waits, first in the queue, to be computed
+    anew.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class Scheduler:
     def submit(self, sequence: Sequence) -> None:
         """Queue it. Raises RequestError: queue_full when too many wait, context_length_exceeded when it never fits."""
         free_seats = self.max_sequences - len(self.running)  # those who arrive between two steps pass through the queue
-        if len(self.waiting) >= self.max_queue + free_seats:
+        if len(self.waiting) >= self.max_queue + free_seats and not self._has_share(sequence.params.tenant):
             raise RequestError(
                 f"{len(self.waiting)} requests are waiting already; try again later",
                 code="queue_full", status=429, retry_after_s=1 + len(self.waiting) // self.max_sequences,
@@ -104,6 +107,7 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, with blocks for all of them. Empty only when there is nothing to do."""
         room = _Room(self.max_batch_tokens)
+        self._share_out()
         chunks = [room.chunk(sequence) for sequence in self._decode()]
         chunks += [room.chunk(sequence) for sequence in self.running if sequence.pending > 1]
         while room.rows and (newcomer := self._admit()):
@@ -142,8 +146,7 @@ class Scheduler:
         """
         if len(self.running) >= self.max_sequences:
             return None
-        sequence = next((sequence for sequence in self.waiting if sequence.is_ready), None)
-        if sequence is None:
+        if (sequence := self._next(self._shares())) is None:
             return None
         found = self._find(sequence)
         need = self.blocks.needed(len(sequence.tokens)) - len(found)
@@ -160,6 +163,40 @@ class Scheduler:
         sequence.admitted_at = sequence.admitted_at or time.monotonic()
         self.running.append(sequence)
         return sequence
+
+    def _shares(self) -> Shares:
+        return Shares(self.running, self.max_sequences, self.blocks.n_blocks)
+
+    def _next(self, shares: Shares) -> Sequence | None:
+        """Who of those that wait is to run next: the first that is ready of the tenant that holds least."""
+        first: dict[str, Sequence] = {}
+        for sequence in self.waiting:
+            if sequence.params.tenant not in first and sequence.is_ready:
+                first[sequence.params.tenant] = sequence
+        return min(first.values(), key=lambda each: shares.of(each.params.tenant), default=None)
+
+    def _share_out(self) -> None:
+        """Preempt until who is next has room, as long as the others keep no less than its tenant then has."""
+        if not self.running or len({each.params.tenant for each in (*self.running, *self.waiting)}) < 2:
+            return
+        shares = self._shares()
+        if (newcomer := self._next(shares)) is None:
+            return
+        need = self.blocks.needed(len(newcomer.tokens))
+        wanted = shares.of(newcomer.params.tenant, 1, need)
+        while len(self.running) >= self.max_sequences or self.blocks.n_free < need + len(self.running):
+            shares = self._shares()
+            richest = shares.greatest()
+            last = next(each for each in reversed(self.running) if each.params.tenant == richest)
+            if richest == newcomer.params.tenant or shares.of(richest, -1, -len(last.blocks)) < wanted:
+                return
+            self._preempt(last)
+
+    def _has_share(self, tenant: str) -> bool:
+        """Whether one more of `tenant` is within what is its own of the seats."""
+        demands = Counter(each.params.tenant for each in (*self.running, *self.waiting))
+        demands[tenant] += 1
+        return len(demands) > 1 and fair_seats(demands, tenant, self.max_sequences) >= demands[tenant]
 
     def commit(self, sequence: Sequence, n: int) -> None:
         """`n` more of its tokens are in the cache; blocks that are full with them can be shared."""

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 # log-probabilities take up to 300 bytes, and so does each token of a scored prompt.
 _MAX_PENDING_TOKENS = 65536
 _MAX_PENDING_BYTES = 32 * 1024 * 1024
+_TELL_S = 0.05  # from a change of the queue to the word of it
 
 
 class GenerationService:
@@ -69,6 +70,7 @@ class GenerationService:
         self._numbers = count()  # of streams, and of requests
         self._inbox: list[StepOutput | Refused] = []
         self._inbox_lock = threading.Lock()
+        self._telling: asyncio.TimerHandle | None = None
 
     @property
     def n_open(self) -> int:
@@ -130,6 +132,8 @@ class GenerationService:
 
     async def stop(self) -> None:
         """End every stream at once (gateways continue what was open on other routers) and the step loop."""
+        if self._telling is not None:
+            self._telling.cancel()
         await self._server.stop()
         for stream in self._streams.values():  # here, because their own handlers may end later than the step loop
             self._drop(stream, list(stream.open))
@@ -156,6 +160,8 @@ class GenerationService:
         stream = GatewayStream(next(self._numbers))
         self._streams[stream.number] = stream
         stream.announce(self.state)
+        if self._admission is not None:
+            stream.tell(self._admission.queue)
         reader = asyncio.create_task(self._read(stream, commands))
         try:
             while (event := await stream.take()) is not None:
@@ -181,6 +187,7 @@ class GenerationService:
             stream.close()
 
     def _submit(self, stream: GatewayStream, submit: pb.Submit) -> None:
+        self._tell_soon()  # in any case: the gateway took for granted that the request is taken
         if self.state in ("draining", "isolated"):  # another router is asked
             why = "is being stopped" if self.state == "draining" else "cannot reach every expert worker"
             error = RequestError(f"this router {why}", code="draining", status=503, retry_after_s=1)
@@ -190,12 +197,17 @@ class GenerationService:
             error = RequestError(f"request id {submit.request_id} is in use", code="invalid_value", param="request_id")
             stream.refuse(submit.request_id, error)
             return
-        # The engine's id says whose request it is, and which of those that had this id.
-        admission = None if submit.emitted_ids else self._admission  # one that goes on was admitted elsewhere
-        if admission is not None and (refusal := admission.refuse(self.n_open)) is not None:
-            stream.refuse(submit.request_id, refusal)
-            return
+        # This id says whose request it is, and which of those that had this id.
         engine_id = f"{stream.number}/{next(self._numbers)}/{submit.request_id}"
+        if self._admission is not None:
+            tenant, goes_on = (
+                submit.sampling.tenant,
+                bool(submit.emitted_ids),
+            )  # one that goes on was admitted elsewhere
+            if not goes_on and (refusal := self._admission.refuse(tenant)) is not None:
+                stream.refuse(submit.request_id, refusal)
+                return
+            self._admission.taken(engine_id, tenant)
         stream.open[submit.request_id] = engine_id
         self._idle.clear()
         params = decode_sampling(submit.sampling)
@@ -214,11 +226,25 @@ class GenerationService:
                 self._forget(stream, request_id)
 
     def _forget(self, stream: GatewayStream, request_id: str) -> None:
-        del stream.open[request_id]
+        engine_id = stream.open.pop(request_id)
         if self._admission is not None:
-            self._admission.ended()
+            self._admission.ended(engine_id)
+            self._tell_soon()
         if not self.n_open:
             self._idle.set()
+
+    # To the gateways.
+
+    def _tell_soon(self) -> None:
+        """The queue has changed: let the gateways know, those of many changes the last."""
+        if self._telling is None:
+            self._telling = self._loop.call_later(_TELL_S, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = None
+        if self._admission is not None:
+            for stream in self._streams.values():
+                stream.tell(self._admission.queue)
 
     # From the engine.
 

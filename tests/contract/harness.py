@@ -11,6 +11,7 @@ from torch import Tensor
 from cluster.placement.placement import Placement
 from tests.contract.model import Model
 from tests.credentials import CREDENTIALS, PATIENT_S
+from workers.kernels.mutex import Mutex
 from workers.shard import ExpertShard
 from workers.transport.base import Acceptor, FastWay, Transport
 from workers.transport.batcher import Batcher
@@ -44,18 +45,33 @@ class Workers(Protocol):
         """End everything."""
 
 
+class Gate(threading.Event):
+    """Open when set. What kernels answer by themselves goes another way while it is shut: they need its lock."""
+
+    def __init__(self, lock: Mutex) -> None:
+        super().__init__()
+        self._lock = lock
+        self._held = False
+
+    def clear(self) -> None:
+        super().clear()
+        self._held = self._held or self._lock.acquire()
+
+    def set(self) -> None:
+        if self._held:
+            self._held = False
+            self._lock.release()
+        super().set()
+
+
 class GatedShard(ExpertShard):
     """A shard that can be held up, to make a reply late."""
 
-    open: threading.Event
+    open: Gate
 
     def answer(self, message: memoryview) -> memoryview | None:
         self.open.wait(20)
         return super().answer(message)
-
-    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: int) -> bool:
-        self.open.wait(20)
-        return super().answer_at(request, n_bytes, n_pairs, reply)
 
     def forward(
         self, layer: int, x_TD: Tensor, token_P: Tensor, expert_P: Tensor, out_PD: Tensor | None = None
@@ -66,7 +82,7 @@ class GatedShard(ExpertShard):
 
 def gated(model: Model, experts: Iterable[tuple[int, int]]) -> GatedShard:
     shard = GatedShard(model.spec())
-    shard.open = threading.Event()
+    shard.open = Gate(shard._lock)
     shard.open.set()
     for layer, expert in experts:
         shard.load(layer, expert, model.weights(layer, expert))
@@ -140,6 +156,8 @@ class GrpcWorkers:
         return self._transports[-1]
 
     def close(self) -> None:
+        for shard in self.shards.values():  # a server that waits at its gate cannot be stopped
+            shard.open.set()
         for transport in self._transports:
             transport.close()
         for worker in list(self.servers):

@@ -7,6 +7,7 @@ S sequences, B blocks a sequence. "Rows" are of the dtype and on the device of t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
@@ -17,6 +18,7 @@ from torch import Tensor
 from workers.gate_spec import GateSpec
 from workers.kernels.dispatch import Ints, Plan
 from workers.kernels.experts import LayerExperts
+from workers.kernels.mutex import Mutex
 from workers.kernels.weights import Matrix, WeightFormat
 
 Result = TypeVar("Result")
@@ -80,6 +82,27 @@ class Graph(Protocol):
         """Everything captured once more, in order, on the same memory. Raises KeyError(*experts) as `experts` does."""
 
 
+class Rings(NamedTuple):
+    """Two rings of shared memory (`transport.shm.ring`) by their addresses, and the bytes of each."""
+
+    requests: int
+    replies: int
+    n_bytes: int
+
+
+class RingLoop(Protocol):
+    """Answers what comes in a ring, by itself."""
+
+    def run(self, received: int, freed: int) -> tuple[int, int]:
+        """Answer requests until one comes that Python has to look at, which is left where it is, or until `close`.
+
+        Given and returned: how many requests were taken in, and how many replies nobody reads any more, as int32.
+        """
+
+    def close(self) -> None:
+        """Let `run` return as soon as it looks up. From any thread."""
+
+
 class Answers(Protocol):
     """Answers whole requests of few rows, without Python between their bytes and the experts."""
 
@@ -87,12 +110,13 @@ class Answers(Protocol):
         """The reply to a whole REQUEST of `workers.wire`; None where it has to be parsed and given to `experts`: for
         many rows, for experts that are not held and for whatever is wrong."""
 
-    def reply_bytes(self, n_pairs: int) -> int:
-        """The length of the reply to a request of so many pairs; 0: it has to be parsed."""
+    def loop(self, rings: Rings, threads: int, cores: int, locks: tuple[Mutex, Mutex], counts: array[int]) -> RingLoop:
+        """What answers requests that come in a ring into another one.
 
-    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: int) -> bool:
-        """Write the reply to the request at an address to another, where there are `reply_bytes`; false, and nothing
-        is written, where `answer` gives None. The request may change meanwhile."""
+        threads: that it may compute on; cores: that those share who are asked at once. locks: of the batcher and of the
+        shard; held while it computes. counts: pairs, nanoseconds, and calls of at most 1, 2, 4, ... pairs; added to
+        while it has the locks.
+        """
 
 
 class Ops(Protocol):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bworkers/pb/generation.proto\x12\x18\x65xpertmesh.generation.v1\"|\n\x07\x43ommand\x12\x32\n\x06submit\x18\x01 \x01(\x0b\x32 .expertmesh.generation.v1.SubmitH\x00\x12\x32\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32 .expertmesh.generation.v1.CancelH\x00\x42\t\n\x07\x63ommand\"{\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x65mitted_ids\x18\x03 \x03(\r\x12\x34\n\x08sampling\x18\x04 \x01(\x0b\x32\".expertmesh.generation.v1.Sampling\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x81\x05\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x45\n\nlogit_bias\x18\t \x03(\x0b\x32\x31.expertmesh.generation.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x10\n\x08stop_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x12\n\nmin_tokens\x18\r \x01(\r\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x0f\n\x07grammar\x18\x10 \x01(\t\x12\x13\n\x0b\x61llowed_ids\x18\x11 \x03(\r\x12\x12\n\ncache_salt\x18\x12 \x01(\t\x12\x35\n\tbad_words\x18\x13 \x03(\x0b\x32\".expertmesh.generation.v1.TokenIds\x12\x10\n\x08priority\x18\x14 \x01(\x11\x12\x0f\n\x07routing\x18\x15 \x01(\x08\x12\x0e\n\x06origin\x18\x16 \x01(\t\x12\x13\n\x0btraceparent\x18\x17 \x01(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"I\n\x05\x45vent\x12\x31\n\x07outputs\x18\x01 \x03(\x0b\x32 .expertmesh.generation.v1.Output\x12\r\n\x05state\x18\x02 \x01(\t\"\xb1\x02\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\x08logprobs\x18\x03 \x03(\x0b\x32\".expertmesh.generation.v1.Logprobs\x12;\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\".expertmesh.generation.v1.Logprobs\x12\x0e\n\x06\x66inish\x18\x05 \x01(\t\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x32\n\x07refusal\x18\x06 \x01(\x0b\x32!.expertmesh.generation.v1.Refusal\x12\x32\n\x07routing\x18\x08 \x01(\x0b\x32!.expertmesh.generation.v1.Routing\"J\n\x07Routing\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x03 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x04 \x01(\x0c\"B\n\x08Logprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x01\"^\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x0e\n\x06status\x18\x04 \x01(\r\x12\x15\n\rretry_after_s\x18\x05 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\x88\x02\n\rDescribeReply\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\r\x12\x11\n\tconnected\x18\x08 \x03(\t\x12\r\n\x05steps\x18\t \x01(\x04\x12\x0e\n\x06tokens\x18\n \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\x12\x0f\n\x07repairs\x18\x0c \x01(\x04\x12\x17\n\x0f\x64ropped_replies\x18\r \x01(\x04\x12\r\n\x05state\x18\x0e \x01(\t2\xbe\x01\n\nGeneration\x12P\n\x06Stream\x12!.expertmesh.generation.v1.Command\x1a\x1f.expertmesh.generation.v1.Event(\x01\x30\x01\x12^\n\x08\x44\x65scribe\x12).expertmesh.generation.v1.DescribeRequest\x1a\'.expertmesh.generation.v1.DescribeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bworkers/pb/generation.proto\x12\x18\x65xpertmesh.generation.v1\"|\n\x07\x43ommand\x12\x32\n\x06submit\x18\x01 \x01(\x0b\x32 .expertmesh.generation.v1.SubmitH\x00\x12\x32\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32 .expertmesh.generation.v1.CancelH\x00\x42\t\n\x07\x63ommand\"{\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x65mitted_ids\x18\x03 \x03(\r\x12\x34\n\x08sampling\x18\x04 \x01(\x0b\x32\".expertmesh.generation.v1.Sampling\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x91\x05\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x45\n\nlogit_bias\x18\t \x03(\x0b\x32\x31.expertmesh.generation.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x10\n\x08stop_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x12\n\nmin_tokens\x18\r \x01(\r\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x0f\n\x07grammar\x18\x10 \x01(\t\x12\x13\n\x0b\x61llowed_ids\x18\x11 \x03(\r\x12\x12\n\ncache_salt\x18\x12 \x01(\t\x12\x35\n\tbad_words\x18\x13 \x03(\x0b\x32\".expertmesh.generation.v1.TokenIds\x12\x10\n\x08priority\x18\x14 \x01(\x11\x12\x0f\n\x07routing\x18\x15 \x01(\x08\x12\x0e\n\x06origin\x18\x16 \x01(\t\x12\x13\n\x0btraceparent\x18\x17 \x01(\t\x12\x0e\n\x06tenant\x18\x18 \x01(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"y\n\x05\x45vent\x12\x31\n\x07outputs\x18\x01 \x03(\x0b\x32 .expertmesh.generation.v1.Output\x12\r\n\x05state\x18\x02 \x01(\t\x12.\n\x05queue\x18\x03 \x01(\x0b\x32\x1f.expertmesh.generation.v1.Queue\"\xb0\x01\n\x05Queue\x12\r\n\x05seats\x18\x01 \x01(\r\x12\x0e\n\x06places\x18\x02 \x01(\r\x12\x12\n\nmax_wait_s\x18\x03 \x01(\x01\x12\x0e\n\x06pace_s\x18\x04 \x01(\x01\x12\x37\n\x04open\x18\x05 \x03(\x0b\x32).expertmesh.generation.v1.Queue.OpenEntry\x1a+\n\tOpenEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xb1\x02\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\x08logprobs\x18\x03 \x03(\x0b\x32\".expertmesh.generation.v1.Logprobs\x12;\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\".expertmesh.generation.v1.Logprobs\x12\x0e\n\x06\x66inish\x18\x05 \x01(\t\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x32\n\x07refusal\x18\x06 \x01(\x0b\x32!.expertmesh.generation.v1.Refusal\x12\x32\n\x07routing\x18\x08 \x01(\x0b\x32!.expertmesh.generation.v1.Routing\"J\n\x07Routing\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x03 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x04 \x01(\x0c\"B\n\x08Logprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x01\"^\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x0e\n\x06status\x18\x04 \x01(\r\x12\x15\n\rretry_after_s\x18\x05 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\x88\x02\n\rDescribeReply\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\r\x12\x11\n\tconnected\x18\x08 \x03(\t\x12\r\n\x05steps\x18\t \x01(\x04\x12\x0e\n\x06tokens\x18\n \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\x12\x0f\n\x07repairs\x18\x0c \x01(\x04\x12\x17\n\x0f\x64ropped_replies\x18\r \x01(\x04\x12\r\n\x05state\x18\x0e \x01(\t2\xbe\x01\n\nGeneration\x12P\n\x06Stream\x12!.expertmesh.generation.v1.Command\x1a\x1f.expertmesh.generation.v1.Event(\x01\x30\x01\x12^\n\x08\x44\x65scribe\x12).expertmesh.generation.v1.DescribeRequest\x1a\'.expertmesh.generation.v1.DescribeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_QUEUE_OPENENTRY']._loaded_options = None
+  _globals['_QUEUE_OPENENTRY']._serialized_options = b'8\001'
   _globals['_COMMAND']._serialized_start=57
   _globals['_COMMAND']._serialized_end=181
   _globals['_SUBMIT']._serialized_start=183
@@ -40,25 +42,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCEL']._serialized_start=308
   _globals['_CANCEL']._serialized_end=336
   _globals['_SAMPLING']._serialized_start=339
-  _globals['_SAMPLING']._serialized_end=980
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=899
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=947
-  _globals['_TOKENIDS']._serialized_start=982
-  _globals['_TOKENIDS']._serialized_end=1005
-  _globals['_EVENT']._serialized_start=1007
-  _globals['_EVENT']._serialized_end=1080
-  _globals['_OUTPUT']._serialized_start=1083
-  _globals['_OUTPUT']._serialized_end=1388
-  _globals['_ROUTING']._serialized_start=1390
-  _globals['_ROUTING']._serialized_end=1464
-  _globals['_LOGPROBS']._serialized_start=1466
-  _globals['_LOGPROBS']._serialized_end=1532
-  _globals['_REFUSAL']._serialized_start=1534
-  _globals['_REFUSAL']._serialized_end=1628
-  _globals['_DESCRIBEREQUEST']._serialized_start=1630
-  _globals['_DESCRIBEREQUEST']._serialized_end=1647
-  _globals['_DESCRIBEREPLY']._serialized_start=1650
-  _globals['_DESCRIBEREPLY']._serialized_end=1914
-  _globals['_GENERATION']._serialized_start=1917
-  _globals['_GENERATION']._serialized_end=2107
+  _globals['_SAMPLING']._serialized_end=996
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=915
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=963
+  _globals['_TOKENIDS']._serialized_start=998
+  _globals['_TOKENIDS']._serialized_end=1021
+  _globals['_EVENT']._serialized_start=1023
+  _globals['_EVENT']._serialized_end=1144
+  _globals['_QUEUE']._serialized_start=1147
+  _globals['_QUEUE']._serialized_end=1323
+  _globals['_QUEUE_OPENENTRY']._serialized_start=1280
+  _globals['_QUEUE_OPENENTRY']._serialized_end=1323
+  _globals['_OUTPUT']._serialized_start=1326
+  _globals['_OUTPUT']._serialized_end=1631
+  _globals['_ROUTING']._serialized_start=1633
+  _globals['_ROUTING']._serialized_end=1707
+  _globals['_LOGPROBS']._serialized_start=1709
+  _globals['_LOGPROBS']._serialized_end=1775
+  _globals['_REFUSAL']._serialized_start=1777
+  _globals['_REFUSAL']._serialized_end=1871
+  _globals['_DESCRIBEREQUEST']._serialized_start=1873
+  _globals['_DESCRIBEREQUEST']._serialized_end=1890
+  _globals['_DESCRIBEREPLY']._serialized_start=1893
+  _globals['_DESCRIBEREPLY']._serialized_end=2157
+  _globals['_GENERATION']._serialized_start=2160
+  _globals['_GENERATION']._serialized_end=2350
 # @@protoc_insertion_point(module_scope)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from workers import wire
 from workers.errors import ExpertMeshError, WireError
+from workers.kernels.mutex import Mutex
+from workers.kernels.ops import RingLoop, Rings
 from workers.shard import ExpertShard
 from workers.wire import Header, Request
 
@@ -47,13 +49,25 @@ class Batcher:
         """home: the device that results are wanted on."""
         self.shard = shard
         self._home = torch.device(home)
-        self._computing = threading.Lock()
+        self._computing = Mutex()
         self._waiting: list[Job] = []
-        # Since start:
-        self.rows = 0  # pairs computed
-        self.compute_seconds = 0.0
-        self.waited_seconds = 0.0  # of all requests together, until they were computed
-        self.calls = [0] * (_SIZES + 2)  # calls by their pairs: at most 1, 2, 4, ... 2 ** _SIZES, and more
+        self.waited_seconds = 0.0  # of all requests together since start, until they were computed
+        self._counts = array("q", bytes(8 * (2 + _SIZES + 2)))  # kernels add to it too
+
+    @property
+    def rows(self) -> int:
+        """Pairs computed since start."""
+        return self._counts[0]
+
+    @property
+    def compute_seconds(self) -> float:
+        """Since start."""
+        return self._counts[1] / 1e9
+
+    @property
+    def calls(self) -> list[int]:
+        """Since start, by their pairs: at most 1, 2, 4, ... 2 ** 14, and more."""
+        return self._counts[2:].tolist()
 
     def respond(
         self, header: Header, request: Request, is_wanted: Callable[[], bool], out_PD: Tensor | None = None
@@ -107,19 +121,10 @@ class Batcher:
         finally:
             self._computing.release()
 
-    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: memoryview, reply_at: int) -> bool:
-        """`ExpertShard.answer_at`, unless somebody computes: then it is better to be one batch with who else waits."""
-        if not self._computing.acquire(blocking=False):
-            return False
-        try:
-            began = time.perf_counter_ns()
-            if not self.shard.answer_at(request, n_bytes, n_pairs, reply_at):
-                return False
-            spent = time.perf_counter_ns() - began
-            self._count(wire.stamp(reply, spent), spent)
-            return True
-        finally:
-            self._computing.release()
+    def loop(self, rings: Rings, threads: int, cores: int) -> RingLoop | None:
+        """`ExpertShard.loop`. It returns while somebody else computes: then it is better to be one batch with who else
+        waits."""
+        return self.shard.loop(rings, threads, cores, self._computing, self._counts)
 
     def _compute(self, layer: int, jobs: Sequence[Job]) -> list[tuple[Tensor | Exception, int]]:
         """For each job y_PD, or what the shard raised, and the nanoseconds its batch took."""
@@ -136,9 +141,9 @@ class Batcher:
         return [(y_PD, spent) for y_PD in replies]
 
     def _count(self, n_pairs: int, spent_ns: int) -> None:
-        self.rows += n_pairs
-        self.compute_seconds += spent_ns / 1e9
-        self.calls[min((n_pairs - 1).bit_length(), _SIZES + 1)] += 1
+        self._counts[0] += n_pairs
+        self._counts[1] += spent_ns
+        self._counts[2 + min((n_pairs - 1).bit_length(), _SIZES + 1)] += 1
 
     def _take(self, layer: int) -> None:
         jobs = [job for job in self._waiting if job.header.tag.layer == layer]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cluster.gateway.schemas.fields import Body, Text, TokenId
+from cluster.gateway.schemas.fields import Body, Text, TokenIds
 from cluster.gateway.schemas.messages import Messages
 
 
@@ -25,4 +25,4 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds

@@ -5,6 +5,8 @@ Legend: L layers, E experts, W workers that take part.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,17 +14,25 @@ from numpy.typing import NDArray
 
 from cluster.placement.routes import Routes
 from cluster.router.exchange.sender import Sender
+from cluster.router.spans import RouterSpans
 from workers.model.experts import Experts
 from workers.transport.base import StepReport, StepTraffic, Tag
 
 
 class StepWay(Protocol):
-    """A way on which whole steps can be captured: `transport.device.way.DeviceWay`, `transport.shm.steps.RingSteps`."""
+    """A way on which whole steps can be captured: `transport.device.way.DeviceWay`, `transport.shm.steps.RingSteps`,
+    `transport.collective.steps.CollectiveSteps`."""
 
     name: str
 
     @property
-    def experts(self) -> Experts: ...
+    def experts(self) -> Experts | None:
+        """What steps are captured with; None: nothing yet."""
+
+    @property
+    def key(self) -> Hashable:
+        """What a step that is captured now is of use for. While a step is under way."""
+
     def ready(self, workers: tuple[str, ...], owner_LE: NDArray[np.int32]) -> bool: ...
     def begin_step(self, n_rows: int, tag: Tag, limit_s: float) -> bool: ...
     def end_step(self) -> StepReport | None: ...
@@ -31,6 +41,7 @@ class StepWay(Protocol):
 class _Step(NamedTuple):
     """A step under way."""
 
+    began: float  # time.perf_counter()
     epoch: int
     routes: Routes
     owner_LE: NDArray[np.int64]
@@ -41,15 +52,21 @@ class _Step(NamedTuple):
 class CapturedSteps:
     """Steps over a `StepWay`. The step loop's alone."""
 
-    def __init__(self, sender: Sender, way: StepWay) -> None:
+    def __init__(self, sender: Sender, way: StepWay, spans: RouterSpans) -> None:
         self._sender = sender
         self._way = way
+        self._spans = spans
         self._step: _Step | None = None
 
     @property
-    def experts(self) -> Experts:
-        """What the steps are captured with."""
+    def experts(self) -> Experts | None:
+        """What the steps are captured with; None: nothing yet."""
         return self._way.experts
+
+    @property
+    def key(self) -> Hashable:
+        """What the step under way may be captured for."""
+        return self._way.key
 
     @property
     def is_under_way(self) -> bool:
@@ -64,7 +81,7 @@ class CapturedSteps:
 
     def begin(self, n_rows: int) -> bool:
         """Before a captured step of `n_rows` rows: whether the workers take part."""
-        sender, way = self._sender, self._way
+        sender, way, began = self._sender, self._way, time.perf_counter()
         epoch = sender.enter()
         routes = sender.routes
         owner_LE = routes.step_owners()
@@ -73,7 +90,7 @@ class CapturedSteps:
         placed_LE = np.searchsorted(used, owner_LE)
         limit_s = sender.pool.limit(n_rows, routes.all_have_others)
         if way.ready(workers, placed_LE.astype(np.int32)) and way.begin_step(n_rows, sender.tag(0, 0), limit_s):
-            self._step = _Step(epoch, routes, owner_LE, workers, placed_LE)
+            self._step = _Step(began, epoch, routes, owner_LE, workers, placed_LE)
             return True
         sender.views.leave(epoch)
         return False
@@ -95,6 +112,10 @@ class CapturedSteps:
             counters.add_layers(worker, rows_LW[:, index])
             if report.traffic:
                 self._count(step.routes, worker, rows_LW[:, index], report.traffic[index])
+        if self._spans.is_tracing and report.traffic:
+            seconds = [said.compute_seconds for said in report.traffic]
+            work = zip(step.workers, seconds, rows_LW.sum(0).tolist(), strict=True)
+            self._spans.captured(step.began, sum(said.waited_seconds for said in report.traffic), work)
         return True
 
     def _count(self, routes: Routes, worker: str, rows_L: NDArray[np.int64], said: StepTraffic) -> None:

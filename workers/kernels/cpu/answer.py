@@ -6,16 +6,20 @@ reading an expert then. So one kernel reads and checks the request, another comp
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
 
 from workers.kernels.cpu import kernel
-from workers.kernels.cpu.arguments import Experts, ReadRequest
+from workers.kernels.cpu.arguments import Experts, ReadRequest, RingServe
 from workers.kernels.cpu.experts import expert_arguments, n_places
 from workers.kernels.cpu.kernel import HEAD
+from workers.kernels.cpu.system import system
 from workers.kernels.experts import LayerExperts
 from workers.kernels.message import FEW_ROWS, HEADER_BYTES
+from workers.kernels.mutex import Mutex
+from workers.kernels.ops import Rings
 from workers.wire import REPLY, REQUEST, first_word, pairs_of
 
 # Of the messages of `wire`; the kernel knows where the fields of a header are, too.
@@ -24,6 +28,7 @@ _MOST_CHOICES = 8  # a token; who chooses more is answered in the usual way
 _MESSAGE, _BYTES, _N_PAIRS, _REPLY_AT = (
     HEAD + ReadRequest._fields.index(name) for name in ("message", "n_bytes", "n_pairs", "reply")
 )
+_RECEIVED, _FREED, _CLOSED = (HEAD + RingServe._fields.index(name) for name in ("received", "freed", "closed"))
 _Y = HEAD + Experts._fields.index("y")
 
 
@@ -64,26 +69,47 @@ class CpuAnswers:
 
     def answer(self, message: memoryview) -> memoryview | None:
         n_pairs = pairs_of(message) if len(message) >= HEADER_BYTES else 0
-        n_bytes = self.reply_bytes(n_pairs)
-        if not n_bytes:
+        if not 0 < n_pairs <= self._most_pairs:
             return None
-        reply = torch.empty(n_bytes, dtype=torch.uint8)
-        request = torch.frombuffer(message, dtype=torch.uint8)
-        is_answered = self.answer_at(request.data_ptr(), len(message), n_pairs, reply.data_ptr())
-        return reply.numpy().data if is_answered else None
-
-    def reply_bytes(self, n_pairs: int) -> int:
-        return HEADER_BYTES + n_pairs * self._row_bytes if 0 < n_pairs <= self._most_pairs else 0
-
-    def answer_at(self, request: int, n_bytes: int, n_pairs: int, reply: int) -> bool:
+        reply = torch.empty(HEADER_BYTES + n_pairs * self._row_bytes, dtype=torch.uint8)
         read, products, team = self._read, self._experts, kernel.team(self._bytes)
-        read[0] = 0
-        read[_MESSAGE], read[_BYTES], read[_N_PAIRS], read[_REPLY_AT] = request, n_bytes, n_pairs, reply
+        read[0], at = 0, torch.frombuffer(message, dtype=torch.uint8).data_ptr()
+        read[_MESSAGE], read[_BYTES], read[_N_PAIRS], read[_REPLY_AT] = at, len(message), n_pairs, reply.data_ptr()
         # Only the second is for all threads: the others take longer to wake up than the first one to read.
         kernel.read_request.run(1, read)
         if not read[0]:
-            return False
+            return None
         products[0] = products[1] = products[2] = 0
-        products[3], products[_Y] = kernel.barrier(team), reply + HEADER_BYTES
+        products[3], products[_Y] = kernel.barrier(team), reply.data_ptr() + HEADER_BYTES
         kernel.experts.run(team, products)
-        return True
+        return reply.numpy().data
+
+    def loop(self, rings: Rings, threads: int, cores: int, locks: tuple[Mutex, Mutex], counts: array[int]) -> RingLoop:
+        team = threads if self._bytes >= kernel.PARALLEL_BYTES and kernel.parallel() else 1
+        computing, holding = locks
+        values = RingServe(
+            requests=rings.requests, replies=rings.replies, ring_bytes=rings.n_bytes, received=0, freed=0, closed=0,
+            waited_ns=0, computing=computing.address, holding=holding.address, counts=counts.buffer_info()[0],
+            n_sizes=len(counts) - 2, threads=team, cores=cores, barrier=kernel.barrier(team),
+            read=self._read.buffer_info()[0], products=kernel.experts.address,
+            experts=self._experts.buffer_info()[0], most_pairs=self._most_pairs, d=self._row_bytes // 4,
+            system=system(),
+        )  # fmt: skip
+        return RingLoop(kernel.ring_serve.arguments(1, values), (self, locks, counts))
+
+
+class RingLoop:
+    """Answers what comes in one ring into another; see `arguments.RingServe`."""
+
+    def __init__(self, args: array[int], held: object) -> None:
+        """held: what `args` point to."""
+        self._args = args
+        self._held = held
+
+    def run(self, received: int, freed: int) -> tuple[int, int]:
+        self._args[_RECEIVED], self._args[_FREED] = received, freed
+        kernel.ring_serve.run(1, self._args)
+        return self._args[_RECEIVED], self._args[_FREED]
+
+    def close(self) -> None:
+        self._args[_CLOSED] = 1

@@ -194,26 +194,69 @@ class ReadRequest(NamedTuple):
     copies: int  # int32 [2 * n_pairs]: room for the pairs, which the sender may change after they were checked
 
 
+class System(NamedTuple):
+    """What kernels call of the C library and of OpenMP: addresses, but for the number of a system call."""
+
+    syscall: int
+    clock_gettime: int
+    trylock: int
+    unlock: int
+    parallel: int  # GOMP_parallel; 0: there is none
+    futex: int  # the number of that system call
+    nap: int  # how long a thread sleeps at most before it looks again: a timespec
+
+
 class RingPublish(NamedTuple):
     """Note a message in the control page of a ring, count it, and wake who waits for it."""
 
     page: int
-    sent: int  # the count, int32
     begin: int  # of the message: an offset
     n_bytes: int
     asked: int  # how many workers were asked at once
-    syscall: int  # the C library's function
-    futex: int  # its number for futex
+    system: int
+
+
+class RingRoom(NamedTuple):
+    """Find the first gap in a ring that is wide enough; then the first counter becomes where it begins, or 0."""
+
+    page: int
+    freed: int  # messages that nobody reads any more, as an int32
+    n_bytes: int
+    ring_bytes: int
 
 
 class RingSleep(NamedTuple):
-    """Sleep while the count is the known one, at most for `nap`; then the first counter becomes the count."""
+    """Sleep while the count is the known one, for a nap; then the first counter becomes the count."""
 
     sent: int
     known: int
-    nap: int  # a timespec
-    syscall: int
-    futex: int
+    system: int
+
+
+class RingServe(NamedTuple):
+    """Answer what comes in a ring into another, one request after the other, until one comes that kernels do not
+    answer: of many rows, wrong, while somebody else computes, or without room for its reply."""
+
+    requests: int  # the router's ring
+    replies: int  # this process's
+    ring_bytes: int
+    received: int  # requests taken in, and replies whose room is free again, as int32: changed as it goes on
+    freed: int
+    closed: int  # set by another thread: return
+    waited_ns: int  # the mean of the last times that a request was waited for
+    computing: int  # locks: the batcher's
+    holding: int  # and the shard's
+    counts: int  # int64: pairs, nanoseconds, and calls by their pairs: at most 1, 2, 4, ...
+    n_sizes: int
+    threads: int
+    cores: int  # that workers which are asked at once share
+    barrier: int
+    read: int  # where the arguments of `ReadRequest` are
+    products: int  # the kernel `experts`, and where its arguments are
+    experts: int
+    most_pairs: int
+    d: int
+    system: int
 
 
 class RingPair(NamedTuple):
@@ -228,6 +271,7 @@ class RingPair(NamedTuple):
     reply_bytes: int
     waited_ns: int
     compute_ns: int  # as the worker says
+    mean_ns: int  # of the last waits
 
 
 class RingStep(NamedTuple):
@@ -256,8 +300,7 @@ class RingAsk(NamedTuple):
     row: int
     token: int
     expert: int
-    syscall: int
-    futex: int
+    system: int
 
 
 class RingCollect(NamedTuple):
@@ -271,11 +314,7 @@ class RingCollect(NamedTuple):
     parts: int  # int64 [workers, 2], as `WeightedSum` reads it
     spare: int  # zeros, as many as all replies together have
     ring_bytes: int
-    nap: int  # a timespec
-    clock: int  # room for one
-    syscall: int
-    futex: int
-    clock_gettime: int  # its number
+    system: int
 
 
 class RunGraph(NamedTuple):

@@ -15,7 +15,7 @@ import llvmlite.binding as llvm
 import numba
 from numba import types
 
-from workers.kernels.cpu.compiled import answer, attention, dense, dispatch, products, ring
+from workers.kernels.cpu.compiled import answer, attention, dense, dispatch, products, ring, serve, steps
 
 _ENTRY = """
 declare i32 @"{native}"(ptr, ptr, i64)
@@ -31,7 +31,7 @@ define void @expertmesh_{name}(i64 %args) {{
 def main(path: Path) -> None:
     """Write the object file, all at once."""
     whole = llvm.parse_assembly("")
-    for module in (answer, attention, dense, dispatch, products, ring):
+    for module in (answer, attention, dense, dispatch, products, ring, serve, steps):
         for function in module.KERNELS:
             whole.link_in(_module(function))
     host = llvm.Target.from_default_triple().create_target_machine(

@@ -46,6 +46,12 @@ def barrier(team: int) -> int:
     return _openmp()[1] if team > 1 else 0
 
 
+def parallel() -> int:
+    """The address of what runs a kernel on a team; 0: there is none."""
+    function, _ = _openmp()
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
 class Kernel(Generic[Values]):
     """Machine code `void f(int64 *args)`, run by every thread of a team at once; the threads share out the work."""
 
@@ -100,8 +106,10 @@ pairs = Kernel("pairs", arguments.Pairs, brief=True)
 experts = Kernel("experts", arguments.Experts)
 read_request = Kernel("read_request", arguments.ReadRequest, brief=True)
 ring_publish = Kernel("ring_publish", arguments.RingPublish, brief=True)
+ring_room = Kernel("ring_room", arguments.RingRoom, brief=True)
 ring_sleep = Kernel("ring_sleep", arguments.RingSleep)
 ring_rouse = Kernel("ring_rouse", arguments.RingSleep, brief=True)
+ring_serve = Kernel("ring_serve", arguments.RingServe)
 ring_ask = Kernel("ring_ask", arguments.RingAsk)
 ring_collect = Kernel("ring_collect", arguments.RingCollect)
 run_graph = Kernel("run_graph", arguments.RunGraph)

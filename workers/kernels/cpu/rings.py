@@ -5,9 +5,6 @@ Legend: T token rows, D hidden size, P (token, expert) pairs, W workers.
 
 from __future__ import annotations
 
-import platform
-from array import array
-from ctypes import CDLL, c_void_p, cast
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,17 +14,8 @@ from torch import Tensor
 
 from workers.kernels.cpu import arguments, kernel
 from workers.kernels.cpu.ops import CpuOps
+from workers.kernels.cpu.system import system
 from workers.kernels.dispatch import Ints, Plan, address
-
-#: The numbers of the system calls that kernels make.
-FUTEX, CLOCK_GETTIME = {"x86_64": (202, 228)}.get(platform.machine(), (98, 113))
-#: How long a kernel sleeps at most, as a timespec: a wake that comes just before the sleep is lost.
-NAP = array("q", (0, 50_000_000))
-
-
-def system_call() -> int:
-    """The address of the C library's `syscall`."""
-    return cast(CDLL(None).syscall, c_void_p).value or 0
 
 
 @dataclass(frozen=True)
@@ -47,20 +35,19 @@ class StepRings:
         values = arguments.RingAsk(
             pairs=address(self.pairs), step=address(self.step), n_workers=len(self.pairs), layer=layer,
             x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0), d=x_TD.shape[1], first=first, first_row=first_row,
-            row=plan.row_address, token=token, expert=expert, syscall=system_call(), futex=FUTEX,
+            row=plan.row_address, token=token, expert=expert, system=system(),
         )  # fmt: skip
         ops.run(kernel.ring_ask, 1, values)
         return plan
 
     def collect(self, ops: CpuOps, plan: Plan, d: int) -> Tensor:
         """y_TD: the weighted sums of what the workers answer; zeros in a void step."""
-        parts, clock = (ops.empty(n, dtype=torch.int64) for n in (2 * len(self.pairs), 2))
+        parts = ops.empty(2 * len(self.pairs), dtype=torch.int64)
         spare_PD = ops.empty(plan.n_pairs, d).zero_()
         values = arguments.RingCollect(
             pairs=address(self.pairs), step=address(self.step), n_workers=len(self.pairs), d=d,
             first=plan.cuts_address[0], parts=parts.data_ptr(), spare=spare_PD.data_ptr(), ring_bytes=self.ring_bytes,
-            nap=NAP.buffer_info()[0], clock=clock.data_ptr(), syscall=system_call(), futex=FUTEX,
-            clock_gettime=CLOCK_GETTIME,
+            system=system(),
         )  # fmt: skip
         ops.run(kernel.ring_collect, 1, values)
         return ops.sum_parts(parts.data_ptr(), len(self.pairs), plan, d)

@@ -4,22 +4,22 @@ The memory begins with a control page that its owner writes: how many messages i
 and how many of the peer's it is done with. Each side has one ring, so each learns from the other's page when the room
 of its own messages is free again.
 
-Room is the first gap that is wide enough. As long as little is in flight it is the same few pages, which are in the
-caches, and memory is used only as far as the most that ever was in flight.
+Room is the first gap that is wide enough between the messages that may still be read; the page tells where they lie. As
+long as little is in flight it is the same few pages, which are in the caches, and memory is used only as far as the
+most that ever was in flight.
 """
 
 from __future__ import annotations
 
 import struct
-from collections import deque
 from typing import NamedTuple
 
 from workers import wire
 from workers.errors import WireError
 from workers.kernels.cpu import kernel
-from workers.kernels.cpu.arguments import RingPublish, RingSleep
+from workers.kernels.cpu.arguments import RingPublish, RingRoom, RingSleep
 from workers.kernels.cpu.kernel import HEAD
-from workers.kernels.cpu.rings import FUTEX, NAP, system_call
+from workers.kernels.cpu.system import system
 from workers.kernels.message import (
     RING_ALIGN,
     RING_DATA,
@@ -36,17 +36,13 @@ _ENTRY = struct.Struct("<QQQ")  # offset, bytes, how many workers were asked at 
 _COUNT = struct.Struct("<I")
 COUNTS = 1 << 32
 _BEGIN, _BYTES, _ASKED = (HEAD + RingPublish._fields.index(name) for name in ("begin", "n_bytes", "asked"))
+_FREED, _WANTED = (HEAD + RingRoom._fields.index(name) for name in ("freed", "n_bytes"))
 _KNOWN = HEAD + RingSleep._fields.index("known")
 
 
 def signed(count: int) -> int:
     """A count as a kernel sees it."""
     return (count + COUNTS // 2) % COUNTS - COUNTS // 2
-
-
-def _aligned(end: int) -> int:
-    """Where the next message may begin."""
-    return (end + RING_ALIGN - 1) // RING_ALIGN * RING_ALIGN
 
 
 class Message(NamedTuple):
@@ -64,21 +60,16 @@ class OutRing:
         """Raises NotShared."""
         self.memory = memory = OwnMemory(RING_BYTES)
         self._view = memoryview(memory.map)
-        self._taken: deque[tuple[int, int]] = deque()  # begin and end of what may still be read, oldest first
-        self._freed = 0  # messages whose room is free again
-        values = RingPublish(memory.address, memory.address + RING_SENT, 0, 0, 0, system_call(), FUTEX)
-        self._publish = kernel.ring_publish.arguments(1, values)
+        #: Messages that nobody reads any more, modulo 2**32.
+        self.freed = 0
+        self._publish = kernel.ring_publish.arguments(1, RingPublish(memory.address, 0, 0, 0, system()))
+        self._find_room = kernel.ring_room.arguments(1, RingRoom(memory.address, 0, 0, RING_BYTES))
 
     def room(self, n_bytes: int) -> int | None:
         """Where a message may lie, as an offset; None: too much is in flight."""
-        if len(self._taken) == RING_MESSAGES:
-            return None
-        at = RING_DATA
-        for begin, end in sorted(self._taken):
-            if at + n_bytes <= begin:
-                break
-            at = end
-        return at if at + n_bytes <= RING_BYTES else None
+        self._find_room[_FREED], self._find_room[_WANTED] = signed(self.freed), n_bytes
+        kernel.ring_room.run(1, self._find_room)
+        return self._find_room[0] or None
 
     def view(self, begin: int, n_bytes: int) -> memoryview:
         """The memory of a message."""
@@ -90,30 +81,21 @@ class OutRing:
 
     def publish(self, begin: int, n_bytes: int, asked: int = 1) -> None:
         """A message that has been written where there was `room` is there for the peer from now on."""
-        self._taken.append((begin, _aligned(begin + n_bytes)))
         self._publish[_BEGIN], self._publish[_BYTES], self._publish[_ASKED] = begin, n_bytes, asked
         kernel.ring_publish.run(1, self._publish)
 
     def free(self, n: int) -> None:
         """The peer is done with `n` messages, counted modulo 2**32. Raises WireError for more than there are."""
-        done = (n - self._freed) % COUNTS
-        if done > len(self._taken):
-            raise WireError(f"the peer is done with {done} messages of {len(self._taken)}")
-        for _ in range(done):
-            self._taken.popleft()
-        self._freed = n
+        done = (n - self.freed) % COUNTS
+        if done > self.n_taken:
+            raise WireError(f"the peer is done with {done} messages of {self.n_taken}")
+        self.freed = n
 
     @property
-    def is_empty(self) -> bool:
-        """Whether nothing lies in it that may still be read."""
-        return not self._taken
-
-    def written(self, n: int, begin: int, n_bytes: int) -> None:
-        """Kernels have published messages, each at `begin`, and the peer is done with `n` in all. The last one, of at
-        most `n_bytes`, may still be read, unless that is 0."""
-        self._freed = n
-        if n_bytes:
-            self._taken.append((begin, _aligned(begin + n_bytes)))
+    def n_taken(self) -> int:
+        """Messages that may still be read."""
+        sent: int = _COUNT.unpack_from(self._view, RING_SENT)[0]
+        return (sent - self.freed) % COUNTS
 
     def done(self, n: int) -> None:
         """Let the peer know that this side is done with `n` of its messages."""
@@ -128,7 +110,7 @@ class InRing:
         memory = PeerMemory(name, RING_BYTES)
         self._view, self.address = memoryview(memory.map), memory.address
         self.received = 0
-        values = RingSleep(memory.address + RING_SENT, 0, NAP.buffer_info()[0], system_call(), FUTEX)
+        values = RingSleep(memory.address + RING_SENT, 0, system())
         self._sleep = kernel.ring_sleep.arguments(1, values)
         self._rouse = kernel.ring_rouse.arguments(1, values)
 

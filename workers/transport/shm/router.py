@@ -19,13 +19,12 @@ from torch import Tensor
 from workers import wire
 from workers.errors import WireError, WorkerLost
 from workers.kernels.cpu.arguments import RingPair
-from workers.kernels.message import RING_DATA
 from workers.transport.base import Received, Rows, Tag
 from workers.transport.shm.memory import NAME, NotShared
 from workers.transport.shm.ring import COUNTS, InRing, OutRing, signed
 
 _log = logging.getLogger(__name__)
-_RECEIVED, _ASKED, _LOST, _REQUEST_BYTES = map(RingPair._fields.index, ("received", "asked", "lost", "request_bytes"))
+_RECEIVED, _ASKED, _LOST, _MEAN_NS = map(RingPair._fields.index, ("received", "asked", "lost", "mean_ns"))
 
 
 class ShmWay:
@@ -84,16 +83,18 @@ class Pair:
         self._room: tuple[memoryview, int] | None = None  # what was given last, and where it is
         self.lost: WorkerLost | None = None
         self._lent: NDArray[np.int64] | None = None  # to the kernels of a captured step
+        self._mean_ns = 0  # that they waited for a reply of late
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is in flight, and nothing broken."""
-        return self.lost is None and self._requests.is_empty and not self._in_flight
+        return self.lost is None and not self._requests.n_taken and not self._in_flight
 
     def lend(self, row: NDArray[np.int64]) -> None:
         """Let the kernels of a step use the rings: `row` is what they know of them, a `RingPair`."""
         requests, replies = self._requests.address(0), self._replies.address
         row[:4] = requests, replies, signed(self._replies.received), False
+        row[_MEAN_NS] = self._mean_ns
         self._lent = row
         row[_LOST] = self.lost is not None  # whoever breaks the pair from now on finds the row
 
@@ -101,8 +102,8 @@ class Pair:
         """The step is over: go on behind its messages. A reply that is still to come is nobody's."""
         assert self._lent is not None
         row, self._lent = self._lent, None
-        self._replies.received = received = int(row[_RECEIVED]) % COUNTS
-        self._requests.written(received, RING_DATA, wire.HEADER_BYTES + int(row[_REQUEST_BYTES]) if row[_ASKED] else 0)
+        self._replies.received = self._requests.freed = int(row[_RECEIVED]) % COUNTS
+        self._mean_ns = int(row[_MEAN_NS])
         if row[_ASKED]:
             self._in_flight.append(None)
 

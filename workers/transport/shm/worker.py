@@ -12,11 +12,12 @@ import torch
 
 from workers import wire
 from workers.errors import WireError
+from workers.kernels.ops import Rings
 from workers.kernels.threads import limit_threads
 from workers.transport.base import Declined
 from workers.transport.batcher import Batcher
 from workers.transport.shm.memory import NAME, NotShared
-from workers.transport.shm.ring import InRing, Message, OutRing
+from workers.transport.shm.ring import COUNTS, RING_BYTES, InRing, Message, OutRing, signed
 from workers.transport.threads import serve_thread
 from workers.wire import HEADER_BYTES, Header, Request
 
@@ -54,6 +55,8 @@ class Lane:
         self._threads = threads
         self._end = end
         self._cores = len(os.sched_getaffinity(0))
+        rings = Rings(self._requests.address, self._replies.memory.address, RING_BYTES)
+        self._loop = batcher.loop(rings, threads, self._cores)
         self._begin: int | None = None  # of the reply that is being written
         self._is_closed = False
         self._name = f"shm-{router}"
@@ -65,37 +68,35 @@ class Lane:
     def close(self) -> None:
         """The router is gone, or shall go. From any thread; does not wait for what is being computed."""
         self._is_closed = True
+        if self._loop is not None:
+            self._loop.close()
         self._requests.rouse()
 
     def _run(self) -> None:
-        requests, replies, threads = self._requests, self._replies, 0
-        torch.get_num_threads()  # torch sets a thread up when it is first asked, which would undo the limit
+        torch.get_num_threads()  # torch sets a thread up when it is first asked, which would undo a limit
         try:
             while not self._is_closed:
-                if requests.wait():
-                    message = requests.next()
-                    replies.memory.forget_file()  # the router has opened it
-                    replies.free(requests.done)
-                    # Workers that are asked at once share the cores; one that is asked alone has them all.
-                    if threads != (threads := max(1, min(self._threads, self._cores // message.asked))):
-                        limit_threads(threads)
-                    self._answer(message)
+                if self._requests.wait():
+                    self._replies.memory.forget_file()  # the router has opened it
+                    self._answer_by_kernels()
+                    if self._requests.wait() and not self._is_closed:
+                        self._answer(self._requests.next())
         except WireError as error:
             self._end(str(error))
         finally:
-            replies.memory.forget_file()
+            self._replies.memory.forget_file()
+
+    def _answer_by_kernels(self) -> None:
+        """What comes, until they leave a request to Python, or to the batcher."""
+        if self._loop is not None:
+            received, freed = self._loop.run(signed(self._requests.received), signed(self._replies.freed))
+            self._requests.received, self._replies.freed = received % COUNTS, freed % COUNTS
 
     def _answer(self, message: Message) -> None:
-        content = message.content
-        n_pairs = wire.pairs_of(content)
-        if n_bytes := self._batcher.shard.reply_bytes(n_pairs):
-            reply, at = self._room(n_bytes)
-            if self._batcher.answer_at(message.address, len(content), n_pairs, reply, at):
-                self._publish(n_bytes)
-                return
-        self._answer_parsed(*_parse(content))
-
-    def _answer_parsed(self, header: Header, request: Request) -> None:
+        self._replies.free(self._requests.done)
+        # Workers that are asked at once share the cores; one that is asked alone has them all.
+        limit_threads(max(1, min(self._threads, self._cores // message.asked)))
+        header, request = _parse(message.content)
         reply, _ = self._room(HEADER_BYTES + header.n_pairs * header.width * header.dtype.itemsize)
         out_PD = torch.frombuffer(reply, dtype=header.dtype, offset=HEADER_BYTES).view(-1, header.width)
         result = self._batcher.respond(header, request, lambda: not self._is_closed, out_PD)

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -65,10 +65,10 @@ def test_listens_where_the_user_said_and_nowhere_else(host: str, expected: str) 
 
 
 @contextmanager
-def haproxy(directory: Path, config: str) -> Iterator[str]:
+def haproxy(directory: Path, config: str, per_address: int = 0) -> Iterator[str]:
     """HAProxy as `config`, which says port 8000, once it listens on another; its address."""
     port = free_port()
-    lines = restrict(config.replace("8000", str(port)), "127.0.0.1", port).splitlines()
+    lines = restrict(config.replace("8000", str(port)), "127.0.0.1", port, per_address).splitlines()
     file = directory / "haproxy.cfg"
     file.write_text("\n".join(line for line in lines if "stats socket" not in line) + "\n")
     with subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(file)], stderr=subprocess.DEVNULL) as process:
@@ -122,15 +122,30 @@ def test_headers_that_never_end_end_their_connection(tmp_path: Path, monkeypatch
         assert b" 408 " in slow.recv(65536) and slow.recv(1) == b""
 
 
+def test_an_address_has_so_many_connections_and_no_more(tmp_path: Path) -> None:
+    with haproxy(tmp_path, CONFIG, per_address=3) as url, ExitStack() as stack:
+
+        def connect() -> bool:
+            """Whether a connection lives."""
+            with suppress(ConnectionResetError, BrokenPipeError):
+                client = stack.enter_context(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 20))
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                return client.recv(65536) != b""
+            return False
+
+        assert [connect() for _ in range(5)] == [True] * 3 + [False] * 2
+
+
 def leave_early(url: str) -> None:
     """Head and body are sent apart, as many clients do."""
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url, json={"prompt": "x" * 300}, timeout=httpx.Timeout(20, read=0.5))
 
 
-def test_it_can_be_done_twice() -> None:
-    once = restrict(CONFIG, "127.0.0.1", 8000)
-    assert restrict(once, "127.0.0.1", 8000) == once
+@pytest.mark.parametrize("per_address", [0, 100])
+def test_it_can_be_done_twice(per_address: int) -> None:
+    once = restrict(CONFIG, "127.0.0.1", 8000, per_address)
+    assert restrict(once, "127.0.0.1", 8000, per_address) == once
 
 
 @pytest.mark.parametrize(
@@ -157,10 +172,10 @@ def test_the_template_of_this_ray_is_understood() -> None:
 
 def test_it_runs_wherever_the_package_was_installed_to(tmp_path: Path) -> None:
     """Not on `pip install --user`, nor on a path of the environment, can a program count that HAProxy's place takes."""
-    install(tmp_path / "haproxy", "127.0.0.1", 8000)
+    install(tmp_path / "haproxy", "127.0.0.1", 8000, 0)
     script = (tmp_path / "haproxy").read_text()
     assert haproxy_exec.__file__ in script
     (tmp_path / "haproxy.cfg").write_text("frontend http_frontend\n    bind 127.0.0.1:8000\n")
-    command = [sys.executable, "-I", "-S", haproxy_exec.__file__, "127.0.0.1", "8000", "/bin/echo", "-f"]
+    command = [sys.executable, "-I", "-S", haproxy_exec.__file__, "127.0.0.1", "8000", "0", "/bin/echo", "-f"]
     done = subprocess.run([*command, str(tmp_path / "haproxy.cfg")], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"-f {tmp_path / 'haproxy.cfg'}\n"), done.stderr

@@ -14,6 +14,8 @@ from cluster.errors import RequestError
 from cluster.gateway.journal import Entry
 from cluster.gateway.session import Session
 from cluster.gateway.suspects import MAX_LOSSES
+from cluster.gateway.tenants import Tenant, tenant
+from cluster.router.admission import Admission
 from cluster.router.params import SamplingParams, StepOutput, TokenLogprobs
 from cluster.router.service import GenerationService
 from tests.credentials import CREDENTIALS
@@ -390,3 +392,67 @@ async def test_requests_of_a_router_that_is_isolated_go_on_elsewhere_and_it_gets
         await until(lambda: all(each.state == "ready" for each in session.stats().streams))
         await assert_undisturbed(start(session, 4, short), short)
         assert len(routers[0].engine.submitted) == before + 2
+
+
+@asynccontextmanager
+async def small_router(*, gateways: int) -> AsyncIterator[tuple[GenerationService, list[Session]]]:
+    """A router with 2 seats and 3 places, which computes once its engine's gate is open, and sessions to it."""
+    engine = FakeEngine()
+    engine.gate.clear()
+    service = GenerationService(engine, "127.0.0.1", router="r", credentials=CREDENTIALS, admission=Admission(2, 3, 30))
+    await service.start()
+    async with AsyncExitStack() as stack:
+        view = {"r": service.address}
+        sessions = [await stack.enter_async_context(Session(CREDENTIALS, view)) for _ in range(gateways)]
+        await until(lambda: all(session.ready() for session in sessions))
+        yield service, sessions
+        engine.gate.set()
+    await service.stop()
+
+
+@in_loop
+async def test_what_a_router_would_refuse_is_refused_without_asking_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=5)
+    async with small_router(gateways=1) as (service, [session]):
+        tasks = start(session, 5, params)
+        await until(lambda: service.n_open == 5)
+        with monkeypatch.context() as patched:
+            asked: list[object] = []
+            patched.setattr(service, "_submit", lambda *command: asked.append(command))
+            for _ in range(3):
+                with pytest.raises(RequestError, match="waiting already") as caught:
+                    await tokens_of(session, [1], params)
+                assert (caught.value.code, caught.value.status) == ("queue_full", 429) and caught.value.retry_after_s
+            assert not asked
+        service._engine.gate.set()
+        await assert_undisturbed(tasks, params)
+        await until(lambda: session._streams[0].refuse("") is None)
+        assert await tokens_of(session, [1, 7], params) == expected([1, 7], params)
+
+
+@in_loop
+async def test_gateways_that_counted_on_the_same_place_learn_better() -> None:
+    """Else one that counts a request which the router refused would refuse for ever."""
+    params = SamplingParams(max_tokens=5)
+    async with small_router(gateways=2) as (service, sessions):
+        tasks = [task for session in sessions for task in start(session, 5, params)]
+        await until(lambda: sum(task.done() for task in tasks) == 5)
+        assert service.n_open == 5
+        queues = [session._streams[0] for session in sessions]
+        await until(lambda: all(stream.queue is not None and stream.queue.n_open == 5 for stream in queues))
+        service._engine.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert sum(isinstance(result, RequestError) and result.code == "queue_full" for result in results) == 5
+        for session in sessions:
+            await until(lambda stream=session._streams[0]: stream.refuse("") is None)
+            assert await tokens_of(session, [1, 7], params) == expected([1, 7], params)
+
+
+@in_loop
+async def test_requests_tell_whose_they_are() -> None:
+    async with cluster(FakeEngine()) as (session, [router]):
+        tenant.set(Tenant("search"))
+        await tokens_of(session, [1], SamplingParams(max_tokens=2))
+        tenant.set(None)
+        await tokens_of(session, [1], SamplingParams(max_tokens=2))
+        assert [params.tenant for _, params, _ in router.engine.submitted] == ["search", ""]

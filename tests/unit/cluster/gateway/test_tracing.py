@@ -3,11 +3,13 @@ spans when nobody asked for them, a prompt in a span."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -43,13 +45,29 @@ CONFIG = Config(kv_cache_mb=16, block_size=4)
 WORD = "zebrafish"
 
 
+class Ended:
+    """Spans that have ended, those that are made later included."""
+
+    def __init__(self) -> None:
+        self._exporter = memory.InMemorySpanExporter()
+        self.start()
+
+    def start(self) -> None:
+        """Trace, from now on."""
+        self._exporter.clear()
+        tracing.install(export.SimpleSpanProcessor(self._exporter), "test")
+
+    def take(self) -> tuple[Any, ...]:
+        """Those so far; nothing is traced any more."""
+        tracing.install(None, "test")
+        spans: tuple[Any, ...] = self._exporter.get_finished_spans()
+        return spans
+
+
 @pytest.fixture
-def spans() -> Iterator[Any]:
-    """Those that have ended."""
-    exporter = memory.InMemorySpanExporter()
-    tracing.install(export.SimpleSpanProcessor(exporter), "test")
-    yield exporter
-    tracing.install(None, "test")
+def spans() -> Iterator[Ended]:
+    yield (ended := Ended())
+    ended.take()
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +109,10 @@ async def complete(client: httpx.AsyncClient, traceparent: str) -> str:
 
 
 @in_loop
-async def test_one_trace_from_the_client_to_the_workers(spans: Any, checkpoint: Path, byte_level_path: Path) -> None:
+async def test_one_trace_from_the_client_to_the_workers(spans: Ended, checkpoint: Path, byte_level_path: Path) -> None:
     async with client_of(checkpoint, byte_level_path) as client:
         request_id = await complete(client, f"00-{TRACE}-{CLIENT}-01")
-    found = spans.get_finished_spans()
+    found = spans.take()
     by_id = {span.context.span_id: span for span in found}
     names = Counter(span.name for span in found)
     assert names["POST /v1/completions"] == names["queue"] == names["prefill"] == 1
@@ -122,32 +140,72 @@ async def test_one_trace_from_the_client_to_the_workers(spans: Any, checkpoint: 
 
 @in_loop
 async def test_who_is_not_sampled_or_asked_for_leaves_no_span(
-    spans: Any, checkpoint: Path, byte_level_path: Path
+    spans: Ended, checkpoint: Path, byte_level_path: Path
 ) -> None:
     async with client_of(checkpoint, byte_level_path) as client:
         await complete(client, f"00-{TRACE}-{CLIENT}-00")
-        assert spans.get_finished_spans() == ()
+        assert spans.take() == ()
+        spans.start()
         await complete(client, "")  # the client traces nothing; we do
-        assert len({span.context.trace_id for span in spans.get_finished_spans()}) == 1
-        spans.clear()
+        assert len({span.context.trace_id for span in spans.take()}) == 1
+        spans.start()
         await complete(client, "nonsense")
-        assert "step" in {span.name for span in spans.get_finished_spans()}
-        spans.clear()
-        tracing.install(None, "test")
-        await complete(client, f"00-{TRACE}-{CLIENT}-01")
-        assert spans.get_finished_spans() == ()
+        assert "step" in {span.name for span in spans.take()}
+        await complete(client, f"00-{TRACE}-{CLIENT}-01")  # nothing is traced now
+        assert tracing.deferred() is None and tracing.tracer() is None
 
 
-def test_a_step_is_in_the_trace_of_the_first_and_linked_to_the_others(spans: Any) -> None:
-    requests = (f"00-{TRACE}-{CLIENT}-01", "", f"00-{TRACE}-{CLIENT}-01", f"00-{OTHER}-{CLIENT}-01")
-    sequences = [Sequence("x", [1], SamplingParams(max_tokens=1, traceparent=each)) for each in requests]
+REQUESTS = (f"00-{TRACE}-{CLIENT}-01", "", f"00-{TRACE}-{CLIENT}-01", f"00-{OTHER}-{CLIENT}-01")
+
+
+def traced() -> list[Sequence]:
+    return [Sequence("x", [1], SamplingParams(max_tokens=1, traceparent=each)) for each in REQUESTS]
+
+
+def test_a_step_is_in_the_trace_of_the_first_and_linked_to_the_others(spans: Ended) -> None:
     made = RouterSpans()
-    with made.step(7, 9, sequences):
+    with made.step(7, 9, traced()):
         assert made.is_tracing
     assert not made.is_tracing
-    (span,) = spans.get_finished_spans()
+    with pytest.raises(KeyError), made.step(8, 9, traced()):
+        raise KeyError(WORD)
+    span, failed = spans.take()
     assert f"{span.context.trace_id:032x}" == TRACE and dict(span.attributes)["expertmesh.rows"] == 9
     assert [f"{link.context.trace_id:032x}" for link in span.links] == [OTHER]
+    assert span.status.is_ok or span.status.is_unset
+    assert failed.status.status_code.name == "ERROR" and WORD not in failed.to_json()
+
+
+def test_a_captured_step_tells_what_its_workers_computed(spans: Ended) -> None:
+    made = RouterSpans()
+    with made.step(7, 9, traced()):
+        made.captured(time.perf_counter(), 0.25, [("a", 0.5, 3), ("b", 0.125, 4)])
+    step, exchange, *computing = spans.take()
+    assert exchange.parent.span_id == step.context.span_id and exchange.attributes["expertmesh.seconds"] == 0.25
+    assert step.start_time <= exchange.start_time <= exchange.end_time <= step.end_time
+    assert {each.parent.span_id for each in computing} == {exchange.context.span_id}
+    assert [each.end_time - each.start_time for each in computing] == [500_000_000, 125_000_000]
+    assert [(each.attributes["expertmesh.worker"], each.attributes["expertmesh.rows"]) for each in computing] == [
+        ("a", 3),
+        ("b", 4),
+    ]
+
+
+def test_a_note_that_cannot_be_drawn_costs_the_others_nothing(spans: Ended, caplog: Any) -> None:
+    made, deferred = RouterSpans(), tracing.deferred()
+    assert deferred is not None
+    deferred.add(Mock(draw=Mock(side_effect=ValueError)))
+    with made.step(7, 9, traced()):
+        pass
+    assert [span.name for span in spans.take()] == ["step"] and "could not be made" in caplog.text
+
+
+def test_opentelemetry_s_own_switch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    ended = Ended()
+    with RouterSpans().step(7, 9, traced()):
+        pass
+    assert tracing.tracer() is None and ended.take() == ()
 
 
 def test_without_opentelemetry_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

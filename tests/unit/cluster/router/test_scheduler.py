@@ -206,3 +206,92 @@ def test_who_waits_too_long_is_overdue_unless_it_was_begun(monkeypatch: pytest.M
     for each in (running, waiting, continued):
         each.arrived -= 31
     assert scheduler.overdue() == [waiting]
+
+
+def of_tenant(tenant: str, name: str, n_prompt: int = 4, max_tokens: int = 1000) -> Sequence:
+    return Sequence(name, range(n_prompt), SamplingParams(max_tokens=max_tokens, tenant=tenant))
+
+
+def crowded(n_blocks: int = 1000, max_sequences: int = 8, max_queue: int = 256) -> Scheduler:
+    """One that `a` has to itself, with as many waiting."""
+    blocks = KVBlocks(n_blocks, 4)
+    scheduler = Scheduler(blocks, max_batch_tokens=64, max_sequences=max_sequences, max_queue=max_queue)
+    for i in range(2 * max_sequences):
+        scheduler.submit(of_tenant("a", f"a{i}"))
+    commit(scheduler, scheduler.schedule())
+    return scheduler
+
+
+def running(scheduler: Scheduler, tenant: str) -> int:
+    return sum(each.params.tenant == tenant for each in scheduler.running)
+
+
+def test_a_tenant_below_its_share_gets_seats_at_once_and_no_more_than_that() -> None:
+    scheduler = crowded()
+    for i in range(8):
+        scheduler.submit(of_tenant("b", f"b{i}"))
+    held = []
+    for _ in range(10):
+        chunks = scheduler.schedule()
+        check(scheduler, chunks)
+        commit(scheduler, chunks)
+        held.append((running(scheduler, "a"), running(scheduler, "b")))
+    assert held[0] == (7, 1) and held[-1] == (4, 4) and scheduler.preemptions == 4
+    assert [each.request_id for each in scheduler.waiting][:4] == ["a4", "a5", "a6", "a7"], "their turn comes first"
+    for each in [each for each in scheduler.running if each.params.tenant == "b"]:
+        scheduler.end(each)
+    commit(scheduler, scheduler.schedule())
+    assert running(scheduler, "b") == 4, "what b leaves is b's again as long as it waits"
+
+
+def test_tenants_that_come_one_by_one_end_with_equal_shares() -> None:
+    scheduler = crowded(max_sequences=9)
+    for tenant in "bc":
+        for i in range(20):
+            scheduler.submit(of_tenant(tenant, f"{tenant}{i}"))
+    for _ in range(30):
+        chunks = scheduler.schedule()
+        check(scheduler, chunks)
+        commit(scheduler, chunks)
+    assert [running(scheduler, tenant) for tenant in "abc"] == [3, 3, 3] and scheduler.preemptions == 6
+
+
+def test_a_tenant_with_all_blocks_gives_some_back() -> None:
+    pool = KVBlocks(40, 4)
+    scheduler = Scheduler(pool, max_batch_tokens=400, max_sequences=64, max_queue=10, shares_prefixes=False)
+    for i in range(3):
+        scheduler.submit(of_tenant("a", f"a{i}", n_prompt=44, max_tokens=20))
+    commit(scheduler, scheduler.schedule())
+    assert running(scheduler, "a") == 3
+    scheduler.submit(of_tenant("b", "b", n_prompt=40, max_tokens=20))
+    chunks = scheduler.schedule()
+    check(scheduler, chunks)
+    assert running(scheduler, "b") == 1 and running(scheduler, "a") == 2
+    for _ in range(100):
+        commit(scheduler, chunks)
+        chunks = scheduler.schedule()
+        check(scheduler, chunks)
+    assert not scheduler.running and not scheduler.waiting, "and all of them end"
+
+
+def test_a_full_queue_takes_who_has_a_seat_of_its_own() -> None:
+    scheduler = crowded(max_queue=8)
+    with pytest.raises(RequestError, match="waiting already"):
+        scheduler.submit(of_tenant("a", "one more"))
+    for i in range(4):
+        scheduler.submit(of_tenant("b", f"b{i}"))
+    with pytest.raises(RequestError, match="waiting already"):
+        scheduler.submit(of_tenant("b", "one more"))
+
+
+def test_a_priority_orders_the_requests_of_its_own_tenant_only() -> None:
+    scheduler = crowded()
+    urgent = SamplingParams(max_tokens=9, tenant="a", priority=-5)
+    scheduler.submit(Sequence("urgent", range(4), urgent))
+    scheduler.submit(of_tenant("b", "b"))
+    scheduler.schedule()
+    assert running(scheduler, "b") == 1 and scheduler.waiting[0].request_id == "a7"
+    scheduler.end(scheduler.running[0])
+    scheduler.end(scheduler.waiting[0])
+    scheduler.schedule()
+    assert any(each.request_id == "urgent" for each in scheduler.running)

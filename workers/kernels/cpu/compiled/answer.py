@@ -5,6 +5,8 @@ Imported only to build it (see `library`): numba is here.
 
 from __future__ import annotations
 
+import numba
+
 from workers.kernels.cpu import arguments
 from workers.kernels.cpu.arguments import Experts, Pairs
 from workers.kernels.cpu.compiled.jit import as_int32, as_int64, load_int32, reader
@@ -28,7 +30,8 @@ _N_EXPERTS = HEAD + Pairs._fields.index("n_experts")
 _TABLE_OF_EXPERTS = HEAD + Experts._fields.index("table")
 
 
-def read_request(args: int) -> None:
+@numba.njit(inline="never")
+def read(args):  # type: ignore[no-untyped-def]
     """Check a REQUEST of `wire`, sort out its pairs and begin its REPLY; then the first counter becomes 1.
 
     It stays 0, and nothing is done, unless the request is whole and right, of few float32 rows, and all its experts
@@ -68,6 +71,11 @@ def read_request(args: int) -> None:
     reply[0] = a.reply_word
     reply[PAYLOAD_BYTES // 8], reply[COMPUTE_NS // 8] = 4 * n_pairs * a.d, 0
     as_int64(args)[0] = 1
+
+
+def read_request(args: int) -> None:
+    """See `read`."""
+    read(args)
 
 
 KERNELS = (read_request,)

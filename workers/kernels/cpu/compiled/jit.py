@@ -79,8 +79,8 @@ def store_int32(_context: Any, _address: Any, _value: Any) -> Any:
 
 
 @intrinsic
-def system_call(_context: Any, _function: Any, _number: Any, _a: Any, _b: Any, _c: Any, _d: Any) -> Any:
-    """Call the C library's `syscall`, whose address comes first, with a number and four arguments."""
+def call_c(_context: Any, _function: Any, _a: Any, _b: Any, _c: Any, _d: Any, _e: Any) -> Any:
+    """Call the C function at an address with five integers; what it returns, of which an int is the lower half."""
 
     def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
         function, *values = args
@@ -88,6 +88,20 @@ def system_call(_context: Any, _function: Any, _number: Any, _a: Any, _b: Any, _
         return b.call(b.inttoptr(function, kind.as_pointer()), [*values, none, none])
 
     return types.int64(*[types.int64] * 6), codegen
+
+
+@intrinsic
+def now_ns(_context: Any, _clock_gettime: Any) -> Any:
+    """Nanoseconds of the monotonic clock, by the C function at an address."""
+
+    def codegen(_ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
+        time = cgutils.alloca_once(b, ir.ArrayType(_I64, 2))
+        kind = ir.FunctionType(_I32, [_I32, time.type])
+        b.call(b.inttoptr(args[0], kind.as_pointer()), [ir.Constant(_I32, 1), time])
+        seconds, rest = (b.load(cgutils.gep_inbounds(b, time, 0, i)) for i in (0, 1))
+        return b.add(b.mul(seconds, ir.Constant(_I64, 1_000_000_000)), rest)
+
+    return types.int64(types.int64), codegen
 
 
 def _pointer(numba_type: Any, llvm_type: Any) -> Any:

@@ -56,9 +56,11 @@ def test_the_room_behind_a_message_that_kernels_wrote_is_as_good_as_any() -> Non
     ring = OutRing()
     into = InRing(ring.memory.name)
     for n_bytes in (72, 1656, 4096):
-        ring.written(0, RING_DATA, n_bytes)
+        ring.publish(RING_DATA, n_bytes)
+        assert into.wait() and len(into.next().content) == n_bytes
         send(ring, b"x" * 100)
         assert into.wait() and bytes(into.next().content) == b"x" * 100
+        ring.free(into.received)
 
 
 def test_a_ring_is_full_once() -> None:
