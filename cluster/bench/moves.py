@@ -186,8 +186,9 @@ def show(result: dict[str, Any]) -> None:
     done = ", ".join(f"{n} x {verb}" for verb, n in sorted(result["done"].items()))
     seconds, pause = result["seconds"], result["pause_s"]
     typer.echo(
-        f"{done}, {result['refused']} refused: p50 {seconds['p50']:.2f} s, p99 {seconds['p99']:.2f} s; longest pause p50 "
-        f"{pause['p50']:.2f} s, p99 {pause['p99']:.2f} s; no epoch in use {result['oldest_epoch_s']:.2f} s after the next"
+        f"{done}, {result['refused']} refused: p50 {seconds['p50']:.2f} s, p99 {seconds['p99']:.2f} s; longest pause "
+        f"p50 {pause['p50']:.2f} s, p99 {pause['p99']:.2f} s; no epoch in use {result['oldest_epoch_s']:.2f} s after "
+        "the next"
     )
     begin = f"interrupted ({result['interrupted']}): " if result["interrupted"] else ""
     typer.echo(begin + summary(result))
