@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 _COMMANDS = {
     "serve": "An open-loop load generator against a running gateway.",
     "gpu": "One GPU: ceilings, decoding and prompts beside the floor and transformers, without Ray.",
+    "moves": "Move, replicate and drop experts and scale a running cluster under load and compare every stream.",
     "chaos": "Kill processes of a running cluster under load and compare every stream.",
 }
 

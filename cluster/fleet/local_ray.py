@@ -72,6 +72,8 @@ def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str
         **{name: os.environ.get(name, value) for name, value in _QUIET.items()},
         # Under this name Ray knows the setting that makes a node's address 127.0.0.1: all its servers bind to that.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Ray's own default, 15, is for batches that run beside other work.
+        "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112 (Ray calls it so)
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
         # Without its head Ray starts nothing, but what runs goes on; its own limit is a minute.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "600",

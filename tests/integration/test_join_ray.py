@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster_fixture import chat, free_port, private_environ, run, running_cluster, wait_until
+from tests.cluster_fixture import chat, free_port, private_environ, run, running_cluster
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
