@@ -85,7 +85,7 @@ def test_where_routers_hold_the_experts_there_is_nothing_to_place() -> None:
     membership = Membership(striped(2, 4, ("router-0",)), Goal(), 0.0, 1)
     membership.report(Member("router", "router-0", 1, "n", "ready", "x:1", epoch=1), 0.0)
     operator = Operator(membership, Mock(), 10, Events())
-    for verb in (operator.rebalance(), operator.replicate(0, 0), operator.drain("router-0")):
+    for verb in (operator.rebalance(), operator.replicate(0, 0, None), operator.drain("router-0")):
         with pytest.raises(PlacementError, match="routers hold all experts themselves"):
             asyncio.run(verb)
 
