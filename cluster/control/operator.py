@@ -150,6 +150,7 @@ class Operator:
     def plan(self, limits: Limits | None = None, without: Iterable[str] = (), loads_LE: Floats | None = None) -> Plan:
         """What `rebalance` would do for the recent load, or for `loads_LE`, rows of each expert. PlacementError when
         the workers that there are cannot hold all experts, or the model has others than `loads_LE`."""
+        self._need_workers()
         load = self._membership.load
         now = self._placement
         if loads_LE is None:
@@ -240,7 +241,12 @@ class Operator:
             for member in members
         ]
 
+    def _need_workers(self) -> None:
+        if not any(member.role == "expert" for member in self._membership.view.members):
+            raise PlacementError("there are no expert workers, routers hold all experts themselves: nothing to place")
+
     def _roomiest(self, layer: int, expert: int) -> str:
+        self._need_workers()
         holders = self._placement.holders(layer, expert) if 0 <= layer < self._placement.n_layers else ()
         room = {
             worker: slots - len(self._placement.shard(worker))

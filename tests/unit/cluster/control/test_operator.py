@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from itertools import product
+from unittest.mock import Mock
 
 import pytest
 from fastapi.testclient import TestClient
 
 from cluster.control import operator as module
 from cluster.control.api import create_app
+from cluster.control.events import Events
+from cluster.control.goal import Goal
+from cluster.control.membership import Membership
+from cluster.control.operator import Operator
 from cluster.control.rebalancer import RebalanceOptions, Rebalancer, decide
 from cluster.control.view import Member
 from cluster.errors import PlacementError
+from cluster.placement.placement import striped
 from cluster.placement.planner import Forecast
 from tests.fake_fleet import WORKERS, Fleet
 from tests.loop import until
@@ -86,6 +92,16 @@ def test_the_api_asks_for_its_token_and_says_why_not() -> None:
     assert client.post("/rebalance", json={"dry_run": True}).json()["forecast"]["moved_replicas"] == 0
     assert client.get("/rebalancer").json()["mode"] == "advise"
     assert client.get("/receipts").json()[0]["action"] == "apply a placement"
+
+
+def test_where_routers_hold_the_experts_there_is_nothing_to_place() -> None:
+    """Would catch an operator who is told that a slot is missing where there are no workers."""
+    membership = Membership(striped(2, 4, ("router-0",)), Goal(), 0.0, 1)
+    membership.report(Member("router", "router-0", 1, "n", "ready", "x:1", epoch=1), 0.0)
+    operator = Operator(membership, Mock(), 10, Events())
+    for verb in (operator.rebalance(), operator.replicate(0, 0, None), operator.drain("router-0")):
+        with pytest.raises(PlacementError, match="routers hold all experts themselves"):
+            asyncio.run(verb)
 
 
 def test_a_plan_for_other_loads_than_the_recent_ones() -> None:
