@@ -1,6 +1,6 @@
 # make serve   builds everything a fresh machine lacks and serves a model    (MODEL=default, ARGS="--port 8080")
 # make test    all tests, half an hour on two cores                           (TESTS=tests/unit for a part: minutes)
-# make install-check   empty environments, a chat from each                   (ARGS="python3.13 --kind sdist")
+# make install-check   empty environments, a chat from each                   (ARGS="python3.13 --kind sdist" or --quick)
 # make clients   agent and extraction frameworks against the gateway, from an environment of their own (.clients)
 # make check   style, types, import directions, generated code
 PYTHON ?= python3

@@ -53,8 +53,7 @@ def matrix(seed: int, n: int, k: int) -> Tensor:
 def shard_of(spec: ModelSpec, experts: list[tuple[int, int]]) -> ExpertShard:
     """A shard on the GPU with `experts`."""
     shard = ExpertShard(spec, "cuda:0", spec.dtype)
-    for layer in range(spec.n_layers):
-        shard.reserve(layer, sum(held == layer for held, _ in experts))
+    shard.reserve(len(experts))
     d, f = spec.hidden_size, spec.ffn_size
     for layer, expert in experts:
         seed = 10_000 + 10 * (spec.n_experts * layer + expert)
@@ -138,9 +137,9 @@ def measure(n_layers: int, n_rows: int, n_workers: int) -> dict[str, object]:
                 pipe.send(offered.text)
                 offered.accepted(pipe.recv())
             one = DecodeGraphs(decoder, n_rows, CONTEXT)
-            apart = DecodeGraphs(decoder, n_rows, CONTEXT, way.experts)
-            for graphs in (one, apart):
-                graphs.capture(n_rows)
+            apart = DecodeGraphs(decoder, n_rows, CONTEXT)
+            one.capture(n_rows)
+            apart.capture(n_rows, experts=way.experts)
             while not way.ready(names, owner_LE.astype(np.int32)):
                 time.sleep(0.01)
             batch = batch_of(n_rows)

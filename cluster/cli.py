@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import inspect
-import io
 import json
 import os
-import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from cluster.fleet.operator_cli import ask, drain, placement, rebalance, scale
 from cluster.generate import generate
 from cluster.models.cli import app as model_app
 from cluster.plan.command import plan
+from cluster.process_setup import set_up
 from cluster.state_dir import VARIABLE, settle
 
 Port = Annotated[int | None, typer.Option(help="of the gateway, when several clusters run")]
@@ -53,14 +52,7 @@ class _OneLineErrors(TyperGroup):
     """An error made on purpose, or of the system (a full disk), ends the command with one line and exit code 1."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        # A terminal need not know every character of a help page, or of what a model says.
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")
-        try:
-            os.getcwd()
-        except FileNotFoundError:  # somebody removed it; libraries that ask where they are end the process
-            os.chdir("/")
+        set_up()
         return super().main(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
@@ -169,9 +161,17 @@ def stop(
     port: Port = None,
     state_dir: StateDir = None,
     timeout_s: Annotated[float, typer.Option(help="how long to wait for open requests and the end")] = 60.0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="end what a `serve --ray-address` that was killed left behind in that Ray")
+    ] = None,
 ) -> None:
     """End the running cluster: open requests finish, then every process goes."""
     settle(os.environ, state_dir)
+    if ray_address is not None:
+        from cluster.fleet.local_ray import clear
+
+        typer.echo(clear(ray_address))
+        return
     from cluster.fleet.status import stop
 
     typer.echo(stop(port, timeout_s))

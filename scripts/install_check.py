@@ -1,8 +1,8 @@
 """What a newcomer does: build the packages, install one into an empty environment, and chat from an empty directory.
 
-`python scripts/install_check.py [PYTHON ...] [--kind wheel|sdist]`: interpreters of the new environments, by default
-one of each version from 3.11 to 3.13 that is at hand (on PATH, or pyenv's). The environments are uv's, so without pip,
-and hold what the package asks for and nothing else: that is gigabytes, once.
+`python scripts/install_check.py [PYTHON ...] [--kind wheel|sdist] [--quick]`: interpreters of the new environments, by
+default one of each version from 3.11 to 3.13 that is at hand (on PATH, or pyenv's). The environments are uv's, so
+without pip, and hold what the package asks for and nothing else: that is gigabytes, once.
 """
 
 from __future__ import annotations
@@ -31,22 +31,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Install the packages into empty environments, and chat from each.")
     parser.add_argument("pythons", nargs="*", metavar="PYTHON", help="interpreters; by default those at hand")
     parser.add_argument("--kind", choices=KINDS, action="append", help="by default both")
+    parser.add_argument("--quick", action="store_true", help="the sdist on the oldest, the wheel on the newest alone")
     options = parser.parse_args()
+    pythons = options.pythons or list(at_hand())
+    pairs = [(python, kind) for python in pythons for kind in options.kind or KINDS]
+    if options.quick:
+        pairs = [(pythons[0], "sdist"), (pythons[-1], "wheel")]
     with tempfile.TemporaryDirectory(prefix="expertmesh install ") as directory:
         scratch = Path(directory)
-        subprocess.run([sys.executable, "-m", "build", "--outdir", directory, str(ROOT)], check=True, stdout=sys.stderr)
-        for python in options.pythons or at_hand():
-            for kind in options.kind or KINDS:
-                began = time.monotonic()
-                expertmesh = install(scratch / "venv", python, next(scratch.glob(KINDS[kind])))
-                installed = time.monotonic()
-                answer = chat(expertmesh, scratch)
-                shutil.rmtree(scratch / "venv")
-                print(
-                    f"{kind} on {python}: installed in {installed - began:.0f} s, answered {answer!r} "
-                    f"{time.monotonic() - installed:.0f} s later",
-                    flush=True,
-                )
+        build(scratch)
+        for python, kind in pairs:
+            began = time.monotonic()
+            expertmesh = install(scratch / "venv", python, next(scratch.glob(KINDS[kind])))
+            installed = time.monotonic()
+            answer = chat(expertmesh, scratch)
+            shutil.rmtree(scratch / "venv")
+            print(
+                f"{kind} on {python}: installed in {installed - began:.0f} s, answered {answer!r} "
+                f"{time.monotonic() - installed:.0f} s later",
+                flush=True,
+            )
+
+
+def build(into: Path) -> None:
+    """A wheel and an sdist; what the builder says only if it fails."""
+    command = [sys.executable, "-m", "build", "--outdir", str(into), str(ROOT)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stdout}\nthe packages could not be built")
 
 
 def at_hand() -> Iterator[str]:

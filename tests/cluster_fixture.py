@@ -10,8 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.waiting import wait_until
 from workers.kernels.cpu.library import object_file
 
 START_TIMEOUT_S = 180.0
@@ -88,13 +88,6 @@ def lend_kernels(cache: Path) -> None:
     kernels = cache / "expertmesh" / "kernels"
     kernels.mkdir(parents=True)
     shutil.copy(object_file(), kernels)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(0.1)
 
 
 def private_environ(directory: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Gpu:
     total_bytes: int
     free_bytes: int  # of all processes, now
     bytes_per_s: int  # what its memory gives by its clock and width
+    host: str = ""
+    strangers: tuple[int, ...] = ()  # GPUs of the host whose memory it does not reach directly
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -48,7 +51,8 @@ def gpus() -> tuple[Gpu, ...]:
     except pynvml.NVMLError:
         return ()
     try:
-        return tuple(_gpu(index, handle) for index, handle in enumerate(_visible()))
+        handles = _visible()
+        return tuple(_gpu(index, handle, handles) for index, handle in enumerate(handles))
     finally:
         pynvml.nvmlShutdown()
 
@@ -56,17 +60,20 @@ def gpus() -> tuple[Gpu, ...]:
 def pick(name: str, ray_gpu_ids: Sequence[object] = ()) -> torch.device:
     """The device of a process for which the configuration says `name`, with an index where it is a GPU.
 
-    ray_gpu_ids: what Ray gave the process; without, the first GPU is taken. Raises DeviceError when a GPU is asked for
-    and cannot be used.
+    ray_gpu_ids: what Ray gave the process, of which the first is taken, and is the process's GPU 0 from now on: a
+    thread that does not say on which GPU it launches launches there. All others stay in sight, behind it. To be called
+    before CUDA is first used. Raises DeviceError when a GPU is asked for and cannot be used.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if name == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        reason = f"torch {torch.__version__} was built without it" if torch.version.cuda is None else "it finds no GPU"
-        raise DeviceError(f"device cuda: CUDA cannot be used here: {reason}")
-    device = torch.device("cuda", _position(str(ray_gpu_ids[0])) if ray_gpu_ids else 0)
-    torch.cuda.set_device(device)  # of whoever launches without saying where
-    return device
+    if ray_gpu_ids and torch.version.cuda is not None:
+        _put_first(str(ray_gpu_ids[0]))
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if name == "auto":
+        return torch.device("cpu")
+    reason = f"torch {torch.__version__} was built without it" if torch.version.cuda is None else "it finds no GPU"
+    raise DeviceError(f"device cuda: CUDA cannot be used here: {reason}")
 
 
 def compute_dtype(name: str, stored: torch.dtype, *devices: torch.device | str) -> torch.dtype:
@@ -77,20 +84,27 @@ def compute_dtype(name: str, stored: torch.dtype, *devices: torch.device | str) 
     return torch.float32 if any(str(device) == "cpu" for device in devices) else stored
 
 
+def rows_device(device: torch.device, *ends: str) -> torch.device:
+    """Where the rows lie that a process on `device` exchanges collectively: on its GPU if all `ends` are on GPUs."""
+    return device if device.type == "cuda" and all(end == "cuda" for end in ends) else torch.device("cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """What a planner has to know of an expert worker's device; 0: not known."""
 
-    slots: int = 0  # experts that fit
+    slots: int = 0  # experts that there is room for
     bytes_per_s: int = 0  # what its memory gives: decoding reads every weight that a row needs
 
 
-def capacity(device: torch.device, share: float, expert_bytes: int) -> Capacity:
-    """Of a worker that may take `share` of its GPU's memory; of the host's, which others use too, nothing is known."""
+def capacity(device: torch.device, share: float, expert_bytes: int, most: int) -> Capacity:
+    """Of a worker that may take `share` of its GPU's memory, for `most` experts or fewer; of the host's, which others
+    use too, nothing is known."""
     if device.type == "cpu":
         return Capacity()
     gpu = gpus()[device.index]
-    return Capacity(int(max(0, gpu.total_bytes * share - CONTEXT_BYTES)) // expert_bytes, gpu.bytes_per_s)
+    room = min(gpu.total_bytes * share, gpu.free_bytes) - CONTEXT_BYTES
+    return Capacity(min(most, int(max(0, room)) // expert_bytes), gpu.bytes_per_s)
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -99,7 +113,7 @@ def describe(device: torch.device) -> dict[str, object]:
         return {"device": "cpu"}
     free, total = torch.cuda.mem_get_info(device)
     said: dict[str, object] = {
-        "device": str(device),
+        "device": f"cuda:{_shown()[device.index] if _shown() else device.index}",  # as others name it, too
         "gpu": torch.cuda.get_device_name(device),
         "gpu_total_bytes": total,
         "gpu_used_bytes": total - free,
@@ -110,14 +124,28 @@ def describe(device: torch.device) -> dict[str, object]:
     return said
 
 
-def _position(gpu_id: str) -> int:
-    """N of `cuda:N` for Ray's name of a GPU: a number among all, or what CUDA_VISIBLE_DEVICES calls it."""
-    shown = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-    if not shown:
-        return int(gpu_id)
+def _put_first(gpu_id: str) -> None:
+    """Make Ray's `gpu_id`, a number among all GPUs or what CUDA_VISIBLE_DEVICES calls it, the first that CUDA shows."""
+    shown = _shown() or [str(index) for index in range(_count())]
     if gpu_id not in shown:
         raise DeviceError(f"Ray gave GPU {gpu_id}, but CUDA_VISIBLE_DEVICES is {','.join(shown)}")
-    return shown.index(gpu_id)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join([gpu_id, *(each for each in shown if each != gpu_id)])
+
+
+def _shown() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names; empty where it says nothing."""
+    return [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+
+
+def _count() -> int:
+    """How many GPUs NVML finds."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _visible() -> list[object]:
@@ -138,8 +166,15 @@ def _visible() -> list[object]:
     return handles
 
 
-def _gpu(index: int, handle: object) -> Gpu:
+def _gpu(index: int, handle: object, handles: Sequence[object]) -> Gpu:
     import pynvml
+
+    def reaches(peer: object) -> bool:
+        try:
+            status = pynvml.nvmlDeviceGetP2PStatus(handle, peer, pynvml.NVML_P2P_CAPS_INDEX_READ)
+        except pynvml.NVMLError:
+            return True  # not known; the handshake tries it
+        return bool(status == pynvml.NVML_P2P_STATUS_OK)
 
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     name = pynvml.nvmlDeviceGetName(handle)
@@ -147,7 +182,8 @@ def _gpu(index: int, handle: object) -> Gpu:
     clock_mhz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)
     # Two transfers a cycle: NVML states HBM's and GDDR's clocks so that this holds for both.
     bytes_per_s = 2 * clock_mhz * 10**6 * width_bits // 8
-    return Gpu(index, name, memory.total, memory.free, bytes_per_s)
+    strangers = tuple(other for other, peer in enumerate(handles) if other != index and not reaches(peer))
+    return Gpu(index, name, memory.total, memory.free, bytes_per_s, socket.gethostname(), strangers)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -28,6 +28,11 @@ class Stream:
     finish: str | None = None
 
     @property
+    def first_token_s(self) -> float:
+        """Seconds from the request to the first token; 0 before there is one."""
+        return self.arrivals[1] - self.arrivals[0] if len(self.arrivals) > 1 else 0.0
+
+    @property
     def longest_pause(self) -> float:
         """Seconds between two tokens."""
         return max((b - a for a, b in pairwise(self.arrivals[1:])), default=0.0)

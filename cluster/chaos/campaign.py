@@ -1,8 +1,7 @@
 """Faults in a running cluster, and what its clients see of them.
 
-Streams are run once undisturbed, then again and again while faults happen. Every stream has to end with the tokens of
-its undisturbed run; the pause of a fault is the longest time that an open stream went without a token, from its begin
-until all processes are ready again.
+The pause of a fault is the longest time that an open stream went without a further token, from the begin of the fault
+until all processes are ready again; what new streams waited for their first token stands beside it.
 """
 
 from __future__ import annotations
@@ -12,22 +11,17 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-
-from cluster.bench.chaos import difference, run_all, whole
-from cluster.bench.chaos_stream import Stream, compare
+from cluster.bench.disturbed import Comparison, Tell, compare_during, figures, longest_gaps, whole
 from cluster.bench.gateway import connect
 from cluster.chaos.schedule import QUIET_S
 from cluster.control.faults import Fault
-from cluster.errors import ExpertMeshError
 from cluster.fleet.operator_cli import ask
 from cluster.fleet.status import processes
 
-Tell = Callable[[str], None]
 Faults = Callable[[dict[str, str]], Iterator[Fault]]  # from the role of every process, by id
 
 
@@ -35,47 +29,31 @@ Faults = Callable[[dict[str, str]], Iterator[Fault]]  # from the role of every p
 class Report:
     """What is known so far; an interrupted run keeps it."""
 
-    undisturbed: list[Stream] = field(default_factory=list)
-    streams: list[Stream] = field(default_factory=list)  # of all rounds, in the order of `undisturbed`
-    errors: list[str] = field(default_factory=list)  # of streams that did not end
+    comparison: Comparison = field(default_factory=Comparison)
     faults: list[Fault] = field(default_factory=list)
     begun: list[float] = field(default_factory=list)  # when each fault began, monotonic seconds
     over: list[float] = field(default_factory=list)  # when all processes were ready after it
-    interrupted: str | None = None  # why
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is anything to report yet."""
+        return bool(self.comparison.streams and self.faults)
 
     def result(self) -> dict[str, Any]:
         """The figures."""
-        pairs = [(i, seen, self.undisturbed[i % len(self.undisturbed)]) for i, seen in enumerate(self.streams)]
-        ended = [(compare(seen, wanted), i, seen, wanted) for i, seen, wanted in pairs if seen.finish is not None]
         spans = zip_longest(self.begun, self.over, fillvalue=time.monotonic())
-        waited = [longest_gap(self.streams, begin, end) for begin, end in spans]
+        waited = [longest_gaps(self.comparison.streams, begin, end) for begin, end in spans]
+        seen = list(zip(self.faults, waited, strict=True))
         kinds = sorted({_group(fault) for fault in self.faults})
         return {
-            "streams": len(ended),
-            "changed": sum(verdict == "changed" for verdict, *_ in ended),
-            "near_ties": sum(verdict == "near-tie" for verdict, *_ in ended),
-            "errors": self.errors,
-            "faults": [{"fault": str(f), "pause_s": pause} for f, pause in zip(self.faults, waited, strict=True)],
-            "pause_s": {
-                kind: figures([p for f, p in zip(self.faults, waited, strict=True) if _group(f) == kind])
-                for kind in kinds
-            },
-            "undisturbed_pause_s": max((seen.longest_pause for seen in self.undisturbed), default=None),
-            "interrupted": self.interrupted,
-            "differences": [difference(i, seen, wanted) for verdict, i, seen, wanted in ended if verdict != "same"],
+            "faults": [
+                {"fault": str(fault), "pause_s": pause_s, "first_token_s": first_s}
+                for fault, (pause_s, first_s) in seen
+            ],
+            "pause_s": {kind: figures([pause_s for f, (pause_s, _) in seen if _group(f) == kind]) for kind in kinds},
+            "first_token_s": {kind: figures([first for f, (_, first) in seen if _group(f) == kind]) for kind in kinds},
+            **self.comparison.result(),
         }
-
-
-def longest_gap(streams: list[Stream], begin: float, end: float) -> float:
-    """Seconds that an open stream went without a token, of those gaps that reach into the time from begin to end."""
-    gaps = (pair for stream in streams for pair in pairwise(stream.arrivals))
-    return max((after - before for before, after in gaps if before <= end and after >= begin), default=0.0)
-
-
-def figures(waited: list[float]) -> dict[str, float]:
-    """Count, median, 99th percentile and maximum of pauses."""
-    p50, p99, most = np.percentile(waited, (50, 99, 100))
-    return {"count": len(waited), "p50": float(p50), "p99": float(p99), "max": float(most)}
 
 
 def _group(fault: Fault) -> str:
@@ -97,19 +75,8 @@ async def run(
     """All of `faults`, one after another, each a random while after the fleet is whole again, under the requests
     `todo`; `tell` hears what happens."""
     client = await connect(url, key)
-    tell("undisturbed")
-    if errors := await run_all(client, todo, report.undisturbed):
-        raise ExpertMeshError(f"undisturbed, {len(errors)} of {len(todo)} streams failed: {errors[0]}")
-    inflicting = asyncio.create_task(_inflict_all(urlsplit(url).port, faults, report, tell, rng))
-    try:
-        while not inflicting.done():
-            errors = await run_all(client, todo, report.streams)
-            report.errors += errors
-            if len(errors) == len(todo):
-                raise ExpertMeshError(f"every stream of a round failed: {errors[0]}")
-        await inflicting
-    finally:
-        inflicting.cancel()
+    port = urlsplit(url).port
+    await compare_during(client, todo, lambda: _inflict_all(port, faults, report, tell, rng), report.comparison, tell)
 
 
 async def inflict_alone(port: int | None, faults: Faults) -> list[Fault]:

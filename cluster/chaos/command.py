@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from cluster.bench.common import console, print_json
+from cluster.bench.common import console
 from cluster.bench.gateway import DEFAULT_URL, AsJson, Key, Url
 from cluster.chaos.schedule import draw
 from cluster.control.faults import Fault, Kind
@@ -141,49 +141,35 @@ def _carry_out(faults: list[Fault], streams: int, tokens: int, url: str, key: st
 
 def _measure(faults: Faults, streams: int, tokens: int, url: str, key: str | None, as_json: bool, seed: int) -> None:
     from cluster.bench.chaos_stream import requests
+    from cluster.bench.disturbed import conclude
     from cluster.chaos import campaign
 
     report = campaign.Report()
-    try:
+
+    async def measurement() -> None:
         with console.status("connecting") as status:
 
             def tell(what: str) -> None:
-                status.update(f"{len(report.faults)} faults, {len(report.streams)} streams; {what}")
+                status.update(f"{len(report.faults)} faults, {len(report.comparison.streams)} streams; {what}")
 
-            todo = requests(streams, tokens)
-            asyncio.run(campaign.run(url, key, todo, faults, random.Random(seed), report, tell))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        report.interrupted = "Ctrl-C"
-    except ExpertMeshError as error:
-        if not report.streams or not report.faults:
-            raise
-        report.interrupted = str(error)
-    result = report.result()
-    if as_json:
-        print_json(result)
-    else:
-        show(result)
-    if result["changed"] or result["errors"] or result["interrupted"]:
-        raise typer.Exit(1)
+            await campaign.run(url, key, requests(streams, tokens), faults, random.Random(seed), report, tell)
+
+    conclude(measurement(), report, as_json, show)
 
 
 def show(result: dict[str, Any]) -> None:
-    """A line for each fault and for each stream that went wrong, then the figures of each kind of fault."""
+    """A line for each fault, then the figures of each kind of fault."""
+    from cluster.bench.disturbed import summary
+
     for each in result["faults"]:
-        typer.echo(f"{each['fault']}: longest pause {each['pause_s']:.2f} s")
-    for each in result["differences"]:
-        where = f"at token {each['position']}: {each['seen']} instead of {each['wanted']}, margin {each['margin']}"
-        typer.echo(f"stream {each['stream']} differs {where}")
-    for error in result["errors"]:
-        typer.echo(f"a stream failed: {error}")
-    for kind, pause in result["pause_s"].items():
         typer.echo(
-            f"{pause['count']} x {kind}: pause p50 {pause['p50']:.2f} s, p99 {pause['p99']:.2f} s, "
-            f"maximum {pause['max']:.2f} s"
+            f"{each['fault']}: longest pause {each['pause_s']:.2f} s, first token after {each['first_token_s']:.2f} s"
+        )
+    for kind, pause in result["pause_s"].items():
+        first = result["first_token_s"][kind]
+        typer.echo(
+            f"{pause['count']} x {kind}: pause p50 {pause['p50']:.2f} s, p99 {pause['p99']:.2f} s, maximum "
+            f"{pause['max']:.2f} s; first token p50 {first['p50']:.2f} s, p99 {first['p99']:.2f} s"
         )
     begin = f"interrupted ({result['interrupted']}): " if result["interrupted"] else ""
-    typer.echo(
-        f"{begin}{len(result['faults'])} faults: {result['changed']} of {result['streams']} streams changed, "
-        f"{result['near_ties']} differ from a near-tie on, {len(result['errors'])} failed "
-        f"(undisturbed pause {result['undisturbed_pause_s']:.2f} s)"
-    )
+    typer.echo(f"{begin}{len(result['faults'])} faults: {summary(result)}")

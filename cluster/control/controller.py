@@ -21,7 +21,7 @@ from cluster.control.client import NAME
 from cluster.control.epochs import Change
 from cluster.control.events import Events
 from cluster.control.fleet import Fleet, Launcher
-from cluster.control.goal import Goal, Processes
+from cluster.control.goal import Bounds, Goal, Processes
 from cluster.control.membership import Membership
 from cluster.control.observation import observe
 from cluster.control.operator import Operator
@@ -70,7 +70,7 @@ class Controller:
         self._fleet = Fleet(self._membership, launcher)
         rescuer = Rescuer(self._membership, self._operator, self._changed, least)
         self._admin_address = ""
-        self._metrics_url = self._serve_metrics(options.metrics, options.expert_bytes)
+        self._metrics_url = self._serve_metrics(options.metrics, options.expert_bytes, least)
         tasks = (
             self._bring_about(), self._rebalancer.run(), self._autoscaler.run(), rescuer.run(), self._sweep(),
             self._serve_admin(options.admin),
@@ -127,8 +127,9 @@ class Controller:
         await self._scaler.scale(workers, routers)
 
     async def limit(self, routers: Limits, workers: Limits) -> None:
-        """How far the autoscaler may go from now on."""
-        self._autoscaler.limit(routers, workers)
+        """How far the autoscaler may go from now on, also of a controller that is restarted."""
+        self._membership.aim(replace(self._membership.goal, bounds=Bounds(routers, workers)))
+        await self._notify()
 
     async def declare_gateways(self, n: int) -> None:
         """There are to be `n` gateways, which is seen to elsewhere."""
@@ -153,11 +154,17 @@ class Controller:
         async with self._changed:
             self._changed.notify_all()
 
-    def _serve_metrics(self, options: MetricsOptions, expert_bytes: int) -> str | None:
+    def _serve_metrics(self, options: MetricsOptions, expert_bytes: int, least_homes: int) -> str | None:
         logs.configure(options.log_level, options.log_format, NAME)
         membership = self._membership
         own = ControllerReadings(
-            membership, self._operator, self._rebalancer, self._autoscaler, expert_bytes, options.per_expert
+            membership,
+            self._operator,
+            self._rebalancer,
+            self._autoscaler,
+            expert_bytes,
+            least_homes,
+            options.per_expert,
         )
         process = ProcessReadings("controller", lambda: membership.epochs.placement.epoch)
         membership.metrics_url = endpoint.serve(

@@ -31,14 +31,17 @@ class ControllerReadings:
         rebalancer: Rebalancer,
         autoscaler: Autoscaler,
         expert_bytes: int,
+        least_homes: int,
         per_expert: bool,
     ) -> None:
-        """`expert_bytes`: of one replica. `per_expert`: whether there are series for each expert and layer."""
+        """`expert_bytes`: of one replica. `least_homes`: replicas that each expert is to have. `per_expert`: whether
+        there are series for each expert and layer."""
         self._membership = membership
         self._operator = operator
         self._rebalancer = rebalancer
         self._autoscaler = autoscaler
         self._expert_bytes = expert_bytes
+        self._least_homes = least_homes
         self._per_expert = per_expert
 
     def __call__(self) -> Iterable[Reading]:
@@ -69,6 +72,9 @@ class ControllerReadings:
         yield Reading(series.EXPERTS, live.total())
         yield Reading(series.WITHOUT_REPLICA, live[0])
         yield Reading(series.WITHOUT_SPARE, live[1])
+        least = min(self._least_homes, max(1, len(view.goal.processes.workers)))
+        yield Reading(series.SPARES_WANTED, least - 1)
+        yield Reading(series.SHORT_OF_SPARES, sum(live[n] for n in range(1, least)))
         yield Reading(series.ACKNOWLEDGED, float(view.acknowledged))
 
     def _of_load(self, load: Load, placement: Placement) -> Iterator[Reading]:

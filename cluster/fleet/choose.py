@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import Config
+from workers.device import Gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +18,20 @@ class Choice:
     reason: str
 
 
-def choose(config: Config, *, has_experts: bool = True) -> Choice:
+def apart(gpus: Sequence[Gpu]) -> str:
+    """Why processes on these GPUs cannot all share their memory, as far as that is known; "" where they may."""
+    if (n_hosts := len({gpu.host for gpu in gpus})) > 1:
+        return f"the GPUs are in {n_hosts} hosts"
+    for gpu in gpus:
+        for other in gpu.strangers:
+            return f"GPU {gpu.index} does not reach the memory of GPU {other} directly"
+    return ""
+
+
+def choose(config: Config, *, has_experts: bool = True, gpus: Sequence[Gpu] = ()) -> Choice:
     """What `config.transport` says, or for "auto" what suits the devices, which are settled.
 
-    has_experts: whether the model has any.
+    has_experts: whether the model has any. gpus: that there are.
     """
     if not has_experts:
         return Choice("local", "the model has no experts: routers serve it alone")
@@ -28,5 +40,9 @@ def choose(config: Config, *, has_experts: bool = True) -> Choice:
     if config.expert_workers == 0:
         return Choice("local", "one process holds everything")
     if config.router_device == config.expert_device == "cuda":
-        return Choice("device", "routers and expert workers are on GPUs; gRPC where they do not share memory")
+        if not (why := apart(gpus)):
+            return Choice("device", "routers and expert workers are on GPUs; gRPC where they do not share memory")
+        if config.collective_interface is not None and config.trusted_network:
+            return Choice("collective", f"NCCL: {why}")
+        return Choice("grpc", f"{why}; NCCL needs --collective-interface NAME and --trusted-network")
     return Choice("shm", "not both of routers and expert workers are on GPUs; gRPC between hosts")

@@ -92,7 +92,10 @@ def start_controller(plan: Plan, launcher: RayLauncher, admin_token: str, *, det
             "", config.metrics_port, config.per_expert_metrics == "on", config.log_level, config.log_format
         ),
         rebalance=RebalanceOptions(
-            config.rebalance, config.rebalance_interval_s, config.rebalance_horizon_s, config.rebalance_min_gain
+            config.rebalance if plan.workers else "off",
+            config.rebalance_interval_s,
+            config.rebalance_horizon_s,
+            config.rebalance_min_gain,
         ),
         autoscale=autoscale_options(config),
         max_sequences=min(config.max_sequences, config.max_batch_tokens),

@@ -34,9 +34,26 @@ APPLICATION = "expertmesh"  # its name in Serve
 
 _AUTH_HINT = "; does it ask for a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) that this environment lacks?"
 
+_QUIETLY: dict[str, Any] = {"namespace": "expertmesh", "log_to_driver": False, "logging_level": "ERROR"}
 _COMMON = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end must not start another Ray
+}
+
+# What Ray and Serve do while nothing happens, for dashboards and an autoscaler that are not there: left alone it takes
+# 15 % of a core. Values of the user's own environment count.
+_QUIET = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_metrics_report_interval_ms": "60000",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    "RAY_event_stats_print_interval_ms": "0",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_raylet_check_gc_period_milliseconds": "1000",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # the statistics of Ray's agent
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
 }
 
 
@@ -53,8 +70,11 @@ def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str
     haproxy_exec.install(haproxy, config.host, config.port, config.max_connections_per_address)
     return {
         **_COMMON,
+        **{name: os.environ.get(name, value) for name, value in _QUIET.items()},
         # Under this name Ray knows the setting that makes a node's address 127.0.0.1: all its servers bind to that.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Ray's own default, 15, is for batches that run beside other work.
+        "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112 (Ray calls it so)
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
         # Without its head Ray starts nothing, but what runs goes on; its own limit is a minute.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
@@ -87,11 +107,10 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus
     from cluster.fleet.launcher import EXPERT_RESOURCE, ROUTER_RESOURCE
 
     address = None if config.ray_address is None else check_there(config.ray_address)
-    common: dict[str, Any] = {"namespace": "expertmesh", "log_to_driver": False, "logging_level": "ERROR"}
     try:
         with _working_in(run_dir):
             if address is not None:
-                ray.init(address, **common)
+                ray.init(address, **_QUIETLY)
             else:
                 os.environ.update(variables)
                 ray.init(
@@ -102,7 +121,7 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus
                     resources=dict.fromkeys((ROUTER_RESOURCE, EXPERT_RESOURCE), _PROCESSES),
                     _node_ip_address="127.0.0.1",
                     _temp_dir=str(run_dir),
-                    **common,
+                    **_QUIETLY,
                 )
         if address is not None:
             _claim_serve(address)
@@ -114,8 +133,11 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus
     except StartError:
         ray.shutdown()  # so that `stop` finds nothing of ours in it
         raise
+    worker = import_module("ray._private.worker").__dict__
     # Ray prints a paragraph for every process that dies, whatever `log_to_driver` says; Watch prints a line.
-    import_module("ray._private.worker").__dict__["_worker_logs_enabled"] = False
+    worker["_worker_logs_enabled"] = False
+    if address is None:
+        worker["_global_node"].kill_log_monitor(check_alive=False)  # it reads all logs ten times a second, for nobody
     return str(ray.get_runtime_context().gcs_address)
 
 
@@ -157,6 +179,24 @@ def _claim_serve(address: str) -> None:
             f"Ray at {address} already serves {', '.join(sorted(others))}; ExpertMesh needs Ray Serve alone"
         )
     serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def clear(address: str) -> str:
+    """End what an ExpertMesh that was killed left behind in the Ray at `address`, and say so. StartError where one
+    runs, or Serve is somebody else's."""
+    os.environ.update(environment(Config(ray_address=address), Path(), 0))
+    import ray
+
+    there = check_there(address)
+    try:
+        ray.init(there, **_QUIETLY)
+    except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
+        raise StartError(f"cannot join Ray at {address}: {' '.join(str(error).split())}{_AUTH_HINT}") from error
+    try:
+        _claim_serve(there)
+    finally:
+        ray.shutdown()
+    return f"nothing of ExpertMesh is left in the Ray at {there}"
 
 
 def _exists(actor: str, namespace: str) -> bool:

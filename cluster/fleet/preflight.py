@@ -19,8 +19,8 @@ from cluster.gateway.tokenizer import Tokenizer
 from cluster.gateway.vocabulary import check_rows
 from cluster.observe.cardinality import per_expert
 from cluster.router import memory
-from cluster.router.build import dense_bytes, expert_bytes
-from cluster.router.sizing import cluster_dtype, context_limit, pool_blocks, step_bytes
+from cluster.router.build import dense_bytes
+from cluster.router.sizing import cluster_dtype, context_limit, expert_bytes, pool_blocks, step_bytes
 from workers import wire
 from workers.checkpoint import Checkpoint
 from workers.device import Gpu, gpus
@@ -82,7 +82,7 @@ def plan(config: Config, checkpoint: Path, found: tuple[Gpu, ...] | None = None)
     work = step_bytes(config, spec, dtype) if config.router_device == "cuda" else _STEP_BYTES
     needs = Needs(experts=experts, n_experts=spec.n_experts, dense=dense, work=work, kv_block=block)
     config, uses = arrange(config, found, needs)
-    transport = choose(config, has_experts=bool(spec.experts))
+    transport = choose(config, has_experts=bool(spec.experts), gpus=found)
     n_workers = config.expert_workers if config.expert_workers and transport.transport != "local" else 0
     check_spares(config, n_workers, n_replicas)
     n_blocks = pool_blocks(config, spec, dtype)
@@ -162,7 +162,7 @@ def check_gateway(config: Config, checkpoint: Path, vocab_size: int) -> str:
     Raises CheckpointError naming the tokenizer's file, ConfigError on the keys.
     """
     tokenizer = Tokenizer(checkpoint)
-    _ = tokenizer.chat_template
+    _ = tokenizer.chat_templates
     if config.api_keys_file is not None:
         ApiKeys.from_file(config.api_keys_file)
     return check_rows(tokenizer, vocab_size)

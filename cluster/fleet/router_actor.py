@@ -15,7 +15,7 @@ from cluster.control.client import ControllerClient
 from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.errors import TraceError
-from cluster.fleet.actor import checkpoint_here, loading, node_address, start_or_end
+from cluster.fleet.actor import checkpoint_here, import_aside, loading, node_address, start_or_end
 from cluster.fleet.fault_proxy import FaultProxy
 from cluster.fleet.metrics import serve_metrics
 from cluster.observe import logs, tracing
@@ -27,15 +27,13 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:  # torch and gRPC are imported while the controller is already being told that this router is there
     import torch
 
+    from cluster.placement.load import Load, LoadMeter
     from cluster.router.engine import Engine
-    from cluster.router.exchange.captured_steps import StepWay
     from cluster.router.exchange.exchange import Exchange
     from cluster.router.service import GenerationService
     from cluster.routing.recorder import RoutingTrace
     from workers.checkpoint import Checkpoint
-    from workers.transport.base import FastWay, Transport
     from workers.transport.collective.client import CollectiveTransport
-    from workers.transport.device.way import DeviceWay
 
 
 _ACKNOWLEDGE_S = 0.01  # between two looks at what is in flight, after a new placement
@@ -68,6 +66,7 @@ class Router:
         self._store: object = None  # of the groups whose first router this one is; lives as long as the process
         self._store_address = ""
         self._engine: Engine | None = None
+        self._own_load: LoadMeter | None = None  # of experts that this router holds itself
         self._service: GenerationService | None = None
         self._metrics_url = serve_metrics(
             config, router_id, "router", self._readings, epoch=self._epoch, state=self._state, device=self._describe
@@ -89,6 +88,7 @@ class Router:
 
     async def _start(self) -> str:
         await self._first_view.wait()
+        await asyncio.to_thread(import_aside, "cluster.router.build")
         self._engine = engine = await asyncio.to_thread(self._build)
         from cluster.router.admission import Admission
         from cluster.router.service import GenerationService
@@ -112,30 +112,40 @@ class Router:
         return service.address
 
     def _build(self) -> Engine:
+        from cluster.fleet.router_transport import Shell, reach
+        from cluster.placement.load import LoadMeter
         from cluster.router.build import build_engine
         from cluster.router.exchange.exchange import Exchange
         from workers.checkpoint import Checkpoint
         from workers.device import compute_dtype, pick
         from workers.kernels.threads import set_threads
+        from workers.shard import ExpertShard
 
         set_threads(self._threads)
         self._device = pick(self._config.router_device, self._gpu_ids)
         checkpoint = checkpoint_here(self._checkpoint, self._config.model)
         self._source = source = Checkpoint(checkpoint, self._device, finite=self._config.check_weights)
         if self._config.transport == "local":
-            return build_engine(self._config, source, trace=self._make_trace(source))
+            engine = build_engine(self._config, source, trace=self._make_trace(source))
+            if isinstance(shard := engine.model.experts, ExpertShard):
+                self._own_load = LoadMeter(shard.rows_LE, lambda: {self._id: int(shard.rows_LE().sum())})
+            return engine
         assert self._view is not None
         dtype = compute_dtype(self._config.dtype, source.spec.dtype, self._device, self._config.expert_device)
-        way, ways = self._make_ways(source, dtype)
+        shell = Shell(
+            self._id, self._host, self._credentials, self._epoch, self._membership.tell, on_group=self._group_changed
+        )
+        reached = reach(self._config, source, shell)
+        self._collective, self._store, self._store_address = reached[2:]
         self._exchange = exchange = Exchange(
             self._view.placement,
             self._addresses(self._view),
-            self._make_transport(source, ways),
+            reached.transport,
             reply_timeout_s=self._config.reply_timeout_s,
             rejoin_timeout_s=self._config.rejoin_timeout_s,
             device=self._device,
             dtype=dtype,
-            step_way=way,
+            step_way=reached.step_way,
         )
         return build_engine(self._config, source, exchange, self._make_trace(source))
 
@@ -159,69 +169,6 @@ class Router:
         """Where this router finds the expert workers."""
         addresses = dict(view.addresses("expert"))
         return addresses if self._proxy is None else self._proxy.through(addresses)
-
-    def _make_ways(self, source: Checkpoint, dtype: torch.dtype) -> tuple[StepWay | None, tuple[FastWay, ...]]:
-        """What captured steps take, and what all rows do where both ends can."""
-        if self._config.transport == "shm":
-            return self._make_ring_steps(source, dtype)
-        way = self._make_device_way(source, dtype)
-        return way, () if way is None else (way,)
-
-    def _make_ring_steps(self, source: Checkpoint, dtype: torch.dtype) -> tuple[StepWay | None, tuple[FastWay, ...]]:
-        from workers.kernels.cpu.ops import CpuOps
-        from workers.kernels.select import ops_for
-        from workers.transport.shm.router import ShmWay
-        from workers.transport.shm.steps import RingSteps
-
-        way, spec = ShmWay(), source.spec
-        if not isinstance(ops_for(source.device, dtype), CpuOps):
-            return None, (way,)
-        return RingSteps(way, spec.n_layers, spec.n_experts), (way,)
-
-    def _make_device_way(self, source: Checkpoint, dtype: torch.dtype) -> DeviceWay | None:
-        """Through device memory, where routers and workers are on GPUs and rows may take that way."""
-        from workers.errors import DeviceError
-        from workers.kernels.select import ops_for
-        from workers.transport.device.offer import Shape
-        from workers.transport.device.stream_rows import StreamRows
-        from workers.transport.device.way import STEP_LIMIT_S, DeviceWay
-        from workers.transport.shm.memory import NotShared
-
-        config, spec = self._config, source.spec
-        on_gpus = source.device.type == "cuda" and config.expert_device == "cuda"
-        if config.transport != "device" or not on_gpus or not ops_for(source.device, dtype).exact_rows:
-            return None
-        from workers.model.decode_graphs import size_of  # needs Triton, which is there where a GPU is
-
-        shape = Shape(spec.n_layers, spec.n_experts, spec.top_k, spec.hidden_size, dtype, size_of(config.max_sequences))
-        try:
-            return DeviceWay(shape, source.device, STEP_LIMIT_S, StreamRows())
-        except (DeviceError, NotShared) as error:
-            log.warning("rows do not travel through device memory: %s", error)
-            return None
-
-    def _make_transport(self, source: Checkpoint, ways: tuple[FastWay, ...]) -> Transport:
-        from workers.device import compute_dtype
-        from workers.transport.collective.client import CollectiveTransport
-        from workers.transport.collective.group import host_store
-        from workers.transport.collective.interface import bind_address
-        from workers.transport.grpc.client import GrpcTransport
-
-        config = self._config
-        if config.transport in ("device", "shm", "grpc"):
-            dtype = compute_dtype(config.dtype, source.spec.dtype, source.device, config.expert_device)
-            model = source.fingerprint(dtype)
-            tell = self._membership.tell
-            return GrpcTransport(self._id, model, self._credentials, epoch=self._epoch, ways=ways, on_reach=tell)
-        host = bind_address(config.collective_interface, config.trusted_network, self._host)
-        self._store, self._store_address = host_store(host)
-        self._collective = CollectiveTransport(
-            self._id,
-            host,
-            deadline_s=config.collective_deadline_s,
-            on_change=self._group_changed,
-        )
-        return self._collective
 
     def _group_changed(self) -> None:
         """A group became ready or broke. From any thread."""
@@ -297,12 +244,18 @@ class Router:
             group=None if self._view is None else self._view.group,
             broken=0 if self._collective is None else self._collective.broken,
             unreachable=() if self._exchange is None else tuple(sorted(self._exchange.unreachable)),
-            load=None if self._exchange is None else self._exchange.load(),
+            load=self._load(),
             detail=self._detail(),
         )
 
     def _state(self) -> str:
         return "starting" if self._service is None else self._service.state
+
+    def _load(self) -> Load | None:
+        """Rows by expert and by who computed them; None before the model is loaded."""
+        if self._exchange is not None:
+            return self._exchange.load()
+        return None if self._own_load is None else self._own_load.read()
 
     def _readings(self) -> Iterable[Reading]:
         """For the scrape's thread."""
@@ -329,7 +282,7 @@ class Router:
         if self._device is None:
             return {}
         numbers = {} if self._service is None else self._service.numbers() | {"open": self._service.n_open}
-        if self._exchange is not None and self._exchange.steps is not None:
+        if self._exchange is not None and self._exchange.captures_steps:
             counters = self._exchange.counters
             numbers |= {"captured_steps": counters.captured_steps, "void_steps": counters.void_steps}
         return self._describe() | loading(self._source) | numbers

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # Ray is imported once its environment is in force
 _PATIENCE_S = 3.0  # after which a Ctrl-C does not wait for what Ray is doing
 _MISSING_AFTER_S = 15.0  # a file system may be away for a moment, and a HAProxy that ended for 4 s, its socket with it
 _GONE_AFTER_S = 30.0  # without a word of the controller, Ray itself must be gone
-_TICK_S = 0.1
+_TICK_S = 0.2
 
 
 def serve(config: Config, console: Console) -> None:

@@ -16,6 +16,7 @@ from cluster.gateway.conversation import Conversation, converse, echoed
 from cluster.gateway.generation import Answer, Choice, RunningUsage, Usage, respond
 from cluster.gateway.parsers.parts import CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import Written, call_id
+from cluster.gateway.prompts import give_way
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken
 from cluster.gateway.sse import DONE, TextEvents, error_event, event
@@ -26,6 +27,7 @@ _HOLE = "\0"
 
 async def chat(gateway: Gateway, request: ChatRequest) -> Response:
     n_top = _top_logprobs(request)
+    await give_way()
     conversation = await converse(gateway, request, logprobs=n_top)
     streaming = sampling.streaming(request)
     form = ChatForm(gateway, request, conversation, n_top, streaming)

@@ -15,7 +15,7 @@ from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Answer, Choice, Echo, RunningUsage, Usage, respond
 from cluster.gateway.logprobs import finite
-from cluster.gateway.prompts import echo_of, prompts
+from cluster.gateway.prompts import echo_of, give_way, prompts
 from cluster.gateway.schemas.completions import CompletionRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken
 from cluster.gateway.sse import DONE, TextEvents, error_event, event
@@ -31,6 +31,7 @@ _DEFAULT_MAX_TOKENS = 16
 async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
     gateway.check_model(request.model)
     gateway.check_unknown(request)
+    await give_way()
     grammar = await grammar_of(gateway, request)
     n = request.n or 1
     choices: list[Choice] = []

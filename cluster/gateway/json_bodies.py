@@ -16,8 +16,11 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from cluster.gateway.schemas.fields import CheckedIds
+
 _LARGE = 128 * 1024  # bytes; less takes milliseconds at most
 _MAX_SIZE = 100_000  # keys of all objects in a body, and lists
+_MANY_IDS = 1000
 _thread = ThreadPoolExecutor(1, thread_name_prefix="large-bodies")  # one at a time: they share the time of the others
 
 
@@ -57,9 +60,10 @@ class _Reader(json.JSONDecoder):
         self._count(len(pairs))
         return dict(pairs)
 
-    def _array(self, *arguments: Any) -> Any:
+    def _array(self, *arguments: Any) -> tuple[list[Any], int]:
         self._count(1)
-        return decoder.JSONArray(*arguments)  # type: ignore[attr-defined]
+        values, end = decoder.JSONArray(*arguments)  # type: ignore[attr-defined]
+        return (CheckedIds(values), end) if len(values) >= _MANY_IDS and CheckedIds.can_be(values) else (values, end)
 
     def _count(self, more: int) -> None:
         self._size += more

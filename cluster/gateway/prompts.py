@@ -24,11 +24,21 @@ def check_length(gateway: Gateway, text: str, param: str) -> None:
         raise RequestError(message, code="context_length_exceeded", param=param)
 
 
+async def give_way() -> None:
+    """Between two parts of the work on a request, each of which may take milliseconds: let others have a turn."""
+    await asyncio.sleep(0)
+
+
 async def encode(gateway: Gateway, text: str, *, add_special_tokens: bool) -> list[int]:
     """The token ids of `text`; beside the event loop where it is long."""
     if len(text) < _LONG:
         return gateway.tokenizer.encode(text, add_special_tokens)
     return await asyncio.to_thread(gateway.tokenizer.encode, text, add_special_tokens)
+
+
+async def decode(gateway: Gateway, ids: list[int]) -> str:
+    """The text of `ids`, special tokens by their names; beside the event loop where they are many."""
+    return await _off_loop(lambda ids: gateway.tokenizer.decode(ids, skip_special_tokens=False), ids, len(ids))
 
 
 async def echo_of(gateway: Gateway, text: str | None, prompt_ids: list[int]) -> Echo:
@@ -47,16 +57,9 @@ async def prompts(gateway: Gateway, prompt: Prompt) -> list[tuple[str | None, li
     """Each prompt of a request: its text, where it came as text, and its token ids."""
     if isinstance(prompt, str):
         return [(prompt, await _encode_prompt(gateway, prompt))]
-    found: list[tuple[str | None, list[int]]] = []
-    single: list[int] = []
-    for item in prompt:
-        if isinstance(item, str):
-            found.append((item, await _encode_prompt(gateway, item)))
-        elif isinstance(item, int):
-            single.append(item)
-        else:
-            found.append((None, list(item)))
-    return found or [(None, single)]
+    if isinstance(prompt[0], int):
+        return [(None, prompt)]
+    return [(item, await _encode_prompt(gateway, item)) if isinstance(item, str) else (None, item) for item in prompt]
 
 
 async def _encode_prompt(gateway: Gateway, text: str) -> list[int]:

@@ -133,5 +133,5 @@ def truncated(prompt_ids: list[int], request: SamplingFields) -> list[int]:
 
 def _bad_words(gateway: Gateway, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
     """Each word as it is written at the beginning of a text and after a space."""
-    encode = gateway.tokenizer.encode
-    return tuple({tuple(ids) for word in words for text in (word, f" {word}") if (ids := encode(text, False))})
+    texts = [text for word in words for text in (word, f" {word}")]
+    return tuple({tuple(ids) for ids in gateway.tokenizer.encode_all(texts) if ids})

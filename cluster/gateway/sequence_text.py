@@ -30,7 +30,7 @@ class Delta:
     text: str
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
     token_ids: tuple[int, ...] = ()
     routing: Routing | None = None  # of tokens before these
     parts: list[Part] = field(default_factory=list)  # of `text`, where function calls or reasoning are looked for

@@ -61,13 +61,13 @@ def merged(loads: Iterable[Load]) -> Load | None:
 class LoadMeter:
     """Reads counters that another thread only ever adds to, so that counting needs no lock.
 
-    rows_LE: the live rows of each expert. worker_rows: gives the rows of each worker. One thread calls `read`; how
+    rows_LE, worker_rows: give the rows of each expert and of each worker, since start. One thread calls `read`; how
     often makes no difference to what the window says of steady traffic.
     """
 
     def __init__(
         self,
-        rows_LE: NDArray[np.int64],
+        rows_LE: Callable[[], NDArray[np.int64]],
         worker_rows: Callable[[], Mapping[str, int]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -75,9 +75,9 @@ class LoadMeter:
         self._worker_rows = worker_rows
         self._clock = clock
         self._at = clock()
-        self._seen_LE = rows_LE.copy()
+        self._seen_LE = rows_LE()
         self._seen = dict(worker_rows())
-        self._recent_LE = np.zeros(rows_LE.shape)
+        self._recent_LE = np.zeros(self._seen_LE.shape)
         self._recent: dict[str, float] = {}
 
     def read(self) -> Load:
@@ -87,7 +87,7 @@ class LoadMeter:
         kept = math.exp(-passed / WINDOW_S)
         # Rows of this interval were spread over it, so they have been forgotten in part already.
         fresh = (1 - kept) * WINDOW_S / passed if passed > 0 else 1.0
-        seen_LE, seen = self._rows_LE.copy(), dict(self._worker_rows())
+        seen_LE, seen = self._rows_LE(), dict(self._worker_rows())
         self._recent_LE = self._recent_LE * kept + (seen_LE - self._seen_LE) * fresh
         self._recent = {
             worker: self._recent.get(worker, 0.0) * kept + (rows - self._seen.get(worker, 0)) * fresh

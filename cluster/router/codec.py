@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import cast
+from typing import cast, overload
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def merge_output(message: pb.Output, output: StepOutput) -> None:
     if output.finish is not None:
         message.finish = output.finish
         if output.finish == "error":
-            message.refusal.CopyFrom(encode_refusal(output.error or internal_error(None)))
+            message.refusal.CopyFrom(encode_refusal(output.error or internal_error()))
 
 
 def output_bytes(output: StepOutput) -> int:
@@ -96,9 +96,7 @@ def output_bytes(output: StepOutput) -> int:
 
 def decode_output(message: pb.Output) -> StepOutput:
     """The inverse of `merge_output`; the refusal of a message whose `finish` is "error" is read apart."""
-    prompt_logprobs = None
-    if message.prompt_logprobs:
-        prompt_logprobs = (None, *(_decode_logprobs(entry) for entry in message.prompt_logprobs[1:]))
+    prompt_logprobs = _PromptScores(message.prompt_logprobs) if message.prompt_logprobs else None
     return StepOutput(
         message.request_id,
         tuple(message.token_ids),
@@ -108,6 +106,29 @@ def decode_output(message: pb.Output) -> StepOutput:
         cached_tokens=message.cached_tokens,
         routing=_decode_routing(message.routing) if message.HasField("routing") else None,
     )
+
+
+class _PromptScores(Sequence[TokenLogprobs | None]):
+    """Scores of a prompt's tokens, each decoded when it is looked at: those of a long prompt take a second in all."""
+
+    def __init__(self, encoded: Sequence[pb.Logprobs]) -> None:
+        self._encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    @overload
+    def __getitem__(self, i: int) -> TokenLogprobs | None: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[TokenLogprobs | None]: ...
+    def __getitem__(self, i: int | slice) -> TokenLogprobs | Sequence[TokenLogprobs | None] | None:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        encoded = self._encoded[i]
+        return None if i in (0, -len(self)) else _decode_logprobs(encoded)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
 
 
 def _merge_routing(message: pb.Routing, routing: Routing) -> None:
@@ -143,8 +164,9 @@ def decode_refusal(refusal: pb.Refusal) -> RequestError:
     )
 
 
-def internal_error(reason: str | None) -> RequestError:
-    return RequestError(reason or "the router could not go on with this request", code="internal_error", status=500)
+def internal_error() -> RequestError:
+    """What a client is told of a failure of ours; the log says which."""
+    return RequestError("The model could not go on with this request", code="internal_error", status=500)
 
 
 def _encode_logprobs(entry: TokenLogprobs | None) -> pb.Logprobs:

@@ -26,14 +26,14 @@ def check(prompt_ids: Sequence[int], params: SamplingParams, *, vocab_size: int,
     room = max_context - len(prompt_ids)
     if not prompt_ids:
         raise _invalid("prompt", "is empty")
-    if max(prompt_ids) >= vocab_size or min(prompt_ids) < 0:
-        raise _invalid("prompt", f"has a token id outside 0..{vocab_size - 1}")
     if params.max_tokens > room:
         raise RequestError(
             f"This model's maximum context length is {max_context} tokens; you asked for {len(prompt_ids)} in the "
             f"prompt and {params.max_tokens} in the answer",
             code="context_length_exceeded",
         )
+    if max(prompt_ids) >= vocab_size or min(prompt_ids) < 0:  # after their number, which bounds the time it takes
+        raise _invalid("prompt", f"has a token id outside 0..{vocab_size - 1}")
     scores_only = params.prompt_logprobs is not None  # then an empty answer makes sense
     _check_range("max_tokens", params.max_tokens, 0 if scores_only else 1, max_context)
     _check_range("min_tokens", params.min_tokens, 0, params.max_tokens)

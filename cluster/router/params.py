@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,7 +81,7 @@ class StepOutput:
     request_id: str
     token_ids: tuple[int, ...]  # usually one; empty on the message that only ends a request
     logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, before the first token; first entry None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # once, before the first token; first entry None
     finish: Finish | None = None
     error: RequestError | None = None  # with `finish` "error"
     cached_tokens: int = 0  # of the prompt, whose K and V were there already; with the first token

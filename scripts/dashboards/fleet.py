@@ -96,10 +96,11 @@ def fleet() -> Dashboard:
             [query("sum by (worker) (increase(expertmesh_exchange_retries_total[$__rate_interval]))", "{{worker}}")],
         ),
         lines(
-            "Experts with too few replicas", "Of which no replica is ready, or one.",
+            "Experts with too few replicas", "Of which no replica is ready, one, or fewer than are wanted.",
             [
                 query("sum(expertmesh_experts_without_replica)", "no replica"),
                 query("sum(expertmesh_experts_without_spare)", "one replica"),
+                query("sum(expertmesh_experts_short_of_spares)", "fewer than wanted"),
             ],
         ),
     ]  # fmt: skip

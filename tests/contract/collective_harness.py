@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tests.contract.harness import GatedShard, gated
 from tests.contract.model import Model
+from workers.errors import GroupLost, WorkerLost
 from workers.shard import ExpertShard
-from workers.transport.base import Transport
-from workers.transport.collective import mesh as collective_mesh
+from workers.transport.base import Received, Rows, Tag, Transport
+from workers.transport.collective import ranks
 from workers.transport.collective.client import CollectiveTransport
 from workers.transport.collective.group import Group, host_store
 from workers.transport.collective.server import CollectiveServer
+from workers.transport.collective.steps import CollectiveSteps
 
 _HOST = "127.0.0.1"
 _READY_S = 20
@@ -28,6 +31,8 @@ _DEADLINE_S = 1.0
 
 class CollectiveWorkers:
     """Servers and routers of this process; their ranks reach each other through the network stack."""
+
+    steps = False  # whether whole steps go over the groups too
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -43,7 +48,9 @@ class CollectiveWorkers:
 
     def start(self, worker: str, experts: Iterable[tuple[int, int]]) -> None:
         self.shards[worker] = gated(self.model, experts)
-        server = CollectiveServer(self.shards[worker], worker, _HOST, deadline_s=_DEADLINE_S, on_change=self._look)
+        server = CollectiveServer(
+            self.shards[worker], worker, _HOST, deadline_s=_DEADLINE_S, steps=self.steps, on_change=self._look
+        )
         self._servers[worker] = server
         self._servers[worker].start()
         self._started += 1
@@ -63,11 +70,14 @@ class CollectiveWorkers:
 
     def transport(self) -> Transport:
         name = f"router-{len(self._transports)}"
-        transport = CollectiveTransport(name, _HOST, deadline_s=_DEADLINE_S, on_change=self._look)
+        transport = self._make(name)
         with self._lock:
             self._transports[name] = transport
         self.regroup()
         return transport
+
+    def _make(self, router: str) -> CollectiveTransport:
+        return CollectiveTransport(router, _HOST, deadline_s=_DEADLINE_S, steps=self.steps, on_change=self._look)
 
     @property
     def routers(self) -> list[CollectiveTransport]:
@@ -115,29 +125,83 @@ class CollectiveWorkers:
             time.sleep(0.002)
 
 
+class CollectiveStepWorkers(CollectiveWorkers):
+    """Each request is a step of its own, as a GPU's are captured, in which one layer has rows."""
+
+    steps = True
+
+    def _make(self, router: str) -> CollectiveTransport:
+        return _StepTransport(self.model, router, _HOST, deadline_s=_DEADLINE_S, steps=True, on_change=self._look)
+
+
+class _StepTransport(CollectiveTransport):
+    """A `Transport` whose every request is a step of all workers of the group."""
+
+    def __init__(self, model: Model, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._model = model
+        self._replies: defaultdict[str, deque[tuple[Tag, Tensor | None]]] = defaultdict(deque)
+        self._steps = CollectiveSteps(
+            self, model.n_layers, model.n_experts, 1, model.hidden_size, model.dtype, limit_s=4, is_fused=False
+        )
+
+    def send(self, worker: str, rows: Rows) -> None:
+        x_TD, token_P, expert_P = rows.request
+        owners = np.zeros((self._model.n_layers, self._model.n_experts), np.int32)
+        self.end(self._way(worker)[0])  # raises where there is none
+        if not self._steps.ready((worker,), owners):
+            raise GroupLost(worker, "there is no group")
+        y_PD = self._step(rows.tag, x_TD.index_select(0, token_P), expert_P)
+        if y_PD is None:  # void for want of room: there is twice as much now
+            again = self._steps.ready((worker,), owners)
+            y_PD = self._step(rows.tag, x_TD.index_select(0, token_P), expert_P) if again else None
+        self._replies[worker].append((rows.tag, y_PD))
+
+    def receive(self, worker: str, tag: Tag, timeout_s: float, out_PD: Tensor) -> Received:
+        replies = self._replies[worker]
+        while replies:
+            sent, y_PD = replies.popleft()
+            if sent != tag:
+                self.dropped_replies += 1
+            elif y_PD is None:
+                raise (WorkerLost if self.answers(worker) else GroupLost)(worker, "its step was void")
+            else:
+                out_PD.copy_(y_PD)
+                return Received(out_PD, 0)
+        raise WorkerLost(worker, "nothing was sent")
+
+    def connect(self, worker: str, address: str) -> None:
+        super().connect(worker, address)
+        self._replies[worker].clear()
+
+    def _step(self, tag: Tag, x_PD: Tensor, expert_P: Tensor) -> Tensor | None:
+        """The unweighted rows; None where the step is void."""
+        steps, y_PD = self._steps, x_PD
+        if not steps.begin_step(len(x_PD), tag, 1.0):
+            return None
+        experts = steps.experts
+        assert experts is not None
+        for layer in range(self._model.n_layers):
+            ids_P1 = (expert_P if layer == tag.layer else torch.full_like(expert_P, -1))[:, None]
+            found = experts.combine(experts.dispatch(layer, x_PD, ids_P1, torch.ones(len(x_PD), 1)))
+            assert isinstance(found, Tensor)
+            y_PD = found if layer == tag.layer else y_PD
+        return None if steps.end_step() is None else y_PD
+
+
 class RowsApartWorkers(CollectiveWorkers):
     """As on GPUs: rows travel apart from their headers, in a group for each direction; gloo plays NCCL."""
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
-        self._row_groups = collective_mesh.row_groups
-        collective_mesh.row_groups = _gloo_row_groups
+        self._row_groups = ranks.row_groups
+        ranks.row_groups = _gloo_row_groups
 
     def close(self) -> None:
         super().close()
-        collective_mesh.row_groups = self._row_groups
+        ranks.row_groups = self._row_groups
 
 
-class _GlooRows(collective_mesh.c10d.ProcessGroupGloo):  # type: ignore[misc, name-defined]
-    def abort(self) -> None:
-        """End every wait, as NCCL's does."""
-        with contextlib.suppress(RuntimeError):
-            nobody = (self.rank() + 1) % self.size()
-            self.recv([torch.empty(1, dtype=torch.uint8)], nobody, 9).wait(timedelta(milliseconds=1))
-
-
-def _gloo_row_groups(device: torch.device, group: Group, rank: int, store: Any) -> dict[collective_mesh.Lane, Any]:
-    lanes = (collective_mesh.Lane.REQUEST, collective_mesh.Lane.REPLY)
-    size, timeout = len(group.members), timedelta(seconds=20)
-    prefixes = {lane: collective_mesh.c10d.PrefixStore(f"{group.number}-{lane.name}", store) for lane in lanes}
-    return {lane: _GlooRows(prefix, rank, size, timeout) for lane, prefix in prefixes.items()}
+def _gloo_row_groups(device: torch.device, group: Group, rank: int, store: Any) -> dict[ranks.Lane, Any]:
+    lanes, size, interface = (ranks.Lane.REQUEST, ranks.Lane.REPLY), len(group.members), ranks.gloo_interface(_HOST)
+    return {lane: ranks.gloo_group(store, f"{group.number}-{lane.name}", rank, size, interface, 20) for lane in lanes}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.contract.collective_harness import CollectiveWorkers, RowsApartWorkers
+from tests.contract.collective_harness import CollectiveStepWorkers, CollectiveWorkers, RowsApartWorkers
 from tests.contract.device_harness import StepWorkers
 from tests.contract.harness import GrpcWorkers, LocalWorkers, ShmWorkers, Workers
 from tests.contract.model import Model
@@ -15,6 +15,7 @@ KINDS: dict[str, Callable[[Model], Workers]] = {
     "shm": ShmWorkers,
     "collective": CollectiveWorkers,
     "collective, rows apart": RowsApartWorkers,
+    "collective, whole steps": CollectiveStepWorkers,
     "device": StepWorkers,
 }
 

@@ -158,6 +158,8 @@ class GrpcWorkers:
         return self._transports[-1]
 
     def close(self) -> None:
+        for shard in self.shards.values():  # a server that waits at its gate cannot be stopped
+            shard.open.set()
         for transport in self._transports:
             transport.close()
         for worker in list(self.servers):

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,6 +20,7 @@ from tests.contract.harness import MODEL_NAME
 from tests.contract.model import Model, batch
 from tests.contract.test_results import run
 from tests.credentials import CREDENTIALS
+from tests.waiting import wait_until
 from workers.transport.base import FastWay
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.grpc.server import ExpertServer
@@ -87,13 +87,6 @@ def transport(request: pytest.FixtureRequest) -> Iterator[GrpcTransport]:
 
 def exchange_over(transport: GrpcTransport, placement: Placement, processes: Processes) -> Exchange:
     return Exchange(placement, processes.addresses, transport, reply_timeout_s=60, rejoin_timeout_s=60)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_worker_that_hangs_is_left_for_a_replica_until_it_goes_on(

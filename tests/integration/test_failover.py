@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster_fixture import RunningCluster, running_cluster, wait_until
+from tests.cluster_fixture import RunningCluster, running_cluster
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster_fixture import RunningCluster, alive, chat, free_port, lend_kernels, private_environ, wait_until
+from tests.cluster_fixture import RunningCluster, alive, chat, free_port, lend_kernels, private_environ
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 

@@ -20,9 +20,10 @@ import pytest
 import yaml
 
 from cluster.fleet.run_state import admin_token
-from tests.cluster_fixture import RunningCluster, free_port, running_cluster, wait_until
+from tests.cluster_fixture import RunningCluster, free_port, running_cluster
 from tests.deploy.promtool import DEPLOY, need
 from tests.deploy.test_prometheus import ALERTS, RULES, expressions, rules
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 

@@ -16,7 +16,8 @@ import pytest
 from cluster.fleet.run_state import admin_token
 from cluster.routing.counts import RoutingCounts
 from cluster.routing.trace import Header, Window, append
-from tests.cluster_fixture import RunningCluster, running_cluster, wait_until
+from tests.cluster_fixture import RunningCluster, running_cluster
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 

@@ -9,7 +9,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.cluster_fixture import RunningCluster, wait_until
+from tests.cluster_fixture import RunningCluster
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 

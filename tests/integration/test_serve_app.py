@@ -17,7 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.cluster_fixture import free_port, private_environ, run, wait_until
+from tests.cluster_fixture import free_port, private_environ, run
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 

@@ -16,7 +16,7 @@ from cluster.gateway.messages import errors
 from cluster.gateway.messages.form import MessageForm
 from cluster.gateway.messages.schemas import CountRequest, MessagesRequest
 from cluster.gateway.messages.translate import chat_request
-from cluster.gateway.prompts import encode
+from cluster.gateway.prompts import encode, give_way
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.tools import toolbox
 
@@ -33,17 +33,21 @@ def message_routes(gateway: Gateway) -> APIRouter:
     )
     async def messages(body: MessagesRequest) -> Response:
         """Answer a conversation."""
+        await give_way()
         gateway.check_unknown(body)
-        conversation = await converse(gateway, _translated(body))
+        translated = _translated(body)
+        await give_way()
+        conversation = await converse(gateway, translated)
         form = MessageForm(gateway, len(conversation.choices[0].prompt_ids))
         return respond(gateway, conversation.choices, 1, form, stream=bool(body.stream), usage=True)
 
     @router.post("/messages/count_tokens", responses=errors.RESPONSES)
     async def count_tokens(body: CountRequest) -> Counted:
         """The tokens of the prompt that a conversation makes."""
+        await give_way()
         request = _translated(body)
         gateway.check_model(request.model)
-        prompt = render(gateway, request, toolbox(request))
+        prompt = await render(gateway, request, toolbox(request))
         return Counted(input_tokens=len(await encode(gateway, prompt, add_special_tokens=False)))
 
     return router

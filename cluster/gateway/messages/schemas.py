@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from cluster.gateway.schemas.fields import (
-    MAX_MESSAGES,
     MAX_TOOLS,
     Body,
     FunctionName,
@@ -17,7 +16,7 @@ from cluster.gateway.schemas.fields import (
     Small,
     Stop,
     Text,
-    at_most,
+    conversation,
 )
 from cluster.router import limits
 
@@ -84,9 +83,7 @@ class OutputConfig(Body):
 
 class CountRequest(Body):
     model: Annotated[str, Field(description="The id that /v1/models shows")]
-    messages: Annotated[
-        list[InputMessage], Field(min_length=1, fail_fast=True), BeforeValidator(at_most(MAX_MESSAGES, "messages"))
-    ]
+    messages: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True), BeforeValidator(conversation)]
     system: Text | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True), Small] | None = None
     tool_choice: ToolChoice | None = None

@@ -15,6 +15,7 @@ from cluster.gateway.conversation import converse
 from cluster.gateway.generation import respond
 from cluster.gateway.http_errors import refusal_of
 from cluster.gateway.json_bodies import JsonRoute
+from cluster.gateway.prompts import give_way
 from cluster.gateway.responses.form import Item, ResponseForm
 from cluster.gateway.responses.schemas import ResponsesRequest
 from cluster.gateway.responses.store import ResponseStore, Stored
@@ -28,6 +29,7 @@ def response_routes(gateway: Gateway) -> APIRouter:
     @router.post("/responses", response_model=response_bodies.AnyObject, responses=response_bodies.STREAM)
     async def create(body: ResponsesRequest) -> Response:
         """Answer, and remember the conversation unless `store` is false."""
+        await give_way()
         gateway.check_model(body.model)
         gateway.check_unknown(body)
         before = body.previous_response_id
@@ -36,6 +38,7 @@ def response_routes(gateway: Gateway) -> APIRouter:
             request, told = chat_request(body, past)
         except ValidationError as error:
             raise refusal_of(error) from error
+        await give_way()
         try:
             conversation = await converse(gateway, request, logprobs=body.n_logprobs)
         except RequestError as error:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from cluster.gateway.schemas.fields import (
-    MAX_MESSAGES,
     MAX_TOOLS,
     Body,
     FunctionName,
@@ -17,6 +16,7 @@ from cluster.gateway.schemas.fields import (
     Small,
     Text,
     at_most,
+    conversation,
 )
 from cluster.gateway.schemas.messages import TextPart
 from cluster.router import limits
@@ -77,12 +77,7 @@ class TextOptions(Body):
 
 class ResponsesRequest(Body):
     model: Annotated[str, Field(description="The id that /v1/models shows")]
-    input: (
-        Text
-        | Annotated[
-            list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(at_most(MAX_MESSAGES, "items"))
-        ]
-    )
+    input: Text | Annotated[list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(conversation)]
     instructions: Text | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True), Small] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None

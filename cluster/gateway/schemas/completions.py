@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cluster.gateway.schemas.fields import Count, NTop, One, Text, TokenId
+from cluster.gateway.schemas.fields import Count, NTop, One, Text, TokenIds
 from cluster.gateway.schemas.sampling import SamplingFields
 from cluster.router import limits
 
-_Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+_Ids = Annotated[TokenIds, Field(min_length=1)]
 _Prompts = Field(min_length=1, max_length=limits.MAX_CHOICES, fail_fast=True)
 Prompt = Text | Annotated[list[Text], _Prompts] | _Ids | Annotated[list[_Ids], _Prompts]
 

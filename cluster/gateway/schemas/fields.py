@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator
 
 from cluster.router import limits
 
@@ -31,6 +32,17 @@ def at_most(n: int, what: str) -> Callable[[Any], Any]:
         return value
 
     return check
+
+
+def conversation(value: Any) -> Any:
+    """Look at the number of messages, and of parts and calls in all of them, before anything in them."""
+    if not isinstance(value, list):
+        return value
+    at_most(MAX_MESSAGES, "messages")(value)
+    inner = (item.get(name) for item in value if isinstance(item, dict) for name in ("content", "tool_calls"))
+    if (n_parts := sum(len(part) for part in inner if isinstance(part, list))) > MAX_PARTS:
+        raise ValueError(f"{n_parts} parts and calls in messages; at most {MAX_PARTS} are allowed")
+    return value
 
 
 def _small(value: Any) -> Any:
@@ -62,7 +74,8 @@ def _number(value: Any) -> Any:
 Text = Annotated[str, AfterValidator(_whole)]
 Integer = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+MAX_TOKEN_ID = 2**31 - 1
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_CHARACTERS)]
 BiasKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-limits.MAX_BIAS, le=limits.MAX_BIAS)]
@@ -77,12 +90,31 @@ MaxTokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
 No = Annotated[Literal[False], BeforeValidator(_boolean)]
 One = Annotated[Literal[1], BeforeValidator(_number)]
 Empty = Annotated[list[Any], Field(max_length=0)]
+TemplateText = Annotated[Text, Field(min_length=1, max_length=1 << 16)]
 MAX_VALUES = 50_000
 Small = BeforeValidator(_small)
 JsonObject = Annotated[dict[str, Any], Small]
 FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
 MAX_MESSAGES = 4096
+MAX_PARTS = 4096
 MAX_TOOLS = 256
+
+
+class CheckedIds(list[int]):
+    """Token ids that were looked at beside the event loop: a prompt of many is not looked at again in it."""
+
+    @staticmethod
+    def can_be(values: list[Any]) -> bool:
+        """Whether all `values` are what a TokenId may be."""
+        return all(type(value) is int and 0 <= value <= MAX_TOKEN_ID for value in values)
+
+
+def _unless_checked(value: Any, check: Callable[[Any], Any]) -> Any:
+    return value if isinstance(value, CheckedIds) else check(value)
+
+
+#: A list of token ids, of any length.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True), WrapValidator(_unless_checked)]
 
 
 class Body(BaseModel):
@@ -91,8 +123,20 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
 
     def unknown(self) -> Iterator[str]:
-        yield from (name for name, value in (self.model_extra or {}).items() if value is not None)
-        for value in self.__dict__.values():
+        if extra := self.__pydantic_extra__:
+            yield from (name for name, value in extra.items() if value is not None)
+        for name in _fields_with_bodies(type(self)):
+            value = getattr(self, name)
             for item in value if isinstance(value, list) else (value,):
                 if isinstance(item, Body):
                     yield from item.unknown()
+
+
+@cache
+def _fields_with_bodies(body: type[Body]) -> tuple[str, ...]:
+    """Fields that may hold other bodies: nothing else need be looked at, which may be a million numbers."""
+
+    def may_hold(hint: Any) -> bool:
+        return any(map(may_hold, get_args(hint))) or (isinstance(hint, type) and issubclass(hint, Body))
+
+    return tuple(name for name, field in body.model_fields.items() if may_hold(field.annotation))

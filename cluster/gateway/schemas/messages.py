@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from cluster.gateway.schemas.fields import MAX_MESSAGES, MAX_TOOLS, Body, FunctionName, JsonObject, Text, at_most
+from cluster.gateway.schemas.fields import MAX_TOOLS, Body, FunctionName, JsonObject, Text, conversation
 
 
 class TextPart(Body):
@@ -49,9 +49,7 @@ class Message(Body):
     audio: None = None
 
 
-Messages = Annotated[
-    list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(at_most(MAX_MESSAGES, "messages"))
-]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(conversation)]
 
 
 class Function(Body):

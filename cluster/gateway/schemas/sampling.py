@@ -18,6 +18,7 @@ from cluster.gateway.schemas.fields import (
     Stop,
     Text,
     TokenId,
+    TokenIds,
     at_most,
 )
 from cluster.gateway.schemas.outputs import ResponseFormat, StructuredOutputs
@@ -66,7 +67,7 @@ class SamplingFields(Body):
     guided_choice: Annotated[list[Stop], Field(fail_fast=True, min_length=1, max_length=1000)] | None = None
     guided_grammar: Text | None = None
     allowed_token_ids: Annotated[
-        Annotated[list[TokenId], Field(fail_fast=True, min_length=1)] | None,
+        Annotated[TokenIds, Field(min_length=1)] | None,
         Field(description="No other token is sampled"),
     ] = None
     skip_special_tokens: Annotated[bool | None, Field(description="false: their names are part of the text")] = None

@@ -47,6 +47,14 @@ WITHOUT_SPARE: Final = Series(
     "expertmesh_experts_without_spare", "gauge", "", "controller", (),
     "Experts of which exactly one replica is ready: its loss would stop the steps until it is loaded again",
 )  # fmt: skip
+SPARES_WANTED: Final = Series(
+    "expertmesh_spare_replicas_wanted", "gauge", "", "controller", (),
+    "Replicas that every expert is to have beside its first: `--spare-replicas`, or fewer if there are fewer workers",
+)  # fmt: skip
+SHORT_OF_SPARES: Final = Series(
+    "expertmesh_experts_short_of_spares", "gauge", "", "controller", (),
+    "Experts with a ready replica, and with fewer further ones than are wanted",
+)  # fmt: skip
 ACKNOWLEDGED: Final = Series(
     "expertmesh_placement_acknowledged", "gauge", "", "controller", (),
     "Whether every live router works with the placement in force: 1 or 0",

@@ -6,6 +6,7 @@ Legend: L layers, E experts, W workers that take part.
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,12 +20,19 @@ from workers.transport.base import StepReport, StepTraffic, Tag
 
 
 class StepWay(Protocol):
-    """A way on which whole steps can be captured: `transport.device.way.DeviceWay`, `transport.shm.steps.RingSteps`."""
+    """A way on which whole steps can be captured: `transport.device.way.DeviceWay`, `transport.shm.steps.RingSteps`,
+    `transport.collective.steps.CollectiveSteps`."""
 
     name: str
 
     @property
-    def experts(self) -> Experts: ...
+    def experts(self) -> Experts | None:
+        """What steps are captured with; None: nothing yet."""
+
+    @property
+    def key(self) -> Hashable:
+        """What a step that is captured now is of use for. While a step is under way."""
+
     def ready(self, workers: tuple[str, ...], owner_LE: NDArray[np.int32]) -> bool: ...
     def begin_step(self, n_rows: int, tag: Tag, limit_s: float) -> bool: ...
     def end_step(self) -> StepReport | None: ...
@@ -51,9 +59,14 @@ class CapturedSteps:
         self._step: _Step | None = None
 
     @property
-    def experts(self) -> Experts:
-        """What the steps are captured with."""
+    def experts(self) -> Experts | None:
+        """What the steps are captured with; None: nothing yet."""
         return self._way.experts
+
+    @property
+    def key(self) -> Hashable:
+        """What the step under way may be captured for."""
+        return self._way.key
 
     @property
     def is_under_way(self) -> bool:

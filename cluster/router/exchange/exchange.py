@@ -6,7 +6,7 @@ Legend: T token rows, K experts a token, P pairs, D hidden size, L layers, E exp
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,7 +70,7 @@ class Exchange:
         self._rejoin_timeout_s = rejoin_timeout_s
         self._n_experts = placement.n_experts
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
-        self._meter = LoadMeter(self.counters.rows_LE, self.counters.worker_rows)
+        self._meter = LoadMeter(self.counters.rows_LE.copy, self.counters.worker_rows)
         self._views = Views(View(placement, dict(addresses)))
         self._pool = WorkerPool(transport, reply_timeout_s)
         self._sender = Sender(self._views, self._pool, self.counters)
@@ -139,9 +139,19 @@ class Exchange:
         self._views.close()
 
     @property
+    def captures_steps(self) -> bool:
+        """Whether decoding steps are captured whole, the exchange included."""
+        return self._captured is not None
+
+    @property
     def steps(self) -> Experts | None:
-        """What decoding steps are captured with; None: they are not."""
+        """What decoding steps are captured with; None: nothing yet, or they are not."""
         return None if self._captured is None else self._captured.experts
+
+    @property
+    def steps_key(self) -> Hashable:
+        """What the captured step under way is of use for; another key needs another capture."""
+        return None if self._captured is None else self._captured.key
 
     def begin_steps(self, n_rows: int) -> bool:
         """Before a captured step of `n_rows` rows: whether the workers take part; else it goes layer by layer."""
@@ -155,7 +165,8 @@ class Exchange:
     def by(self, ops: Ops) -> Experts | None:
         """Those of a captured step while one is under way: between `begin_steps` and `end_steps`."""
         captured = self._captured
-        return captured.experts.by(ops) if captured is not None and captured.is_under_way else None
+        experts = None if captured is None or not captured.is_under_way else captured.experts
+        return None if experts is None else experts.by(ops)
 
     def micro_batches(self, n_rows: int) -> int:
         """Two for large prefills, else one.

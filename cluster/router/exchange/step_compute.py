@@ -30,12 +30,18 @@ class ExchangeCompute(HostCompute):
         progress: Callable[[int, int], None] = lambda done, total: None,
         trace: RoutingTrace | None = None,
     ) -> None:
-        """Captures the decoding steps; `exchange.steps` is there."""
+        """Captures the decoding steps, where what they are captured with is there; else each size when it is first run.
+
+        `exchange` captures steps.
+        """
         super().__init__(model, trace)
         self._exchange = exchange
         self._n_seats = max_sequences
-        self._graphs = DecodeGraphs(model, max_sequences, max_context, exchange.steps)
-        self._graphs.capture(max_sequences, progress)
+        self._graphs = DecodeGraphs(model, max_sequences, max_context)
+        if exchange.steps is None:
+            self._graphs.allow(max_sequences)
+        else:
+            self._graphs.capture(max_sequences, progress, exchange.steps, exchange.steps_key)
         self._device_sampler = DeviceSampler(model.spec.vocab_size, self._graphs.last_N)
 
     def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
@@ -43,7 +49,8 @@ class ExchangeCompute(HostCompute):
         observer = self._observer()
         captured = observer is None and not scores and self._graphs.takes(batch)
         if captured and self._exchange.begin_steps(batch.n_rows):
-            logits_RV = self._graphs.run(batch, [self._n_seats] * batch.n_rows)
+            exchange, nobody = self._exchange, [self._n_seats] * batch.n_rows
+            logits_RV = self._graphs.run(batch, nobody, exchange.steps, exchange.steps_key)
             routing_RLK = to_host(self._graphs.routing(batch.n_rows)) if batch.routing else None
             pending = self._device_sampler.start(logits_RV, draws)
             if self._exchange.end_steps():

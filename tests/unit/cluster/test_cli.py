@@ -110,3 +110,41 @@ def test_a_directory_that_was_removed_is_left(tmp_path: Path) -> None:
     code += f"app(['model', 'random', {str(tmp_path / 'tiny')!r}])"
     subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True)
     assert (tmp_path / "tiny" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&- 2>&-", "<&-"])
+def test_a_stream_that_is_closed_is_nobody_else_s(closed: str, tmp_path: Path) -> None:
+    """Else the first file that is opened is where all that is printed goes. Children get them too."""
+    out = tmp_path / "out"
+    code = f"""
+import os, subprocess, sys
+from cluster.process_setup import set_up
+set_up()
+with open({str(out)!r}, "w") as file:
+    print("lost"), print("lost", file=sys.stderr), sys.stdin.read()
+    os.write(1, b"lost"), os.write(2, b"lost")
+    child = "import sys; print(1, flush=True); print(2, file=sys.stderr, flush=True); sys.stdin.read()"
+    done = subprocess.run([sys.executable, "-c", child])
+    print(file.fileno(), done.returncode, file=file)
+"""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-P", "-c", code]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    number, returncode = map(int, out.read_text().split())
+    assert number > 2 and returncode == 0
+
+
+def test_warnings_of_libraries_end_nothing() -> None:
+    """In Ray alone are a dozen."""
+    code = """
+import os, warnings
+from cluster.process_setup import let_libraries_warn
+let_libraries_warn(os.environ)
+warnings.warn("old", DeprecationWarning); warnings.warn("odd", RuntimeWarning)
+assert "PYTHONWARNINGS" not in os.environ
+"""
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONWARNINGS": "ignore::UserWarning,error"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PYTHONWARNINGS" in done.stderr and "odd" in done.stderr and "old" not in done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -25,25 +27,37 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error_that_says_why(monkeypat
     with pytest.raises(DeviceError, match="CUDA cannot be used here"):
         pick("cuda")
     assert describe(torch.device("cpu")) == {"device": "cpu"}
-    assert capacity(torch.device("cpu"), 1.0, 1).slots == 0
+    assert capacity(torch.device("cpu"), 1.0, 1, 8).slots == 0
 
 
 @pytest.mark.parametrize(
-    ("visible", "given", "index"), [(None, [2], 2), ("", ["1"], 1), ("4,7", [7], 1), ("GPU-a,GPU-b", ["GPU-b"], 1)]
+    ("visible", "given", "then"),
+    [
+        (None, [2], "2,0,1,3"),
+        ("", ["1"], "1,0,2,3"),
+        ("4,7", [7], "7,4"),
+        ("GPU-a,GPU-b", ["GPU-b"], "GPU-b,GPU-a"),
+        ("4,7", [], "4,7"),
+    ],
 )
-def test_the_gpu_is_the_one_that_ray_gave(
-    monkeypatch: pytest.MonkeyPatch, visible: str | None, given: list[object], index: int
+def test_the_gpu_is_the_one_that_ray_gave_in_every_thread(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, given: list[object], then: str
 ) -> None:
+    """CUDA's current device is each thread's own, and 0 in a new one: a step loop, or a server's thread, that launched
+    on another process's GPU would read memory that is not there."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: None)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert pick("auto", given) == torch.device("cuda", index)
+    monkeypatch.setattr(device, "_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "" if visible is None else visible)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert pick("auto", given) == torch.device("cuda", 0)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == then
 
 
 def test_a_gpu_that_is_hidden_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     with pytest.raises(DeviceError, match="Ray gave GPU 5, but CUDA_VISIBLE_DEVICES is 4,7"):
         pick("cuda", [5])

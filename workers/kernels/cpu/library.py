@@ -6,11 +6,13 @@ directory under a name made of the sources, the compiler and the processor.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from workers import wire
 from workers.kernels import message
 
 _BUILD_SECONDS = 600
+_BUILD_BYTES = 8 * 2**20  # more than the file and what is written on the way to it
 _log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
@@ -62,17 +65,20 @@ def _load() -> Any:
 
 def object_file() -> Path:
     """The object file of exactly these sources for this machine; built first if there is none."""
+    name = f"{_digest()}.o"
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh" / "kernels"
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK):
             raise PermissionError(root)
+        if not (root / name).is_file() and shutil.disk_usage(root).free < _BUILD_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root))
     except OSError:
         root = Path(tempfile.gettempdir()) / f"expertmesh-kernels-{os.getuid()}"
         root.mkdir(mode=0o700, exist_ok=True)
         if root.stat().st_uid != os.getuid():
             raise RuntimeError(f"{root} belongs to somebody else") from None
-    path = root / f"{_digest()}.o"
+    path = root / name
     if not path.is_file():
         with (root / "build.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together build it once
@@ -89,7 +95,8 @@ def _build(path: Path) -> None:
         command, env=environment, timeout=_BUILD_SECONDS, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     if done.returncode != 0:
-        raise RuntimeError(f"building them failed: {done.stderr.strip()[-2000:]}")
+        _log.debug("%s", done.stderr)
+        raise RuntimeError(f"building them failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
 
 
 def _digest() -> str:

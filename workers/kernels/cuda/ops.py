@@ -5,7 +5,6 @@ Legend: that of `workers.kernels.ops`.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +15,10 @@ from torch import Tensor
 from workers.gate_spec import GateSpec
 from workers.kernels.cuda import attention, rows
 from workers.kernels.cuda.experts import compute, quantized_rows
+from workers.kernels.cuda.graphs import capture
 from workers.kernels.cuda.layer_experts import CudaLayerExperts
 from workers.kernels.cuda.linear import linear
+from workers.kernels.cuda.slot_pool import SlotPool
 from workers.kernels.dispatch import Plan
 from workers.kernels.experts import LayerExperts
 from workers.kernels.ops import AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, Unsummed
@@ -31,19 +32,27 @@ class CudaOps(TorchOps):
     exact_rows = True
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, live: Tensor | None = None, most_items: int = 0
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        live: Tensor | None = None,
+        most_items: int = 0,
+        pool: Any = None,
     ) -> None:
         """live: int [1] on the device, how many rows are real, for steps with rows that are padding. most_items: how
-        many splits (`attention`) the rows that decode have at most, where less is known than their tables' width."""
+        many splits (`attention`) the rows that decode have at most, where less is known than their tables' width.
+        pool: the memory of graphs, which all that are captured by operations of one origin share."""
         super().__init__(device, dtype)
         self._live = live
         self._most_items = most_items
         self._step: _AttentionStep | None = None
-        self._pool: Any = None
+        self._pool = pool
 
     def padded(self, live: Tensor, most_items: int) -> CudaOps:
         """The operations of a step in which only the first `live` rows are real."""
-        return CudaOps(self.device, self.dtype, live, most_items)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return CudaOps(self.device, self.dtype, live, most_items, self._pool)
 
     def linear(self, x_TD: Tensor, weight: Matrix) -> Tensor:
         return linear(x_TD.contiguous(), weight.values_ND, weight.bias_N)
@@ -118,9 +127,10 @@ class CudaOps(TorchOps):
         return y_TD if gate is None else y_TD * self.linear(x_TD, gate).sigmoid()
 
     def layer_experts(
-        self, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
-    ) -> LayerExperts:
-        return CudaLayerExperts(n_experts, hidden_size, ffn_size, weight_format, self.device)
+        self, n_layers: int, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
+    ) -> list[LayerExperts]:
+        pool = SlotPool(hidden_size, ffn_size, weight_format, self.device)
+        return [CudaLayerExperts(n_experts, hidden_size, ffn_size, weight_format, pool) for _ in range(n_layers)]
 
     def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
         """By the kernel that adds up the rows of a step in one process, which adds in the order of places."""
@@ -160,18 +170,8 @@ class CudaOps(TorchOps):
 
     def capture(self, function: Callable[[Ops], Result]) -> tuple[Graph, Result]:
         """Whatever `function` launches has to be compiled already, by a call that was not captured."""
-        graph = torch.cuda.CUDAGraph()
         recording = CudaOps(self.device, self.dtype, self._live, self._most_items)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        gc.collect()
-        gc.disable()  # what it frees meanwhile (an older graph, pinned memory) would make the capture invalid
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = function(recording)
-        finally:
-            gc.enable()
-        return graph, result
+        return capture(lambda: function(recording), self._pool)
 
 
 class _AttentionStep:

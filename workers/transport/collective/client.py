@@ -17,7 +17,8 @@ from workers.transport.base import Received, Rows, Tag
 from workers.transport.collective.blocks import ERROR_BYTES, LEAVE, Buffers, as_bytes, fill, fits, view
 from workers.transport.collective.group import Group
 from workers.transport.collective.joiner import BUILD_S, Joiner, listen
-from workers.transport.collective.mesh import Broken, Lane, Mesh
+from workers.transport.collective.mesh import Broken, Mesh
+from workers.transport.collective.ranks import Lane
 
 _LAST_REPLIES_S = 30.0  # how long a group that was followed by another waits for replies that may be given up
 
@@ -50,11 +51,13 @@ class CollectiveTransport:
         *,
         deadline_s: float = 2.0,
         device: torch.device | str = "cpu",
+        steps: bool = False,
         on_change: Callable[[], None] | None = None,
     ) -> None:
         """Connections are bound to the interface of `host`. A worker without a sign of life for `deadline_s` is lost.
 
-        device: where the rows are, here and at the workers: on CUDA devices they travel over NCCL.
+        device: where the rows are, here and at the workers: on CUDA devices they travel over NCCL. steps: whether whole
+        steps go over its groups too (`CollectiveSteps`), as the workers say.
 
         on_change: called by some thread when a group became ready or broke. Raises RuntimeError when `host` is not an
         address of this machine.
@@ -68,7 +71,7 @@ class CollectiveTransport:
         self._connected: set[str] = set()
         self._owed: defaultdict[str, deque[_Owed]] = defaultdict(deque)
         self._buffers = Buffers()
-        self._joiner = Joiner(router, host, torch.device(device), self._live, on_change)
+        self._joiner = Joiner(router, host, torch.device(device), self._live, on_change, steps)
 
     @property
     def ready(self) -> int:
@@ -144,6 +147,23 @@ class CollectiveTransport:
             else:
                 return Received(out_PD, result)
         raise WorkerLost(worker, f"nothing was sent with {tag}" if worker in self._connected else "not connected")
+
+    def rests(self) -> Mesh | None:
+        """The group in use, if it works and nothing is in flight over it."""
+        mesh = self._mesh
+        return None if mesh is None or mesh.broken is not None or self._in_flight.get(mesh) else mesh
+
+    def begin(self, mesh: Mesh) -> bool:
+        """A step over `mesh` is in flight from now on; False: the group in use is another."""
+        with self._lock:
+            if mesh is not self._mesh or mesh not in self._in_flight or mesh.broken is not None:
+                return False
+            self._in_flight[mesh] += 1
+            return True
+
+    def end(self, mesh: Mesh) -> None:
+        """It is not any more."""
+        self._count(mesh, -1)
 
     def close(self) -> None:
         """Leave every group, so that its workers do not count this router as lost."""

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from workers.transport.collective.group import Group
-from workers.transport.collective.mesh import Broken, Lane, Mesh, connect_store, gloo_interface
+from workers.transport.collective.mesh import Broken, Mesh
+from workers.transport.collective.ranks import Lane, connect_store, gloo_interface
 
 _log = logging.getLogger(__name__)
 BUILD_S = 20.0  # for every rank to come; a group that takes longer is given up
@@ -32,12 +33,17 @@ class Joiner:
         device: torch.device,
         live: Callable[[Mesh], None],
         on_change: Callable[[], None] | None,
+        steps: bool = False,
     ) -> None:
-        """on_change: called by any thread when a group broke. Raises RuntimeError when `host` is not local."""
+        """on_change: called by any thread when a group broke. steps: whether whole steps go over its groups too.
+
+        Raises RuntimeError when `host` is not local.
+        """
         self._name = name
         self._device = device
         self._live = live
         self._on_change = on_change
+        self._steps = steps
         self._interface = gloo_interface(host)
         self._lock = threading.Lock()
         self._newest = 0
@@ -98,7 +104,7 @@ class Joiner:
         with self._lock:
             idle, self._clients = [client for address, client in self._clients if address == group.store], []
         store = idle.pop() if idle else connect_store(group.store, BUILD_S)
-        mesh = Mesh(group, rank, store, self._interface, self._device, BUILD_S, self._broke)
+        mesh = Mesh(group, rank, store, self._interface, self._device, BUILD_S, self._broke, self._steps)
         with self._lock:
             self._clients = [(group.store, client) for client in (*idle, store)]
         return mesh

@@ -9,35 +9,25 @@ Whatever goes wrong with one rank ends the group for all: nobody goes on without
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
-from enum import IntEnum
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from workers.transport.collective import ranks
 from workers.transport.collective.group import Group
+from workers.transport.collective.ranks import FOREVER_S, Lane
+from workers.transport.collective.step_group import StepGroup
 
-c10d: Any = import_module("torch._C._distributed_c10d")  # its stubs lack what is used here
-
-_FOREVER_S = 10 * 365 * 86400.0
 _AT_ONCE_S = 0.001
+_ABORT_S = 1.0
+_SPINS, _NAP_S = 2000, 0.00005  # looks at a GPU's event before the thread sleeps between them
 # What gloo tells the other threads when the time of one's wait is over; that one knows for whom it waited.
 _SECOND_HAND, _HEARSAY_S = "Application timeout", 0.2
-
-
-class Lane(IntEnum):
-    """What a message is. The messages of one lane between two ranks arrive in the order they were sent."""
-
-    REQUEST = 0
-    REPLY = 1
-    BEAT = 2
-    NOTHING = 3  # carries no message, ever
 
 
 class Broken(Exception):
@@ -56,12 +46,13 @@ class Mesh:
         device: torch.device,
         timeout_s: float,
         on_break: Callable[[Mesh], None],
+        steps: bool = False,
     ) -> None:
         """Blocks until every rank is there. Raises RuntimeError when one is not within `timeout_s`.
 
         store, interface: what `connect_store` and `gloo_interface` gave; the store is free again afterwards.
         device: where the rows of all ranks are. on_break: called once, by a thread of the mesh, unless it is closed
-        first.
+        first. steps: whether whole steps go over it too; all ranks say the same.
         """
         self.group = group
         self.rank = rank
@@ -70,11 +61,19 @@ class Mesh:
         self.ended = threading.Event()
         self._on_break = on_break
         self._lock = threading.Lock()
-        options = c10d.ProcessGroupGloo._Options()
-        options._devices, options._threads, options._timeout = [interface], 1, timedelta(seconds=timeout_s)
-        prefix = c10d.PrefixStore(str(group.number), store)
-        self._gloo: Any = c10d.ProcessGroupGloo(prefix, rank, len(group.members), options)
-        self._rows: dict[Lane, Any] = row_groups(device, group, rank, store)
+        self._gloo: Any = ranks.gloo_group(store, str(group.number), rank, len(group.members), interface, timeout_s)
+        self._rows: dict[Lane, Any] = {}
+        #: By router: what its whole steps go over. A router has its own alone.
+        self.steps: dict[int, StepGroup] = {}
+        try:
+            self._rows = ranks.row_groups(device, group, rank, store)
+            if self._rows:
+                self._connect_rows()
+            if steps:
+                self._build_steps(store, interface, timeout_s)
+        except BaseException:
+            self._tear_down()
+            raise
 
     @property
     def routers(self) -> range:
@@ -108,13 +107,13 @@ class Mesh:
 
     def send_rows(self, rank: int, lane: Lane, rows: Tensor) -> Any:
         """As `send`, for the uint8 rows of a message, in device memory."""
-        return self._start(lambda gloo: self._rows.get(lane, gloo).send([rows], rank, lane))
+        return self._start(lambda gloo: self._in_order(self._rows.get(lane, gloo).send([rows], rank, lane)))
 
     def receive_rows(self, rank: int, lane: Lane, rows: Tensor) -> Any:
         """As `receive`, for the uint8 rows of a message, of exactly this size, in device memory."""
-        return self._start(lambda gloo: self._rows.get(lane, gloo).recv([rows], rank, lane))
+        return self._start(lambda gloo: self._in_order(self._rows.get(lane, gloo).recv([rows], rank, lane)))
 
-    def wait(self, work: Any, timeout_s: float = _FOREVER_S) -> None:
+    def wait(self, work: Any, timeout_s: float = FOREVER_S) -> None:
         """Return when `work` is done. Raises Broken when it never will be; lateness ends every work of the mesh."""
         try:
             work.wait(timedelta(seconds=max(timeout_s, _AT_ONCE_S)))
@@ -122,6 +121,15 @@ class Mesh:
             if _SECOND_HAND in str(error):
                 self.ended.wait(_HEARSAY_S)
             raise Broken(self.broken or _plain(error)) from None
+
+    def wait_for_stream(self, timeout_s: float) -> None:
+        """Return when what this thread has launched on a GPU is done. Raises Broken, as `wait`."""
+        if self.device.type != "cuda":
+            return
+        try:
+            _InOrder(self, None).wait(timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            raise Broken(self.broken or str(error)) from None
 
     def fail(self, reason: str) -> None:
         """End the group for all ranks because of `reason`. Returns at once."""
@@ -154,50 +162,62 @@ class Mesh:
         self._on_break(self)
 
     def _tear_down(self) -> None:
-        # gloo's abort waits for what is under way and its destructor leaves waiting threads alone; but a wait that is
-        # over time closes every connection, which ends the waits of all threads here and tells all other ranks.
-        nobody = (self.rank + 1) % len(self.group.members)
         gloo, self._gloo = self._gloo, None
-        with contextlib.suppress(RuntimeError):
-            gloo.recv([torch.empty(1, dtype=torch.uint8)], nobody, Lane.NOTHING).wait(timedelta(seconds=_AT_ONCE_S))
-        for rows in self._rows.values():
-            rows.abort()
+        # NCCL's abort lets go of its kernels first, and may then wait until the graphs that hold some are gone.
+        groups = (gloo, *self._rows.values(), *(each.ranks for each in self.steps.values()))
+        aborts = [threading.Thread(target=group.abort, name="group-abort", daemon=True) for group in groups]
+        for abort in aborts:
+            abort.start()
+        for abort in aborts:
+            abort.join(_ABORT_S)
+
+    def _in_order(self, work: Any) -> Any:
+        return _InOrder(self, work) if self.device.type == "cuda" else work
+
+    def _connect_rows(self) -> None:
+        """One byte each way between all pairs that will exchange rows: two ranks of NCCL connect when they first meet,
+        which takes them seconds."""
+        for router in self.routers:
+            for worker in self.workers:
+                for lane, source, target in ((Lane.REQUEST, router, worker), (Lane.REPLY, worker, router)):
+                    byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
+                    if self.rank == source:
+                        self.wait(self.send_rows(target, lane, byte))
+                    elif self.rank == target:
+                        self.wait(self.receive_rows(source, lane, byte))
+
+    def _build_steps(self, store: Any, interface: Any, timeout_s: float) -> None:
+        """In the order of the routers, everywhere: who waits for somebody else's group waits for one that is built."""
+        for router in self.routers:
+            if self.rank in (router, *self.workers):
+                rank = 0 if self.rank == router else 1 + self.rank - self.workers.start
+                name = f"{self.group.number}-steps-{router}"
+                size = 1 + len(self.workers)
+                group = ranks.step_group(self.device, store, name, rank, size, interface, timeout_s)
+                self.steps[router] = StepGroup(group, rank, size, self.device)
 
 
-def connect_store(address: str, timeout_s: float) -> Any:
-    """A client of the store at `address`, for one user at a time: while it waits for a key nothing else gets through.
+class _InOrder:
+    """Work of NCCL, waited for in the order of the stream: a wait of NCCL's with a time limit takes a millisecond."""
 
-    Raises RuntimeError when the store cannot be reached within `timeout_s`.
-    """
-    host, port = address.rsplit(":", 1)
-    timeout = timedelta(seconds=timeout_s)
-    return c10d.TCPStore(host.strip("[]"), int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+    def __init__(self, mesh: Mesh, work: Any) -> None:
+        """work: None for whatever the stream has."""
+        self._mesh, self._work = mesh, work
 
-
-def row_groups(device: torch.device, group: Group, rank: int, store: Any) -> dict[Lane, Any]:
-    """Process groups for rows in device memory: over NCCL, one for each direction; none on a CPU, where gloo has them.
-
-    NCCL runs what two ranks send each other in order, so that in one group a reply would wait for a request behind it.
-    """
-    if device.type != "cuda":
-        return {}
-    # Who is lost is for the mesh to find out; NCCL's watchdog would end this process as well.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    torch.cuda.set_device(device)
-    groups = {}
-    for lane in (Lane.REQUEST, Lane.REPLY):
-        # Two ranks connect when they first meet, long after the store's client has another user: so one of its own.
-        prefix = c10d.PrefixStore(f"{group.number}-{lane.name}", store.clone())
-        groups[lane] = c10d.ProcessGroupNCCL(prefix, rank, len(group.members), timedelta(seconds=_FOREVER_S))
-    return groups
-
-
-def gloo_interface(host: str) -> Any:
-    """What the connections of any number of meshes run over, bound to the interface of `host`.
-
-    Raises RuntimeError when `host` is not an address of this machine.
-    """
-    return c10d.ProcessGroupGloo.create_device(hostname=host)
+    def wait(self, timeout: timedelta) -> None:
+        """Raises RuntimeError when it is not done in time, or the mesh breaks."""
+        if self._work is not None:
+            self._work.wait()  # the stream does
+        done = torch.cuda.current_stream(self._mesh.device).record_event()
+        end, looks = time.monotonic() + timeout.total_seconds(), 0
+        while not done.query():
+            if self._mesh.broken is not None:
+                raise RuntimeError(self._mesh.broken)
+            if time.monotonic() > end:
+                raise RuntimeError(f"not done on the GPU after {timeout.total_seconds():g} s")
+            looks += 1
+            if looks > _SPINS:
+                time.sleep(_NAP_S)
 
 
 def _plain(error: RuntimeError) -> str:

@@ -18,7 +18,10 @@ from workers.transport.batcher import Batcher
 from workers.transport.collective.blocks import BLOCK_BYTES, ERROR_BYTES, LEAVE, Buffers, as_bytes, fill, fits, view
 from workers.transport.collective.group import Group
 from workers.transport.collective.joiner import BUILD_S, Joiner, beat
-from workers.transport.collective.mesh import Broken, Lane, Mesh
+from workers.transport.collective.mesh import Broken, Mesh
+from workers.transport.collective.ranks import Lane
+from workers.transport.collective.step_rows import StepWord
+from workers.transport.collective.step_server import StepServer
 from workers.transport.threads import serve_thread
 
 
@@ -32,9 +35,14 @@ class CollectiveServer:
         host: str,
         *,
         deadline_s: float = 2.0,
+        device: torch.device | str = "cpu",
+        steps: bool = False,
         on_change: Callable[[], None] | None = None,
     ) -> None:
         """Connections are bound to the interface of `host`. A router that takes no beat for `deadline_s` is lost.
+
+        device: where the rows are, here and at the routers: a GPU where both ends are on one. steps: whether whole
+        steps go over its groups too, as the routers say.
 
         on_change: called by some thread when a group became ready or broke. Raises RuntimeError when `host` is not an
         address of this machine.
@@ -44,9 +52,9 @@ class CollectiveServer:
         self.address = f"{host}/{os.getpid()}"
         self._deadline_s = deadline_s
         self._shard = shard
-        self._work = Work(Batcher(shard, shard.device))
+        self._work = Work(Batcher(shard, device))
         self._lanes: list[RouterLane] = []
-        self._joiner = Joiner(worker, host, shard.device, self._live, on_change)
+        self._joiner = Joiner(worker, host, torch.device(device), self._live, on_change, steps)
 
     @property
     def broken(self) -> int:
@@ -87,7 +95,7 @@ class CollectiveServer:
 
     def _live(self, mesh: Mesh) -> None:
         """The life of a group, in a thread of its own: it lasts until every router has left."""
-        lanes = {router: RouterLane(mesh, router, self._work) for router in mesh.routers}
+        lanes = {router: RouterLane(mesh, router, self._work, self._shard) for router in mesh.routers}
         threads = [serve_thread(lane.serve, "experts") for lane in lanes.values()]
         self._lanes.extend(lanes.values())
         self.ready = max(self.ready, mesh.group.number)
@@ -135,11 +143,12 @@ class Work:
 class RouterLane:
     """Serves the router of rank `router`."""
 
-    def __init__(self, mesh: Mesh, router: int, work: Work) -> None:
+    def __init__(self, mesh: Mesh, router: int, work: Work, shard: ExpertShard) -> None:
         self.left = False  # the router said that it leaves: that it is gone means nothing
         self._mesh = mesh
         self._router = router
         self._work = work
+        self._steps = StepServer(mesh, router, shard) if router in mesh.steps else None
         self._buffers = Buffers()
         self._blocks = [torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(2)]
 
@@ -157,6 +166,12 @@ class RouterLane:
             self._mesh.wait(request)
             if bytes(view(this)[: len(LEAVE)]) == LEAVE:
                 break
+            if (word := StepWord.parse(view(this))) is not None:
+                request = self._receive(other)
+                with self._work.one():
+                    self._step(word)
+                this, other = other, this
+                continue
             header = wire.parse_head(view(this))
             asked, rest = self._request(header, this)
             # The next request finds its place while this one is computed.
@@ -182,6 +197,11 @@ class RouterLane:
             self._mesh.wait(work)
         x_TD = rows.view(header.dtype).view(header.n_tokens, header.width)
         return wire.with_rows(header, x_TD, view(pairs)), rest
+
+    def _step(self, word: StepWord) -> None:
+        if self._steps is None:
+            raise WireError("a step, which this group knows nothing of")
+        self._send(torch.frombuffer(self._steps.run(word, BUILD_S).pack(), dtype=torch.uint8))
 
     def _answer(self, header: wire.Header, request: wire.Request) -> None:
         result = self._work.batcher.respond(header, request, lambda: self._mesh.broken is None)

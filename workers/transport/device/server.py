@@ -5,7 +5,6 @@ Legend: M routers.
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from workers.errors import DeviceError
+from workers.kernels.cuda.graphs import capture
 from workers.transport.device import memory
 from workers.transport.device.agreement import PAGE_BYTES, Step, Words, WorkerSide
 from workers.transport.device.offer import Offer, Shape
@@ -200,12 +200,5 @@ def captured(run: Callable[[], None], begin: Callable[[], None]) -> Callable[[],
         run()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    gc.collect()
-    gc.disable()  # what it frees meanwhile makes a capture invalid
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
-    finally:
-        gc.enable()
+    graph, _ = capture(run)
     return graph.replay

@@ -33,7 +33,7 @@ class RingSteps:
     are repaired.
     """
 
-    name = NAME
+    name = key = NAME
 
     def __init__(self, way: ShmWay, n_layers: int, n_experts: int) -> None:
         self._way = way

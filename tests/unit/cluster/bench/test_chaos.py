@@ -19,8 +19,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 from cluster.bench import chaos as chaos_module
+from cluster.bench import disturbed
 from cluster.bench.chaos import Report, chaos
 from cluster.bench.chaos_stream import Stream, compare, pauses
+from cluster.bench.disturbed import Comparison
 
 TOKENS = 20
 
@@ -47,8 +49,8 @@ def test_a_pause_is_the_longest_gap_around_the_kill() -> None:
 
 
 def test_a_report_counts_each_stream_once() -> None:
-    report = Report("expert", 3, undisturbed=[stream("ab"), stream("cd")], kills=[0.5])
-    report.streams = [stream("ab"), stream("cx"), stream("ab"), stream("c", finish=None)]
+    report = Report("expert", 3, Comparison([stream("ab"), stream("cd")]), kills=[0.5])
+    report.comparison.streams = [stream("ab"), stream("cx"), stream("ab"), stream("c", finish=None)]
     result = report.result()
     assert (result["streams"], result["changed"], result["near_ties"], result["kills"]) == (3, 1, 0, 1)
     assert result["differences"] == [
@@ -101,7 +103,7 @@ class Scripted(BaseHTTPRequestHandler):
 @pytest.fixture
 def victims(monkeypatch: pytest.MonkeyPatch) -> Iterator[Victims]:
     victims = Victims()
-    monkeypatch.setattr(chaos_module, "processes", victims.processes)
+    monkeypatch.setattr(disturbed, "processes", victims.processes)
     monkeypatch.setattr(chaos_module, "_QUIET_S", (0.05, 0.1))
     yield victims
     for process in victims.started:
@@ -136,7 +138,7 @@ def test_the_last_line_has_the_figures_and_what_went_wrong_fails_the_run(victims
     assert "differs at token 10: ['x'] instead of ['10']" in changed.stdout
     last = changed.stdout.splitlines()[-1]
     assert last.startswith("2 of 2 x kill -9 of one expert under 4 streams: ") and "maximum" in last
-    assert " 0 of " not in last
+    assert "; 0 of " not in last
     failed = run_chaos("--kills", "2", "--json", broken=4)
     assert failed.exit_code == 1
     result = json.loads(failed.stdout)

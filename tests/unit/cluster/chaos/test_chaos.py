@@ -7,6 +7,7 @@ import random
 import pytest
 
 from cluster.bench.chaos_stream import Stream
+from cluster.bench.disturbed import Comparison
 from cluster.chaos.campaign import Report
 from cluster.chaos.schedule import PAUSES_S, draw
 from cluster.control.faults import Fault
@@ -40,8 +41,8 @@ def test_the_report_gives_each_fault_its_pause_and_each_kind_its_figures() -> No
     def seen(*arrivals: float) -> Stream:
         return Stream(["a"] * (len(arrivals) - 1), [9.0] * (len(arrivals) - 1), list(arrivals), "length")
 
-    report = Report(undisturbed=[seen(0, 1, 1.1, 1.2, 1.3, 1.4)])
-    report.streams = [seen(10, 11, 11.5, 14, 14.1, 14.2), seen(20, 21, 21.1, 21.2, 21.5, 21.6)]
+    report = Report(Comparison([seen(0, 1, 1.1, 1.2, 1.3, 1.4)]))
+    report.comparison.streams = [seen(10, 11, 11.5, 14, 14.1, 14.2), seen(20, 21, 21.1, 21.2, 21.5, 21.6)]
     report.faults = [Fault("kill", "expert-0"), Fault("pause", "router-1", 2.0), Fault("kill", "expert-1")]
     report.begun, report.over = [11.5, 21.05, 21.4], [12.0, 21.15, 21.45]
     result = report.result()
@@ -49,5 +50,5 @@ def test_the_report_gives_each_fault_its_pause_and_each_kind_its_figures() -> No
     assert result["pause_s"]["kill expert"] == pytest.approx({"count": 2, "p50": 1.4, "p99": 2.478, "max": 2.5})
     assert result["pause_s"]["pause router 2 s"]["count"] == 1
     assert (result["streams"], result["changed"], result["errors"]) == (2, 0, [])
-    report.streams[1].tokens[3] = "b"
+    report.comparison.streams[1].tokens[3] = "b"
     assert report.result()["changed"] == 1

@@ -7,7 +7,6 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import psutil
 import pytest
@@ -20,13 +19,7 @@ from cluster.control.membership import Membership
 from cluster.control.view import Member
 from cluster.errors import PlacementError
 from cluster.placement.placement import striped
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+from tests.waiting import wait_until
 
 
 def test_a_process_is_stopped_goes_on_and_dies() -> None:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 from fastapi.testclient import TestClient
 
 from cluster.control.api import create_app
 from cluster.control.events import Events
-from cluster.control.goal import Goal
+from cluster.control.goal import Goal, Processes
 from cluster.control.membership import Membership
 from cluster.control.observation import observe
 from cluster.control.operator import Operator
+from cluster.control.readings import ControllerReadings
 from cluster.control.rebalancer import RebalanceOptions, Rebalancer
 from cluster.control.scaling import Scaler
 from cluster.control.view import Member
+from cluster.observe.series import controller as series
 from cluster.placement.load import Load
 from cluster.placement.placement import striped
 
 WORKERS = ("expert-0", "expert-1", "expert-2")
 
 
-def parts() -> tuple[Membership, Operator, Rebalancer]:
-    membership = Membership(striped(3, 4, WORKERS, dense_layers=[0]), Goal(), 0.0, 1)
+def parts(spares: int = 0) -> tuple[Membership, Operator, Rebalancer]:
+    placement = striped(3, 4, WORKERS, dense_layers=[0], spares=spares)
+    membership = Membership(placement, Goal(processes=Processes(WORKERS)), 0.0, 1)
     for worker in WORKERS:
         membership.report(Member("expert", worker, 1, "n", "ready", "secret:1", epoch=1, slots=9), 0.0)
 
@@ -58,3 +62,23 @@ def test_only_what_is_new_is_told_and_no_address() -> None:
     again = observe(membership, operator, rebalancer, first["epoch"], first["events"][-1]["number"])
     assert again["placement"] is None and again["events"] == []
     assert "secret:1" not in json.dumps(first)
+
+
+def test_experts_are_short_of_spares_by_what_is_wanted_of_those_that_are_ready() -> None:
+    """Would catch an alert about spares that nobody asked for, and none where two are wanted and one is there."""
+    membership, operator, rebalancer = parts(spares=1)
+    autoscaler = Mock(health=Mock(targets={}, signals={}))
+
+    def told(least_homes: int) -> tuple[float, ...]:
+        read = ControllerReadings(membership, operator, rebalancer, autoscaler, 10, least_homes, per_expert=False)
+        values = {each.series: each.value for each in read()}
+        names = (series.WITHOUT_REPLICA, series.WITHOUT_SPARE, series.SPARES_WANTED, series.SHORT_OF_SPARES)
+        return tuple(float(values[name]) for name in names)  # type: ignore[arg-type]
+
+    assert told(1) == (0, 0, 0, 0)
+    assert told(2) == (0, 0, 1, 0)
+    assert told(3) == (0, 0, 2, 8)
+    assert told(9) == (0, 0, 2, 8), "no more than there are workers for"
+    membership.report(Member("expert", "expert-0", 1, "n", "lost", "secret:1", epoch=1, slots=9), 0.0)
+    without, one, wanted, short = told(2)
+    assert (without, wanted) == (0, 1) and 0 < one == short < 8

@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from itertools import product
+from unittest.mock import Mock
 
 import pytest
 from fastapi.testclient import TestClient
 
 from cluster.control import operator as module
 from cluster.control.api import create_app
+from cluster.control.events import Events
+from cluster.control.goal import Goal
+from cluster.control.membership import Membership
+from cluster.control.operator import Operator
 from cluster.control.rebalancer import RebalanceOptions, Rebalancer, decide
+from cluster.control.view import Member
 from cluster.errors import PlacementError
+from cluster.placement.placement import striped
 from cluster.placement.planner import Forecast
 from tests.fake_fleet import WORKERS, Fleet
 from tests.loop import until
@@ -43,6 +50,20 @@ def test_verbs_wait_for_each_other_and_leave_receipts() -> None:
     assert fleet.operator.plan().placement.shard("expert-1")
 
 
+def test_a_node_that_ends_is_empty_and_its_worker_is_used_again_elsewhere() -> None:
+    """As with pods: each time a node is drained a worker would else hold nothing from then on, until none may."""
+    fleet = Fleet()
+    report = fleet.membership.report
+    report(Member("expert", "expert-1", 1, "ends", "ready", "x:1", epoch=1, slots=8), 0.0)
+    asyncio.run(fleet.operator.drain_node_of("expert-1"))
+    assert all("expert-1" not in homes for experts in fleet.homes for homes in experts)
+    assert fleet.operator.drained == {"expert-1"} and not fleet.operator.plan().placement.shard("expert-1")
+    report(Member("expert", "expert-1", 2, "new", "ready", "x:1", epoch=1, slots=8), 0.0)
+    assert fleet.operator.drained == frozenset() and fleet.operator.plan().placement.shard("expert-1")
+    with pytest.raises(PlacementError, match="there is no expert worker expert-7"):
+        asyncio.run(fleet.operator.drain_node_of("expert-7"))
+
+
 def test_what_a_drain_leaves_alone_stays() -> None:
     fleet = Fleet()
     before = fleet.homes
@@ -71,6 +92,16 @@ def test_the_api_asks_for_its_token_and_says_why_not() -> None:
     assert client.post("/rebalance", json={"dry_run": True}).json()["forecast"]["moved_replicas"] == 0
     assert client.get("/rebalancer").json()["mode"] == "advise"
     assert client.get("/receipts").json()[0]["action"] == "apply a placement"
+
+
+def test_where_routers_hold_the_experts_there_is_nothing_to_place() -> None:
+    """Would catch an operator who is told that a slot is missing where there are no workers."""
+    membership = Membership(striped(2, 4, ("router-0",)), Goal(), 0.0, 1)
+    membership.report(Member("router", "router-0", 1, "n", "ready", "x:1", epoch=1), 0.0)
+    operator = Operator(membership, Mock(), 10, Events())
+    for verb in (operator.rebalance(), operator.replicate(0, 0, None), operator.drain("router-0")):
+        with pytest.raises(PlacementError, match="routers hold all experts themselves"):
+            asyncio.run(verb)
 
 
 def test_a_plan_for_other_loads_than_the_recent_ones() -> None:

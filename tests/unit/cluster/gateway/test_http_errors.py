@@ -218,6 +218,7 @@ def test_an_unforeseen_error_says_nothing_of_its_cause(served: Served) -> None:
 
 def test_an_error_in_a_stream_is_its_last_event(served: Served) -> None:
     served.session.failure = RequestError("lost", code="service_unavailable", status=503)
+    served.session.say(*served.tokenizer.encode("The capital", add_special_tokens=False))
     response = post(served, "/v1/completions", TEXT | {"stream": True, "ignore_eos": True})
     assert response.status_code == 200
     *_, last, end = response.text.split("\n\n")

@@ -16,7 +16,7 @@ def test_the_window_says_the_same_however_often_it_is_read(every_s: float) -> No
     """10 rows a second for ten windows, then silence for one."""
     now = SimpleNamespace(s=0.0)
     rows_LE, worker_rows = np.zeros((1, 2), np.int64), {"a": 0}
-    meter = LoadMeter(rows_LE, lambda: worker_rows, lambda: now.s)
+    meter = LoadMeter(rows_LE.copy, lambda: worker_rows, lambda: now.s)
     while now.s < 10 * WINDOW_S:
         now.s += every_s
         rows_LE[0, 1] += round(10 * every_s)
@@ -33,7 +33,7 @@ def test_routers_are_added_up_and_imbalance_is_max_by_mean() -> None:
     meters = []
     for rows in ({"a": 30, "b": 10}, {"b": 20, "c": 0}):
         counted: dict[str, int] = {}
-        meters.append(LoadMeter(np.zeros((1, 1), np.int64), counted.copy, lambda: now.s))
+        meters.append(LoadMeter(np.zeros((1, 1), np.int64).copy, counted.copy, lambda: now.s))
         counted.update(rows)
     load = merged(meter.read() for meter in meters)
     assert load is not None and load.total == {"a": 30, "b": 30, "c": 0}

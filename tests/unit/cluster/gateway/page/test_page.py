@@ -173,6 +173,8 @@ def test_narrow_and_dark(opened: Open, width: int, scheme: str) -> None:
     with opened(FakeSource((58, 256, 32)), width, scheme) as (page, _):
         awaits(page, "#hottest tbody", r"\d:\d")
         assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+        wide = "() => [...document.querySelectorAll('#workers li')].some((card) => card.scrollWidth > card.clientWidth)"
+        assert page.locator("#workers li").count() == 32 and not page.evaluate(wide), "a card's figures stay in it"
         dark = luminance(colour(page, "body")) < 60
         assert dark is (scheme == "dark")
         assert abs(luminance(colour(page, "body", "color")) - luminance(colour(page, "body"))) > 150

@@ -16,6 +16,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
+from tests.interpreter import quick_interpreter
 from workers.gate_spec import GateSpec
 from workers.kernels.cuda import attention, rows, sampling
 from workers.kernels.cuda.experts import E4M3, Slots, compute, quantized_rows, to_8_bits
@@ -23,6 +24,7 @@ from workers.kernels.cuda.linear import linear
 from workers.kernels.cuda.tiles import ExpertPlan, LinearPlan, Tile
 from workers.kernels.ops import Unsummed
 
+__all__ = ["quick_interpreter"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16
 SHAPES = range(30)
