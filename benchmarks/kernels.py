@@ -57,7 +57,7 @@ def _ways() -> Iterator[tuple[str, Way]]:
     w13 = [torch.randn(2 * _FFN, _HIDDEN) / _HIDDEN**0.5 for _ in range(_EXPERTS)]
     w2 = [torch.randn(_HIDDEN, _FFN) / _FFN**0.5 for _ in range(_EXPERTS)]
     ops = ops_for("cpu", torch.float32)
-    layer = ops.layer_experts(_EXPERTS, _HIDDEN, _FFN, WeightFormat(torch.float32))
+    [layer] = ops.layer_experts(1, _EXPERTS, _HIDDEN, _FFN, WeightFormat(torch.float32))
     for weight in w13 + w2:
         use_huge_pages(weight)  # as the weights of a shard are
     for expert in range(_EXPERTS):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -15,6 +16,7 @@ def quick_interpreter() -> Iterator[None]:
     """It replaces the words of Triton's language with its own, several hundred, for every call of every function that a
     kernel calls: nearly half of its time. And it checks the sums of integers for overflow, which Philox means."""
     interpreter: Any = import_module("triton.runtime.interpreter")
+    before = np.seterr(all="ignore")  # tens of thousands of warnings otherwise: infinities, and what wraps
     patch, builder, scopes = interpreter._patch_lang, interpreter.interpreter_builder, {}
     options = builder.options
 
@@ -30,6 +32,7 @@ def quick_interpreter() -> Iterator[None]:
     modules = (interpreter.tl, interpreter.tl.core)
     interpreter._patch_lang, builder.options = once, replace(options, sanitize_overflow=False)
     yield
+    np.seterr(**before)
     interpreter._patch_lang, builder.options = patch, options
     for scope in reversed(scopes.values()):
         scope.restore()

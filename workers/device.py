@@ -93,16 +93,18 @@ def rows_device(device: torch.device, *ends: str) -> torch.device:
 class Capacity:
     """What a planner has to know of an expert worker's device; 0: not known."""
 
-    slots: int = 0  # experts that fit
+    slots: int = 0  # experts that there is room for
     bytes_per_s: int = 0  # what its memory gives: decoding reads every weight that a row needs
 
 
-def capacity(device: torch.device, share: float, expert_bytes: int) -> Capacity:
-    """Of a worker that may take `share` of its GPU's memory; of the host's, which others use too, nothing is known."""
+def capacity(device: torch.device, share: float, expert_bytes: int, most: int) -> Capacity:
+    """Of a worker that may take `share` of its GPU's memory, for `most` experts or fewer; of the host's, which others
+    use too, nothing is known."""
     if device.type == "cpu":
         return Capacity()
     gpu = gpus()[device.index]
-    return Capacity(int(max(0, gpu.total_bytes * share - CONTEXT_BYTES)) // expert_bytes, gpu.bytes_per_s)
+    room = min(gpu.total_bytes * share, gpu.free_bytes) - CONTEXT_BYTES
+    return Capacity(min(most, int(max(0, room)) // expert_bytes), gpu.bytes_per_s)
 
 
 def describe(device: torch.device) -> dict[str, object]:

@@ -6,7 +6,6 @@ Legend: T token rows, P (token, expert) pairs, K choices a token, D hidden, F ff
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -66,10 +65,9 @@ class ExpertShard:
         self.n_experts = spec.n_experts
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size
-        self._layers = [
-            self._ops.layer_experts(spec.n_experts, spec.hidden_size, spec.ffn_size, weight_format)
-            for _ in range(spec.n_layers)
-        ]
+        self._layers = self._ops.layer_experts(
+            spec.n_layers, spec.n_experts, spec.hidden_size, spec.ffn_size, weight_format
+        )
         self._answers = self._ops.answers(self._layers)
         self.only_launches = self.device.type == "cuda" and self._ops.exact_rows
         self._lock = Mutex()  # held while a layer computes, or changes what it holds
@@ -102,10 +100,10 @@ class ExpertShard:
         """How many experts are held, over all layers."""
         return sum(len(layer.held) for layer in self._layers)
 
-    def reserve(self, layer: int, n_experts: int) -> None:
-        """Say how many experts of `layer` are to be held, so that their memory is taken once."""
+    def reserve(self, n_experts: int) -> None:
+        """Say how many experts are to be held at most, over all layers, so that their memory is taken once."""
         with self._lock:
-            self._layers[layer].reserve(n_experts)
+            self._layers[0].reserve(n_experts)
 
     def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         """Put a replica of `(layer, expert)` on the device, as `weight_dtype`; replaces one that is there."""
@@ -207,16 +205,16 @@ def load_shard(
     experts: Iterable[tuple[int, int]],
     dtype: torch.dtype,
     expert_format: WeightFormat | None = None,
+    n_slots: int = 0,
 ) -> ExpertShard:
     """A shard with `experts`, (layer, expert) pairs, on the device that `source` reads to, computing in `dtype`; no
-    other tensor is read.
+    other tensor is read. n_slots: how many experts it is to have room for, at least.
 
     Raises CheckpointError.
     """
     shard = ExpertShard(source.spec, source.device, dtype, source.expert_dtype, expert_format)
     wanted = tuple(experts)
-    for layer, n_experts in Counter(layer for layer, _ in wanted).items():
-        shard.reserve(layer, n_experts)
+    shard.reserve(max(n_slots, len(wanted)))
     for layer, expert in wanted:
         shard.load(layer, expert, source.expert(layer, expert, shard.weight_dtype))
     give_back()

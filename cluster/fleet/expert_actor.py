@@ -23,7 +23,7 @@ from cluster.fleet.worker_readings import Loads, WorkerReadings
 from cluster.observe import logs
 from cluster.observe.exposition import Reading
 from cluster.placement.placement import Placement
-from cluster.router.sizing import expert_format_of
+from cluster.router.sizing import expert_bytes, expert_format_of
 from workers.checkpoint import Checkpoint
 from workers.device import Capacity, capacity, compute_dtype, describe, pick, rows_device
 from workers.kernels.threads import set_threads
@@ -114,10 +114,12 @@ class ExpertWorker:
         )
         dtype = compute_dtype(config.dtype, source.spec.dtype, device, config.router_device)
         began = time.perf_counter()
-        shard = load_shard(source, placement.shard(self._worker), dtype, expert_format_of(config, device, dtype))
-        self._loads.add(shard.n_held, time.perf_counter() - began)
         share = config.gpus_per_expert_worker * config.gpu_memory_utilization
-        self._capacity = capacity(device, share, shard.expert_bytes)
+        n_slots = config.expert_slots or len(source.spec.experts)  # nobody holds an expert twice
+        self._capacity = capacity(device, share, expert_bytes(source, dtype, device, config), n_slots)
+        made = expert_format_of(config, device, dtype)
+        shard = load_shard(source, placement.shard(self._worker), dtype, made, self._capacity.slots)
+        self._loads.add(shard.n_held, time.perf_counter() - began)
         return shard, source
 
     def _make_server(self, shard: ExpertShard, source: Checkpoint) -> ExpertServer | CollectiveServer:

@@ -19,8 +19,8 @@ from cluster.gateway.tokenizer import Tokenizer
 from cluster.gateway.vocabulary import check_rows
 from cluster.observe.cardinality import per_expert
 from cluster.router import memory
-from cluster.router.build import dense_bytes, expert_bytes
-from cluster.router.sizing import cluster_dtype, context_limit, pool_blocks, step_bytes
+from cluster.router.build import dense_bytes
+from cluster.router.sizing import cluster_dtype, context_limit, expert_bytes, pool_blocks, step_bytes
 from workers import wire
 from workers.checkpoint import Checkpoint
 from workers.device import Gpu, gpus
@@ -162,7 +162,7 @@ def check_gateway(config: Config, checkpoint: Path, vocab_size: int) -> str:
     Raises CheckpointError naming the tokenizer's file, ConfigError on the keys.
     """
     tokenizer = Tokenizer(checkpoint)
-    _ = tokenizer.chat_template
+    _ = tokenizer.chat_templates
     if config.api_keys_file is not None:
         ApiKeys.from_file(config.api_keys_file)
     return check_rows(tokenizer, vocab_size)

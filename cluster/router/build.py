@@ -14,12 +14,18 @@ from cluster.router.exchange.exchange import Exchange
 from cluster.router.exchange.host_step_compute import HostStepCompute
 from cluster.router.grammar import GrammarCompiler
 from cluster.router.memory import check_memory, with_kv_cache
-from cluster.router.sizing import context_limit, expert_format_of, pool_blocks, step_bytes
+from cluster.router.sizing import (
+    context_limit,
+    expert_bytes,
+    expert_format_of,
+    kept_on,
+    pool_blocks,
+    step_bytes,
+)
 from cluster.routing.recorder import RoutingTrace
 from workers.checkpoint import Checkpoint
 from workers.device import compute_dtype, pick
 from workers.kernels.memory import give_back
-from workers.kernels.select import ops_for
 from workers.model.decoder import Decoder
 from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache, bytes_per_block
@@ -106,22 +112,6 @@ def progress(done: int, total: int) -> None:
         log.info("decoding steps captured: %d of %d", done, total)
 
 
-def expert_bytes(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", config: Config | None = None
-) -> int:
-    """Bytes of one expert in a worker that computes in `dtype` on `device`."""
-    stored, spec = checkpoint.expert_dtype, checkpoint.spec
-    made = None if config is None else expert_format_of(config, device, dtype)
-    if made is not None:
-        return made.bytes(2 * spec.ffn_size, spec.hidden_size) + made.bytes(spec.hidden_size, spec.ffn_size)
-    return 3 * spec.hidden_size * spec.ffn_size * (stored if stored in kept_on(device, dtype) else dtype).itemsize
-
-
 def dense_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
     """Bytes of the weights, all but the experts, in a router that computes in `dtype` on `device`."""
     return checkpoint.dense_bytes(dtype, kept_on(device, dtype))
-
-
-def kept_on(device: torch.device | str, dtype: torch.dtype) -> frozenset[torch.dtype]:
-    """What weights may stay stored as on `device` to compute in `dtype`, beside `dtype` itself."""
-    return ops_for(device, dtype).stored_dtypes

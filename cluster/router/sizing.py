@@ -6,7 +6,9 @@ import torch
 
 from cluster.config import Config
 from cluster.errors import StartError
+from workers.checkpoint import Checkpoint
 from workers.device import compute_dtype
+from workers.kernels.select import ops_for
 from workers.kernels.weights import WeightFormat, expert_format
 from workers.model.kv_cache import bytes_per_block
 from workers.spec import ModelSpec
@@ -61,3 +63,19 @@ def expert_format_of(config: Config, device: torch.device | str, dtype: torch.dt
             f"--expert-dtype {config.expert_dtype} needs GPUs that compute in 16 bits; leave it at auto here"
         )
     return expert_format(config.expert_dtype, dtype)
+
+
+def expert_bytes(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", config: Config | None = None
+) -> int:
+    """Bytes of one expert in a worker that computes in `dtype` on `device`."""
+    stored, spec = checkpoint.expert_dtype, checkpoint.spec
+    made = None if config is None else expert_format_of(config, device, dtype)
+    if made is not None:
+        return made.bytes(2 * spec.ffn_size, spec.hidden_size) + made.bytes(spec.hidden_size, spec.ffn_size)
+    return 3 * spec.hidden_size * spec.ffn_size * (stored if stored in kept_on(device, dtype) else dtype).itemsize
+
+
+def kept_on(device: torch.device | str, dtype: torch.dtype) -> frozenset[torch.dtype]:
+    """What weights may stay stored as on `device` to compute in `dtype`, beside `dtype` itself."""
+    return ops_for(device, dtype).stored_dtypes

@@ -48,7 +48,7 @@ class LayerExperts:
         return self._weights
 
     def reserve(self, n_experts: int) -> None:
-        """Take memory for so many experts, where they lie in one piece."""
+        """Take memory for so many experts, where all layers' lie in one piece."""
 
     def put(self, expert: int, w13: Matrix, w2: Matrix) -> None:
         """Give `expert` its weights: w1 (gate) over w3 (up) [2F, D], and w2 (down) [D, F]; kept, not copied."""

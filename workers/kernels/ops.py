@@ -200,9 +200,9 @@ class Ops(Protocol):
         w3. For what all rows go through: dense layers, shared experts. [T, D]."""
 
     def layer_experts(
-        self, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
-    ) -> LayerExperts:
-        """Room for the experts of a layer, none held."""
+        self, n_layers: int, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
+    ) -> list[LayerExperts]:
+        """Room for the experts of so many layers, none held; where it is taken beforehand they share it."""
 
     def experts(
         self,

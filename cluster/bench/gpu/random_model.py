@@ -41,8 +41,8 @@ class RandomModel:
         )  # fmt: skip
         self.dense = DenseWeights(_matrix(spec.vocab_size, d) * d**0.5, _norm(d), _matrix(spec.vocab_size, d), layers)
         self.shard = ExpertShard(spec, "cuda:0", torch.bfloat16, expert_format=expert_format)
+        self.shard.reserve(spec.n_layers * spec.n_experts)
         for layer in range(spec.n_layers):
-            self.shard.reserve(layer, spec.n_experts)
             for expert in range(spec.n_experts):
                 self.shard.load(layer, expert, ExpertWeights(_matrix(f, d), _matrix(d, f), _matrix(f, d)))
         cache = KVCache(spec, n_blocks, block_size, torch.bfloat16, "cuda:0")

@@ -27,7 +27,7 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error_that_says_why(monkeypat
     with pytest.raises(DeviceError, match="CUDA cannot be used here"):
         pick("cuda")
     assert describe(torch.device("cpu")) == {"device": "cpu"}
-    assert capacity(torch.device("cpu"), 1.0, 1).slots == 0
+    assert capacity(torch.device("cpu"), 1.0, 1, 8).slots == 0
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,9 @@ class CpuOps:
         return y_TD
 
     def layer_experts(
-        self, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
-    ) -> LayerExperts:
-        return LayerExperts(n_experts, hidden_size, ffn_size, weight_format)
+        self, n_layers: int, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
+    ) -> list[LayerExperts]:
+        return [LayerExperts(n_experts, hidden_size, ffn_size, weight_format) for _ in range(n_layers)]
 
     def experts(
         self,

@@ -26,7 +26,7 @@ _H_SCALE = 128  # columns of h that share a scale, whatever the tile: else a row
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """One layer's weights in slots: w13 [S, 2F, D] (gate over up), w2 [S, D, F].
+    """Weights in slots, w13 [S, 2F, D] (gate over up), w2 [S, D, F], and which of them are a layer's.
 
     Of 8 bits, with one scale per output channel: s13 float32 [S, 2F], s2 [S, D]; `rows8`: rows travel in 8 bits too.
     """
@@ -62,13 +62,13 @@ def compute(
     x: of the dtype of the weights, or e4m3 with `x_scale_T` where rows travel in 8 bits. y: bfloat16 or float16, as x;
     with 8 bits bfloat16.
     """
-    n_slots, two_f, d = slots.w13.shape
-    n_pairs, f = ids_TK.numel(), two_f // 2
-    plan = plan or expert_plan(card(x_TD.device), slots.weights, d, f, -(-n_pairs // n_slots))
+    _, two_f, d = slots.w13.shape
+    n_pairs, n_experts, f = ids_TK.numel(), len(slots.slot_E), two_f // 2
+    plan = plan or expert_plan(card(x_TD.device), slots.weights, d, f, -(-n_pairs // n_experts))
     bits8 = slots.s13 is not None
     y_dtype = x_TD.dtype if x_scale_T is None else torch.bfloat16
     y_PD = torch.empty(n_pairs, d, dtype=y_dtype, device=x_TD.device)
-    routed = route(ids_TK, slots.slot_E, slots.count_E, plan.bm, plan.blocks(n_pairs, n_slots))
+    routed = route(ids_TK, slots.slot_E, slots.count_E, plan.bm, plan.blocks(n_pairs, n_experts))
     h_dtype = E4M3 if slots.rows8 else torch.float16 if bits8 else x_TD.dtype
     h_PF = torch.empty(n_pairs, f, dtype=h_dtype, device=x_TD.device)
     if slots.rows8:

@@ -18,6 +18,7 @@ from workers.kernels.cuda.experts import compute, quantized_rows
 from workers.kernels.cuda.graphs import capture
 from workers.kernels.cuda.layer_experts import CudaLayerExperts
 from workers.kernels.cuda.linear import linear
+from workers.kernels.cuda.slot_pool import SlotPool
 from workers.kernels.dispatch import Plan
 from workers.kernels.experts import LayerExperts
 from workers.kernels.ops import AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, Unsummed
@@ -126,9 +127,10 @@ class CudaOps(TorchOps):
         return y_TD if gate is None else y_TD * self.linear(x_TD, gate).sigmoid()
 
     def layer_experts(
-        self, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
-    ) -> LayerExperts:
-        return CudaLayerExperts(n_experts, hidden_size, ffn_size, weight_format, self.device)
+        self, n_layers: int, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
+    ) -> list[LayerExperts]:
+        pool = SlotPool(hidden_size, ffn_size, weight_format, self.device)
+        return [CudaLayerExperts(n_experts, hidden_size, ffn_size, weight_format, pool) for _ in range(n_layers)]
 
     def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
         """By the kernel that adds up the rows of a step in one process, which adds in the order of places."""

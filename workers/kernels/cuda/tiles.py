@@ -51,9 +51,9 @@ class ExpertPlan:
     up: Tile
     down: Tile
 
-    def blocks(self, n_pairs: int, n_slots: int) -> int:
+    def blocks(self, n_pairs: int, n_experts: int) -> int:
         """The most row blocks there can be, whatever the gate chose."""
-        return min(n_pairs, n_pairs // self.bm + n_slots)
+        return min(n_pairs, n_pairs // self.bm + n_experts)
 
 
 @cache

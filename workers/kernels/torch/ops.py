@@ -125,9 +125,9 @@ class TorchOps:
         return y_TD if gate is None else y_TD * self.linear(x_TD, gate).sigmoid()
 
     def layer_experts(
-        self, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
-    ) -> LayerExperts:
-        return LayerExperts(n_experts, hidden_size, ffn_size, weight_format)
+        self, n_layers: int, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
+    ) -> list[LayerExperts]:
+        return [LayerExperts(n_experts, hidden_size, ffn_size, weight_format) for _ in range(n_layers)]
 
     def experts(
         self,

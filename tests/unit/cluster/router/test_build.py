@@ -15,9 +15,9 @@ from cluster.config import Config
 from cluster.errors import CheckpointError, StartError
 from cluster.models.random import SMALL, write_random
 from cluster.router import memory
-from cluster.router.build import build_engine, dense_bytes, expert_bytes
+from cluster.router.build import build_engine, dense_bytes
 from cluster.router.params import SamplingParams
-from cluster.router.sizing import context_limit, pool_blocks
+from cluster.router.sizing import context_limit, expert_bytes, pool_blocks
 from workers.checkpoint import Checkpoint
 from workers.kernels import select
 from workers.kernels.select import ops_for

@@ -216,7 +216,7 @@ def test_a_graph_repeats_its_calls_on_new_contents() -> None:
 
 
 def test_a_graph_says_when_an_expert_has_gone() -> None:
-    layer = CPU.layer_experts(3, 16, 8, WeightFormat(torch.float32))
+    [layer] = CPU.layer_experts(1, 3, 16, 8, WeightFormat(torch.float32))
     for expert in range(3):
         layer.put(expert, Matrix(torch.randn(16, 16)), Matrix(torch.randn(16, 8)))
     x_TD, ids_TK, weights_TK = torch.randn(2, 16), torch.tensor([[0, 2], [2, 1]]), torch.rand(2, 2)
