@@ -161,9 +161,17 @@ def stop(
     port: Port = None,
     state_dir: StateDir = None,
     timeout_s: Annotated[float, typer.Option(help="how long to wait for open requests and the end")] = 60.0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="end what a `serve --ray-address` that was killed left behind in that Ray")
+    ] = None,
 ) -> None:
     """End the running cluster: open requests finish, then every process goes."""
     settle(os.environ, state_dir)
+    if ray_address is not None:
+        from cluster.fleet.local_ray import clear
+
+        typer.echo(clear(ray_address))
+        return
     from cluster.fleet.status import stop
 
     typer.echo(stop(port, timeout_s))

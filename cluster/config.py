@@ -191,6 +191,9 @@ class Config:
     cors_origins: str = option("", "origins, by commas, whose pages may call the gateway from a browser; *: any")
     root_path: str = option("", "path under which a proxy in front shows the gateway")
     live_page: bool = option(True, "show the cluster at `/`: experts, workers, events, a chat")
+    trust_request_chat_template: bool = option(
+        False, "take chat templates that come with requests; they run in a process of their own, with limits"
+    )
     info_endpoints: bool = option(False, "serve /server_info and /tokenizer_info, which show the configuration")
     allow_no_keys: bool = option(False, "listen beyond loopback without API keys")
     drain_timeout_s: float = option(30.0, "how long open requests may finish when the cluster stops", at_least=0)

@@ -90,7 +90,7 @@ def generate(
 
 def encode(tokenizer: Tokenizer, prompt: str, raw: bool) -> tuple[list[int], bool]:
     """The prompt as token ids, and whether it is a text to be continued: as asked for, or as a base model has it."""
-    if raw or tokenizer.chat_template is None:
+    if raw or not tokenizer.chat_templates:
         return tokenizer.encode(prompt), True
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     return tokenizer.encode(text, add_special_tokens=False), False

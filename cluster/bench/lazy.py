@@ -14,6 +14,7 @@ _COMMANDS = {
     "serve": "An open-loop load generator against a running gateway.",
     "gpu": "One GPU: ceilings, decoding and prompts beside the floor and transformers, without Ray.",
     "moves": "Move, replicate and drop experts and scale a running cluster under load and compare every stream.",
+    "rebalance": "Tokens per second before and after a rebalance, beside its receipt.",
     "chaos": "Kill processes of a running cluster under load and compare every stream.",
 }
 

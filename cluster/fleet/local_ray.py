@@ -34,6 +34,7 @@ APPLICATION = "expertmesh"  # its name in Serve
 
 _AUTH_HINT = "; does it ask for a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) that this environment lacks?"
 
+_QUIETLY: dict[str, Any] = {"namespace": "expertmesh", "log_to_driver": False, "logging_level": "ERROR"}
 _COMMON = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end must not start another Ray
@@ -91,6 +92,8 @@ def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # Serve starts HAProxy again after the third check in a row that finds none; its own period is 10 s.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+        # One that starts on a busy machine is given up, and the gateway with it, when it has not in three times this.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(reserve_port()),
         "RAY_SERVE_LOG_TO_STDERR": "0",
     }
@@ -106,11 +109,10 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus
     from cluster.fleet.launcher import EXPERT_RESOURCE, ROUTER_RESOURCE
 
     address = None if config.ray_address is None else check_there(config.ray_address)
-    common: dict[str, Any] = {"namespace": "expertmesh", "log_to_driver": False, "logging_level": "ERROR"}
     try:
         with _working_in(run_dir):
             if address is not None:
-                ray.init(address, **common)
+                ray.init(address, **_QUIETLY)
             else:
                 os.environ.update(variables)
                 ray.init(
@@ -121,7 +123,7 @@ def start(config: Config, run_dir: Path, variables: Mapping[str, str], *, n_gpus
                     resources=dict.fromkeys((ROUTER_RESOURCE, EXPERT_RESOURCE), _PROCESSES),
                     _node_ip_address="127.0.0.1",
                     _temp_dir=str(run_dir),
-                    **common,
+                    **_QUIETLY,
                 )
         if address is not None:
             _claim_serve(address)
@@ -179,6 +181,24 @@ def _claim_serve(address: str) -> None:
             f"Ray at {address} already serves {', '.join(sorted(others))}; ExpertMesh needs Ray Serve alone"
         )
     serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def clear(address: str) -> str:
+    """End what an ExpertMesh that was killed left behind in the Ray at `address`, and say so. StartError where one
+    runs, or Serve is somebody else's."""
+    os.environ.update(environment(Config(ray_address=address), Path(), 0))
+    import ray
+
+    there = check_there(address)
+    try:
+        ray.init(there, **_QUIETLY)
+    except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
+        raise StartError(f"cannot join Ray at {address}: {' '.join(str(error).split())}{_AUTH_HINT}") from error
+    try:
+        _claim_serve(there)
+    finally:
+        ray.shutdown()
+    return f"nothing of ExpertMesh is left in the Ray at {there}"
 
 
 def _exists(actor: str, namespace: str) -> bool:

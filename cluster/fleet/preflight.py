@@ -162,7 +162,7 @@ def check_gateway(config: Config, checkpoint: Path, vocab_size: int) -> str:
     Raises CheckpointError naming the tokenizer's file, ConfigError on the keys.
     """
     tokenizer = Tokenizer(checkpoint)
-    _ = tokenizer.chat_template
+    _ = tokenizer.chat_templates
     if config.api_keys_file is not None:
         ApiKeys.from_file(config.api_keys_file)
     return check_rows(tokenizer, vocab_size)

@@ -23,6 +23,7 @@ from cluster.gateway.page.feed import Feed, Source
 from cluster.gateway.page.routes import page_routes
 from cluster.gateway.responses.routes import response_routes
 from cluster.gateway.service_routes import service_routes
+from cluster.gateway.template_process import TemplateProcess
 from cluster.gateway.token_routes import token_routes
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.grammar import GrammarCompiler
@@ -47,7 +48,8 @@ def create_app(
     keys = ApiKeys.from_file(config.api_keys_file, metrics.n_gateways) if config.api_keys_file is not None else None
     grammars = GrammarCompiler(model.path, model.vocab_size, tokenizer.eos_ids)
     names, fingerprint = TokenNames(tokenizer.pieces), _fingerprint(model)
-    gateway = Gateway(config, model, tokenizer, names, session, metrics, grammars, fingerprint)
+    templates = TemplateProcess(tokenizer.special_tokens)
+    gateway = Gateway(config, model, tokenizer, names, session, metrics, grammars, templates, fingerprint)
     app = FastAPI(
         title="ExpertMesh",
         description="A mixture-of-experts model behind OpenAI's API",

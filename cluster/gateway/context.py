@@ -15,6 +15,7 @@ from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.schemas.fields import Body
 from cluster.gateway.schemas.known import UNSUPPORTED
+from cluster.gateway.template_process import TemplateProcess
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.grammar import GrammarCompiler
 from cluster.router.params import SamplingParams, StepOutput
@@ -67,6 +68,7 @@ class Gateway:
     session: Session
     metrics: Metrics
     grammars: GrammarCompiler
+    templates: TemplateProcess  # of requests
     fingerprint: str  # of model and server version: other answers may come where it differs
 
     def check_unknown(self, body: Body) -> None:

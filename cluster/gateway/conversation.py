@@ -18,6 +18,8 @@ from cluster.gateway.schemas.messages import FunctionCall, Message
 from cluster.gateway.structured import check_alone, grammar_of
 from cluster.gateway.tools import Toolbox, format_of, marks, parser, taught, toolbox
 
+_OURS = frozenset({"messages", "tools", "template", "self"})  # names that a template gets from other fields
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -77,20 +79,37 @@ async def render(gateway: Gateway, request: ChatRequest, tools: Toolbox) -> str:
     await give_way()
     described = tools.described
     more = dict(request.chat_template_kwargs or {})
+    if taken := more.keys() & _OURS:
+        param = f"chat_template_kwargs.{min(taken)}"
+        raise RequestError(f"'{param}' is a field of the request itself", code="invalid_value", param=param)
     if request.documents is not None:
         more["documents"] = request.documents
-    if described is not None and gateway.tokenizer.tool_format is None:
+    generate = bool(more.pop("add_generation_prompt", request.add_generation_prompt is not False))
+    template = request.chat_template
+    is_foreign = template is not None and template not in gateway.tokenizer.chat_templates
+    if is_foreign and not gateway.config.trust_request_chat_template:
+        names = ", ".join(gateway.tokenizer.chat_templates) or "none"
+        message = f"'chat_template' may name a template of this model ({names}); this server takes none from requests"
+        raise RequestError(message, code="unsupported_parameter", param="chat_template")
+
+    async def rendered(*, add_generation_prompt: bool) -> str:
+        extra = {"add_generation_prompt": add_generation_prompt, "tools": described, **more}
+        if is_foreign:
+            return await gateway.templates.render(template or "", messages, **extra)
+        return gateway.tokenizer.apply_chat_template(messages, template, **extra)
+
+    knows_tools = gateway.tokenizer.tool_format if not is_foreign else "tools" in (template or "")
+    if described is not None and not knows_tools:
         form = format_of(gateway, tools)
         assert form is not None
         messages, described = taught(messages, described, form), None
-    generate = request.add_generation_prompt is not False
     if not request.continue_final_message:
-        return gateway.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tools=described, **more)
+        return await rendered(add_generation_prompt=generate)
     last = messages[-1]["content"].strip()
     if request.add_generation_prompt or messages[-1]["role"] != "assistant" or not last:
         message = "'continue_final_message' needs an assistant's text last, and no 'add_generation_prompt'"
         raise RequestError(message, code="invalid_value", param="continue_final_message")
-    prompt = gateway.tokenizer.apply_chat_template(messages, add_generation_prompt=False, tools=described, **more)
+    prompt = await rendered(add_generation_prompt=False)
     return prompt[: prompt.rindex(last) + len(last)] if last in prompt else prompt
 
 

@@ -18,7 +18,7 @@ from cluster.gateway.parsers.parts import Content, Part
 from cluster.gateway.sampling import Streaming
 from cluster.gateway.sequence_text import Delta, FinishReason, ScoredToken, SequenceText
 from cluster.gateway.sse import EventStream, JsonAnswer, dump, dump_large
-from cluster.gateway.tenants import tenant
+from cluster.gateway.tenants import Tenant, tenant
 from cluster.router.params import Routing, SamplingParams, TokenLogprobs
 
 _MANY_SCORES = 5000  # take 10 ms to write, in which no other stream would move
@@ -43,6 +43,7 @@ class Choice:
     echo: Echo | None = None
     parser: MessageParser | None = None
     cached_tokens: int = 0  # of the prompt, that a router had in its cache
+    reasoning_tokens: int = 0  # of the answer, without the marks around them
 
 
 Usage = dict[str, Any]  # OpenAI's, of chat and text completions
@@ -99,7 +100,7 @@ async def _events(
     gateway: Gateway, choices: list[Choice], n: int, form: Form, with_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     opened: set[int] = set()
-    async with _charged(choices, n), aclosing(_deltas(gateway, choices)) as deltas:
+    async with _running(gateway, choices, n), aclosing(_deltas(gateway, choices)) as deltas:
         async for choice, delta in deltas:
             data = b""
             if choice.index not in opened:
@@ -114,7 +115,7 @@ async def _events(
 
 async def _whole(gateway: Gateway, choices: list[Choice], n: int, form: Form) -> bytes:
     answers = [Answer(choice) for choice in choices]
-    async with _charged(choices, n), aclosing(_deltas(gateway, choices)) as deltas:
+    async with _running(gateway, choices, n), aclosing(_deltas(gateway, choices)) as deltas:
         async for choice, delta in deltas:
             answer = answers[choice.index]
             answer.text += delta.text
@@ -138,16 +139,17 @@ def _n_scores(answer: Answer) -> int:
 
 
 @asynccontextmanager
-async def _charged(choices: Sequence[Choice], n: int) -> AsyncIterator[None]:
-    """While a request runs: its tenant has so many sequences more, and pays for the tokens, the prompt's at once."""
-    if (whose := tenant.get()) is None:
-        yield
-        return
+async def _running(gateway: Gateway, choices: Sequence[Choice], n: int) -> AsyncIterator[None]:
+    """While a request is answered: its tenant has so many sequences more, and pays for the tokens, the prompt's at
+    once."""
+    whose = tenant.get() or Tenant("")
     with whose.admitted(len(choices)):
         whose.spend(usage_of(choices, n)["prompt_tokens"])
+        gateway.metrics.n_requests += 1
         try:
             yield
         finally:
+            gateway.metrics.n_requests -= 1
             whose.spend(usage_of(choices, n)["completion_tokens"])
 
 
@@ -160,6 +162,7 @@ def usage_of(choices: Sequence[Choice], n: int) -> Usage:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in choices[::n])},
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }
 
 
@@ -213,7 +216,9 @@ async def _run(gateway: Gateway, choice: Choice) -> AsyncGenerator[tuple[Choice,
                 delta = text.feed(output)
                 delta.token_ids, delta.routing = output.token_ids, output.routing
                 if choice.parser is not None:
+                    reasoned = choice.parser.reasons
                     _parse(choice.parser, delta)
+                    choice.reasoning_tokens += len(output.token_ids) * (reasoned and choice.parser.reasons)
                 reason = delta.finish or reason
                 yield choice, delta
                 if delta.finish is not None:

@@ -36,6 +36,7 @@ class Metrics:
         self.rejected: Counter[str] = Counter()  # by code
         self.finished: Counter[str] = Counter()  # by reason
         self.n_open = 0
+        self.n_requests = 0  # that are being answered; each may have several sequences
         self.prompt_tokens = 0
         self.tokens = 0
         self.first_token = Distribution(series.FIRST_TOKEN.buckets)

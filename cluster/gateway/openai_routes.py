@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body
+from pydantic import Discriminator, Tag
 from starlette.responses import Response
 
 from cluster.gateway import response_bodies
@@ -14,8 +17,17 @@ from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.schemas.completions import CompletionRequest
 
 
+def _kind(body: Any) -> str:
+    return "chat" if isinstance(body, dict) and "messages" in body else "text"
+
+
+Invocation = Annotated[
+    Annotated[ChatRequest, Tag("chat")] | Annotated[CompletionRequest, Tag("text")], Discriminator(_kind), Body()
+]
+
+
 def openai_routes(gateway: Gateway) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
+    router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
     card = response_bodies.ModelObject(
         id=gateway.model.id,
         object="model",
@@ -25,22 +37,31 @@ def openai_routes(gateway: Gateway) -> APIRouter:
         max_model_len=gateway.model.max_context,
     )
 
-    @router.post("/chat/completions", response_model=response_bodies.ChatCompletion, responses=response_bodies.STREAM)
+    @router.post(
+        "/v1/chat/completions", response_model=response_bodies.ChatCompletion, responses=response_bodies.STREAM
+    )
     async def chat_completions(request: ChatRequest) -> Response:
         """Answer a conversation."""
         return await chat(gateway, request)
 
-    @router.post("/completions", response_model=response_bodies.Completion, responses=response_bodies.STREAM)
+    @router.post("/v1/completions", response_model=response_bodies.Completion, responses=response_bodies.STREAM)
     async def completions(request: CompletionRequest) -> Response:
         """Go on with a text."""
         return await complete(gateway, request)
 
-    @router.get("/models")
+    @router.post("/invocations", response_model=response_bodies.AnyObject, responses=response_bodies.STREAM)
+    async def invocations(request: Invocation) -> Response:
+        """A chat or a text completion, by whether it has `messages`: the one path that SageMaker calls."""
+        if isinstance(request, ChatRequest):
+            return await chat(gateway, request)
+        return await complete(gateway, request)
+
+    @router.get("/v1/models")
     async def models() -> response_bodies.ModelList:
         """The models served here: one."""
         return response_bodies.ModelList(object="list", data=[card])
 
-    @router.get("/models/{model:path}")
+    @router.get("/v1/models/{model:path}")
     async def model_card(model: str) -> response_bodies.ModelObject:
         """One model."""
         gateway.check_model(model)

@@ -32,8 +32,8 @@ def service_routes(gateway: Gateway, version: str) -> APIRouter:
 
     @router.get("/load")
     async def load() -> response_bodies.Load:
-        """How many sequences this gateway has open."""
-        return response_bodies.Load(server_load=gateway.session.n_open)
+        """How many requests this gateway is answering."""
+        return response_bodies.Load(server_load=gateway.metrics.n_requests)
 
     @router.get("/ready")
     async def ready() -> response_bodies.Status:

@@ -7,10 +7,16 @@ from fastapi import APIRouter
 from cluster.errors import RequestError
 from cluster.gateway import response_bodies
 from cluster.gateway.context import Gateway
-from cluster.gateway.conversation import plain_messages
+from cluster.gateway.conversation import render
 from cluster.gateway.json_bodies import JsonRoute
 from cluster.gateway.prompts import decode, encode
+from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from cluster.gateway.tools import toolbox
+
+_OF_CHATS = (
+    "add_generation_prompt", "continue_final_message", "tools", "documents", "chat_template", "chat_template_kwargs",
+)  # fmt: skip
 
 
 def token_routes(gateway: Gateway) -> APIRouter:
@@ -20,7 +26,7 @@ def token_routes(gateway: Gateway) -> APIRouter:
     async def tokenize(request: TokenizeRequest) -> response_bodies.Tokenized:
         """The token ids of a text, or of the prompt that messages make."""
         gateway.check_model(request.model)
-        text, special = _text(gateway, request)
+        text, special = await _text(gateway, request)
         tokens = await encode(gateway, text, add_special_tokens=special)
         return response_bodies.Tokenized(
             count=len(tokens),
@@ -43,14 +49,13 @@ def token_routes(gateway: Gateway) -> APIRouter:
     return router
 
 
-def _text(gateway: Gateway, request: TokenizeRequest) -> tuple[str, bool]:
+async def _text(gateway: Gateway, request: TokenizeRequest) -> tuple[str, bool]:
     """What to tokenize, and whether to put the tokenizer's special tokens around it."""
     asked = request.add_special_tokens
     if request.messages is not None and request.prompt is None:
-        messages = plain_messages(request.messages)
-        generate = request.add_generation_prompt
-        text = gateway.tokenizer.apply_chat_template(messages, add_generation_prompt=generate)
-        return text, bool(asked)
+        same = {name: getattr(request, name) for name in _OF_CHATS}
+        chat = ChatRequest(model=gateway.model.id, messages=request.messages, **same)
+        return await render(gateway, chat, toolbox(chat)), bool(asked)
     if request.messages is not None:
         raise RequestError("Give 'prompt' or 'messages', not both", code="invalid_value", param="prompt")
     if request.prompt is None:

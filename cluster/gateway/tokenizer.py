@@ -60,7 +60,7 @@ class Tokenizer:
             [token_id for token_id, token in added.items() if token.special],
             definition.get("decoder"),
         )
-        self._template_source = _template_source(self.path, config)
+        self._templates = _template_sources(self.path, config)
 
     @property
     def vocab_size(self) -> int:
@@ -146,15 +146,20 @@ class Tokenizer:
         return self.pieces.bytes_of(token_id)
 
     @cached_property
-    def chat_template(self) -> ChatTemplate | None:
-        """None where the checkpoint has none, as base models do."""
-        source = self._template_source
-        return ChatTemplate(source, self.special_tokens) if source is not None else None
+    def chat_templates(self) -> dict[str, ChatTemplate]:
+        """By name; `default` is for chats, `tool_use`, if there is one, for those with tools.
+
+        Empty where the checkpoint has none, as base models do."""
+        return {name: ChatTemplate(source, self.special_tokens) for name, source in self._templates.items()}
+
+    def template_for(self, *, tools: bool) -> str:
+        """The name of the template for a conversation with or without tools."""
+        return "tool_use" if tools and "tool_use" in self._templates else "default"
 
     @property
     def tool_format(self) -> str | None:
         """How the chat template teaches the model to call functions; None: it does not."""
-        return tool_format_of(self._template_source or "")
+        return tool_format_of(self._templates.get(self.template_for(tools=True), ""))
 
     def special_id(self, text: str) -> int | None:
         """The special token that is written as `text`."""
@@ -163,7 +168,7 @@ class Tokenizer:
 
     def teaches(self, mark: str) -> bool:
         """Whether the chat template holds `mark`."""
-        return mark in (self._template_source or "")
+        return any(mark in source for source in self._templates.values())
 
     @cached_property
     def longest_piece(self) -> int:
@@ -174,22 +179,22 @@ class Tokenizer:
         """What a client may want to know of it."""
         return read_json(self.path / "tokenizer_config.json") | {
             "vocab_size": self.vocab_size,
-            "chat_template": self._template_source,
+            "chat_template": self._templates.get("default"),
             "special_tokens": self.special_tokens,
             "eos_token_ids": sorted(self.eos_ids),
         }
 
-    def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[Message], template: str | None = None, **extra: Any) -> str:
         """The prompt of a conversation; encode it with `add_special_tokens=False`, as it names its first token.
 
-        Raises RequestError where the template refuses the messages, or where there is no template.
+        `template`: the name of one of several; default: the one for its tools. Raises RequestError where the template
+        refuses the messages, or where there is no template.
         """
-        if self.chat_template is None:
+        if not self.chat_templates:
             raise RequestError("This model has no chat template; use /v1/completions",
                                code="unsupported_endpoint", param="model")  # fmt: skip
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **extra)
+        name = template or self.template_for(tools=extra.get("tools") is not None)
+        return self.chat_templates[name].render(messages, **extra)
 
 
 def _untrimmed(definition: dict[str, Any]) -> dict[str, Any]:
@@ -215,28 +220,35 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _template_source(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The template of chat_template.jinja, else of tokenizer_config.json, else of chat_template.json."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{file}: {error}") from error
-    file = path / "tokenizer_config.json"
-    source = config.get("chat_template")
+def _template_sources(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """By name. The one for chats, `default`, is in chat_template.jinja, else in tokenizer_config.json, else in
+    chat_template.json; others are in the directory additional_chat_templates, or beside it in a list."""
+    files = {"default": path / "chat_template.jinja"} if (path / "chat_template.jinja").is_file() else {}
+    if files:
+        files |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
+        return {name: _read_text(file) for name, file in files.items()}
+    file, source = path / "tokenizer_config.json", config.get("chat_template")
     if source is None:
         file = path / "chat_template.json"
         source = read_json(file).get("chat_template")
+    if source is None:
+        return {}
     if isinstance(source, list):
-        return _default_of(source, file)
-    if source is not None and not isinstance(source, str):
+        return _named(source, file)
+    if not isinstance(source, str):
         raise CheckpointError(f"{file}: chat_template is neither a text nor a list of named ones")
-    return source
+    return {"default": source}
 
 
-def _default_of(templates: list[Any], file: Path) -> str:
-    """Of several templates the one named `default`."""
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _named(templates: list[Any], file: Path) -> dict[str, str]:
+    """Several templates by name, one of which is `default`."""
     named: dict[str, str] = {}
     for entry in templates:
         name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
@@ -246,4 +258,4 @@ def _default_of(templates: list[Any], file: Path) -> str:
     if "default" not in named:
         names = ", ".join(named) or "nothing"
         raise CheckpointError(f"{file}: chat_template has {names}; name the template for chats `default`")
-    return named["default"]
+    return named

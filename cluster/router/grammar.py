@@ -9,6 +9,7 @@ Shape legend: N sequences, V vocabulary, W = ceil(V / 32) words of a mask, bit t
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,8 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from numpy.typing import NDArray
 
 from cluster.errors import RequestError
+
+log = logging.getLogger(__name__)
 
 _CACHED = 64  # compiled grammars
 _WORKERS = 2  # threads that compile, which llguidance does without the GIL
@@ -112,7 +115,8 @@ class GrammarCompiler:
                 try:
                     self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=self._eos_ids)
                 except Exception as error:  # of the library, which raises several
-                    message = f"grammars cannot be followed with this model's tokenizer: {error}"
+                    log.warning("%s: no grammar can be followed: %s", self._file, error)
+                    message = "grammars cannot be followed with this model's tokenizer"
                     raise RequestError(message, code="unsupported_parameter") from error
             return self._tokenizer
 

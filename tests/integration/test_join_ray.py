@@ -61,12 +61,17 @@ def test_one_cluster_after_the_other_joins_a_ray(
         second = run("serve", str(tiny_checkpoint), *options, "--port", str(free_port()), environ=one.environ)
         assert second.returncode == 1 and "runs an ExpertMesh already" in second.stderr, second.stderr
         assert chat(one, "hello", max_tokens=8) == answer
+        refused = run("stop", "--ray-address", address, environ=one.environ)
+        assert refused.returncode == 1 and "runs an ExpertMesh already" in refused.stderr, refused.stderr
         one.process.kill()  # what Serve runs is left behind, and goes on listening
         one.process.wait(10)
+    assert listens(one.port)
+    cleared = run("stop", "--ray-address", address, environ=one.environ)
+    assert cleared.returncode == 0, cleared.stderr
+    assert not listens(one.port)
     (tmp_path / "two").mkdir()
     with running_cluster(tmp_path / "two", tiny_checkpoint, *options, "--gateways", "2") as two:
         assert chat(two, "hello", max_tokens=8) == answer
-        assert not listens(one.port)
         gateways = sorted(process["id"] for process in two.status()["processes"] if process["role"] == "gateway")
         assert gateways == ["gateway-0", "gateway-1"]
         assert two.command("stop").returncode == 0

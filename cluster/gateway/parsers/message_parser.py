@@ -47,6 +47,11 @@ class MessageParser:
             self._take = self._first
         self._thinks = thinks
 
+    @property
+    def reasons(self) -> bool:
+        """Whether what comes next is reasoning, until its end is marked."""
+        return self._take in (self._reasoning_begins, self._reasoning)
+
     def push(self, text: str) -> list[Part]:
         """What `text` adds."""
         if self._named is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cluster.gateway.schemas.fields import MAX_TOOLS, JsonObject, MaxTokens, No, NTop, Small
+from cluster.gateway.schemas.fields import MAX_TOOLS, JsonObject, MaxTokens, No, NTop, Small, TemplateText
 from cluster.gateway.schemas.messages import Function, Messages, NamedFunction, NamedTool, Tool
 from cluster.gateway.schemas.sampling import SamplingFields
 
@@ -29,6 +29,10 @@ class ChatRequest(SamplingFields):
     continue_final_message: Annotated[bool | None, Field(description="Go on with the last message's text")] = None
     add_special_tokens: bool | None = None
     echo: Annotated[bool | None, Field(description="Put the last message before the answer")] = None
+    chat_template: Annotated[
+        TemplateText | None,
+        Field(description="The name of one of the model's; with --trust-request-chat-template also a template"),
+    ] = None
     chat_template_kwargs: Annotated[JsonObject | None, Field(description="More names for the chat template")] = None
     documents: Annotated[
         Annotated[list[JsonObject], Field(max_length=1024, fail_fast=True), Small] | None,

@@ -90,6 +90,7 @@ MaxTokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
 No = Annotated[Literal[False], BeforeValidator(_boolean)]
 One = Annotated[Literal[1], BeforeValidator(_number)]
 Empty = Annotated[list[Any], Field(max_length=0)]
+TemplateText = Annotated[Text, Field(min_length=1, max_length=1 << 16)]
 MAX_VALUES = 50_000
 Small = BeforeValidator(_small)
 JsonObject = Annotated[dict[str, Any], Small]

@@ -14,7 +14,7 @@ _OPENAI = """
     audio best_of moderation prediction suffix web_search_options
 """
 _OTHERS = """
-    chat_template early_stopping ebnf guided_decoding_backend json_schema kv_transfer_params length_penalty
+    early_stopping ebnf guided_decoding_backend json_schema kv_transfer_params length_penalty
     logits_processors lora_path mm_processor_kwargs prompt_embeds regex stop_regex
     thinking_token_budget use_beam_search vllm_xargs
 """

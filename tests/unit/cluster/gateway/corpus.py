@@ -36,6 +36,9 @@ CORPUS: list[tuple[str, Any]] = [
     ("/v1/chat/completions", _CHAT | {"continue_final_message": True, "add_generation_prompt": False, "messages": [
         _USER, {"role": "assistant", "content": "It is"}]}),
     ("/v1/chat/completions", _CHAT | {"documents": [{"title": "a", "text": "b"}], "chat_template_kwargs": {"a": 1}}),
+    ("/v1/chat/completions", _CHAT | {"chat_template": "default", "stop": "x"}),
+    ("/invocations", _CHAT | {"n": 2}),
+    ("/invocations", _TEXT | {"stream": True}),
     ("/v1/completions", _TEXT | {"echo": True, "logprobs": 2, "n": 2, "suffix": None}),
     ("/v1/completions", _TEXT | {"prompt": [[5, 6, 7], [8]], "prompt_logprobs": 1, "return_token_ids": True}),
     ("/v1/completions", _TEXT | {"prompt": ["a", "b"], "stream": True, "truncate_prompt_tokens": 2, "cache_salt": "s"}),
@@ -54,6 +57,7 @@ CORPUS: list[tuple[str, Any]] = [
     ("/v1/messages/count_tokens", {"model": "tiny", "messages": [_USER]}),
     ("/tokenize", {"messages": [_USER], "return_token_strs": True}),
     ("/tokenize", {"prompt": "Hello"}),
+    ("/tokenize", {"messages": _CALLED, "tools": [_TOOL], "chat_template_kwargs": {"a": [1]}}),
     ("/detokenize", {"tokens": [5, 6, 7]}),
 ]  # fmt: skip
 _VALUES: list[Any] = [
