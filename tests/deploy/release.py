@@ -44,9 +44,10 @@ class Release:
         return pod
 
     def start_head(self) -> Pod:
-        pod = self.pods["head"] = self.start(
-            kuberay.with_token(kuberay.head_pod(self.api.cluster["spec"]), "raycluster")
-        )
+        spec = self.api.cluster["spec"]
+        often = {"env": [{"name": "AUTOSCALER_UPDATE_INTERVAL_S", "value": "1"}]}  # it looks every five seconds else
+        manifest = kuberay.head_pod(spec | {"autoscalerOptions": spec["autoscalerOptions"] | often})
+        pod = self.pods["head"] = self.start(kuberay.with_token(manifest, "raycluster"))
         self._net.names[kuberay.HEAD_SERVICE] = pod.host.address
         self._tell_api_server()
         return pod
@@ -89,6 +90,11 @@ class Release:
             assert time.monotonic() < deadline, f"not within {timeout_s} s"
             self.reconcile()
             time.sleep(0.3)
+
+    def ready(self, group: str) -> list[str]:
+        """Pods of a group that have started and are ready, by name."""
+        pods = [pod for pod in self.pods.values() if pod.labels["ray.io/group"] == group]
+        return [pod.name for pod in pods if pod.probe("startupProbe") and pod.probe("readinessProbe")]
 
     def publish(self) -> None:
         """The Service leads to the ready pods that it selects, at the port of the name that it has."""
