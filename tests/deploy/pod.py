@@ -74,8 +74,8 @@ class Container:
             environment=shlex.join(self.environment()),
             command=shlex.join([*spec["command"], *spec["args"]]),
         )
-        # Who ends the first process of a PID namespace ends all of them. It ends when its parent does, and that when this
-        # process does; who becomes another user has to ask for it again.
+        # Who ends the first process of a PID namespace ends all of them. It ends when its parent does, and that when
+        # this process does; who becomes another user has to ask for it again.
         command = ["setpriv", "--pdeathsig", "KILL", "nsenter", f"--net={pod.host.path}", "unshare", "--mount", "--uts",
                    "--ipc", "--pid", "--fork", "--kill-child", "bash", "-c", script]  # fmt: skip
         with self.log.open("wb") as log:
