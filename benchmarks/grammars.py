@@ -75,7 +75,7 @@ def _vocabulary(size: int) -> Path:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=size, show_progress=False, special_tokens=["</s>"],
+            vocab_size=size, show_progress=False, special_tokens=["</s>"], max_token_length=32,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )  # fmt: skip
         tokenizer.train_from_iterator(_texts(), trainer)
@@ -107,7 +107,7 @@ def _masks(directory: Path) -> Iterator[tuple[str, ...]]:
         console.print("xgrammar is not installed")
     asked = {
         "any JSON": ({"type": "object"}, json.dumps({"a": json.loads(_ANSWER)})),
-        "a JSON schema": (SCHEMA, _ANSWER),
+        "a JSON schema": (SCHEMA | {"minItems": 1}, _ANSWER),
         "a regex": (_REGEX, _DATED),
         "1000 choices": (_CHOICES, _CHOICES[-1]),
     }

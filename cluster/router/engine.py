@@ -273,7 +273,7 @@ class Engine:
 
     def _overdue(self) -> RequestError:
         message = f"this request waited {self._scheduler.max_wait_s:g} s for its turn; try again later"
-        return RequestError(message, code="queue_full", status=429, retry_after_s=1 + len(self._scheduler.waiting))
+        return RequestError(message, code="queue_timeout", status=429, retry_after_s=1 + len(self._scheduler.waiting))
 
     def _await_grammar(self) -> None:
         """Nothing can be computed because every grammar is still being compiled: let that have the time."""

@@ -38,8 +38,25 @@ Flags = NDArray[np.bool_]
 
 
 def from_json_schema(schema: Mapping[str, Any]) -> str:
-    """JSON that `schema` accepts."""
-    return LLMatcher.grammar_from_json_schema(dict(schema), defaults=_JSON_LAYOUT)
+    """JSON that `schema` accepts. A `format` that is not enforced means nothing, as JSON Schema has it."""
+    return LLMatcher.grammar_from_json_schema(_with_known_formats(dict(schema)), defaults=_JSON_LAYOUT)
+
+
+_FORMATS = frozenset(["date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"])
+_DATA = ("const", "default", "enum", "examples")  # below them there are no schemas
+
+
+def _with_known_formats(schema: Any, names: bool = False) -> Any:
+    """`schema` without formats that cannot be enforced. `names`: its keys are names of properties."""
+    if isinstance(schema, list):
+        return [_with_known_formats(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in _DATA and not names else _with_known_formats(value, key == "properties" and not names)
+        for key, value in schema.items()
+        if names or key != "format" or not isinstance(value, str) or value in _FORMATS
+    }
 
 
 def from_regex(pattern: str) -> str:
@@ -114,7 +131,7 @@ class GrammarCompiler:
                     raise RequestError("the model has no token that ends an answer", code="unsupported_parameter")
                 try:
                     self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=self._eos_ids)
-                except Exception as error:  # of the library, which raises several
+                except BaseException as error:  # of the library, which raises several; a panic is no Exception
                     log.warning("%s: no grammar can be followed: %s", self._file, error)
                     message = "grammars cannot be followed with this model's tokenizer"
                     raise RequestError(message, code="unsupported_parameter") from error
