@@ -8,6 +8,7 @@ number, a drain that drops requests.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -128,6 +129,39 @@ def test_the_pool_follows_its_number(running: Release) -> None:
         running.until(lambda: sum("experts" in name for name in running.pods) == 2)
         assert running.api.group("experts")["replicas"] == 2
     assert not running.api.unknown
+
+
+def test_an_experts_pod_gives_its_experts_away_before_it_ends(running: Release) -> None:
+    """A node is drained: what was on it is elsewhere before the pod is gone, and a pod that takes its place is used."""
+    names = {name for name in running.pods if "experts" in name}
+    with _asking(running):
+        said = running.end(min(names))
+        assert re.search(r"emptied: expert-\d", said), said
+        running.until(lambda: len(running.ready("experts")) == 2)
+        head = running.pods["head"].main
+        rebalanced = head.execute(["expertmesh", "rebalance"])  # which the controller else does by load
+        assert rebalanced.returncode == 0, rebalanced.stderr
+        workers = json.loads(head.execute(["expertmesh", "placement", "show", "--json"]).stdout)["workers"]
+        assert all(worker["replicas"] and not worker["drained"] for worker in workers), workers
+
+
+def test_a_router_waits_for_its_open_requests(running: Release) -> None:
+    """kubelet calls the hook while a request is open: it comes back when the request is answered."""
+    answers = []
+    request = threading.Thread(target=lambda: answers.append(running.complete(1500)))
+    request.start()
+    router = running.pods["routers-0"]
+
+    def open_requests() -> float:
+        text = "".join(running.ask(running.prometheus, "GET", f"http://{router.host.address}:{port}/metrics").text
+                       for port in (9400, 9401))  # fmt: skip
+        return sum(float(value) for value in re.findall(r"^expertmesh_requests_open\S* (\S+)$", text, re.M))
+
+    wait_until(lambda: open_requests() == 1, 60)
+    assert "0 requests are left" in router.drain()
+    assert open_requests() == 0
+    request.join(60)
+    assert answers[0].json()["usage"]["completion_tokens"] == 1500
 
 
 @contextmanager
