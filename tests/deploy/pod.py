@@ -70,11 +70,12 @@ class Container:
             hosts=shlex.join(f"{address} {name}" for name, address in names.items()),
             mounts="\n".join(line for mount in self._mounts() for line in pod.mount(mount)),
             read_only="mount -o remount,ro ." if spec["securityContext"]["readOnlyRootFilesystem"] else "",
-            become=shlex.join(self._become()),
+            become=shlex.join([*self._become(), "--pdeathsig", "KILL"]),
             environment=shlex.join(self.environment()),
             command=shlex.join([*spec["command"], *spec["args"]]),
         )
-        # Who ends the first process of a PID namespace ends all of them, and it ends when this process does.
+        # Who ends the first process of a PID namespace ends all of them. It ends when its parent does, and that when
+        # this process does; who becomes another user has to ask for it again.
         command = ["setpriv", "--pdeathsig", "KILL", "nsenter", f"--net={pod.host.path}", "unshare", "--mount", "--uts",
                    "--ipc", "--pid", "--fork", "--kill-child", "bash", "-c", script]  # fmt: skip
         with self.log.open("wb") as log:
@@ -133,7 +134,9 @@ class Container:
 
     def end(self) -> None:
         """SIGKILL to all of its processes."""
-        self._process.kill()  # with which its only child ends, the first of the container
+        for first in psutil.Process(self._process.pid).children() if self.running() else ():
+            first.kill()
+        self._process.kill()
         self._process.wait()
 
     def text(self) -> str:

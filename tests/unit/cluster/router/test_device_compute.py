@@ -45,6 +45,7 @@ from workers.transport.collective.client import CollectiveTransport
 from workers.transport.collective.steps import CollectiveSteps
 
 __all__ = ["quick_interpreter"]
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # of the interpreter
 SPEC = replace(
     SMALL, hidden_size=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=64, ffn_size=64, n_experts=4, vocab_size=96,
     dtype=torch.float16,
