@@ -104,11 +104,24 @@ def _option(name: str) -> dict[str, Any]:
     return found
 
 
-def schema(text: str) -> str:
-    """The schema with `config` made anew."""
+def schema(text: str, values: dict[str, Any]) -> str:
+    """The schema with `config`, and what cannot be left out, made anew."""
     content = json.loads(text)
     content["$defs"]["config"] = options()
+    _require(content, values)
     return _compact(content) + "\n"
+
+
+def _require(rule: dict[str, Any], values: dict[str, Any]) -> None:
+    """Helm takes a value that is set to null away. Lists and free objects are empty then; the rest is needed."""
+    rule["required"] = []
+    for key, value in values.items():
+        part = rule["properties"][key]
+        if isinstance(value, dict) and "properties" in part and value:
+            _require(part, value)
+            rule["required"].append(key)
+        elif not isinstance(value, dict | list) and value is not None:
+            rule["required"].append(key)
 
 
 def _compact(value: Any, indent: int = 0) -> str:
@@ -129,9 +142,10 @@ def wanted() -> dict[Path, str]:
     before, _, rest = readme.partition(BEGIN)
     after = rest.partition(END)[2]
     values = (CHART / "values.yaml").read_text(encoding="utf-8")
+    rules = (CHART / "values.schema.json").read_text(encoding="utf-8")
     files = {
         CHART / "README.md": f"{before}{BEGIN}{table(values)}{END}{after}",
-        CHART / "values.schema.json": schema((CHART / "values.schema.json").read_text(encoding="utf-8")),
+        CHART / "values.schema.json": schema(rules, yaml.safe_load(values)),
     }
     for folder, patterns in _COPIES.items():
         for pattern in patterns:

@@ -199,3 +199,16 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+def on_host(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in host memory, complete: copied through pinned memory and waited for once, by one event."""
+    copies = tuple(map(to_host, tensors))
+    if on_gpu := [tensor for tensor in tensors if tensor.is_cuda]:
+        torch.cuda.current_stream(on_gpu[0].device).record_event().synchronize()
+    return copies
+
+
+def host_rows(n_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of the host for rows that go on to `device`: pinned where that is a GPU, so that nobody waits for them."""
+    return torch.empty(n_rows, width, dtype=dtype, pin_memory=device.type == "cuda")

@@ -205,6 +205,11 @@ def create_app(
         """Move everything away from a worker and give it nothing more."""
         return receipt_shown(await operator.drain(worker), membership)
 
+    @app.post("/workers/{worker}/node/drain")
+    async def drain_node(worker: str) -> dict[str, Any]:
+        """Move everything away from all expert workers of the worker's node, which is to end."""
+        return receipt_shown(await operator.drain_node_of(worker), membership)
+
     @app.post("/workers/{worker}/undrain")
     async def undrain(worker: str) -> dict[str, Any]:
         """Let the next rebalance use the worker again."""

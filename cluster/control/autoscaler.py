@@ -8,9 +8,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from cluster.control.autoscale import AutoscaleOptions, Decision, Limits, Sample, decide
+from cluster.control.autoscale import AutoscaleOptions, Decision, Sample, decide
+from cluster.control.goal import Bounds
 from cluster.control.membership import Membership
 from cluster.control.scaling import Scaler
 from cluster.control.view import Member
@@ -54,10 +55,6 @@ class Autoscaler:
         kept = 2 + int(max(options.idle_s, options.window_s) / options.interval_s)
         self._pools = {role: Pool(deque(maxlen=kept)) for role in ("router", "expert")}
         self._counted: dict[str, tuple[int, float, float, float]] = {}  # by worker: pid, when, seconds computed, waited
-
-    def limit(self, routers: Limits, workers: Limits) -> None:
-        """How many processes each pool may have, from the next look on."""
-        self._options = replace(self._options, routers=routers, workers=workers)
 
     async def run(self) -> None:
         """For ever, unless it is off."""
@@ -103,7 +100,8 @@ class Autoscaler:
             return
         pool = self._pools[role]
         pool.samples.append(Sample(now, n, signals))
-        limits = self._options.routers if role == "router" else self._options.workers
+        bounds = self._membership.goal.bounds or Bounds(self._options.routers, self._options.workers)
+        limits = bounds.routers if role == "router" else bounds.workers
         decision = decide(list(pool.samples), limits, self._options, pool.tried)
         if pool.decision is None or decision.n != pool.decision.n:
             _log.info("autoscale: %d -> %d %ss: %s", n, decision.n, role, decision.reason)

@@ -21,7 +21,7 @@ from cluster.control.client import NAME
 from cluster.control.epochs import Change
 from cluster.control.events import Events
 from cluster.control.fleet import Fleet, Launcher
-from cluster.control.goal import Goal, Processes
+from cluster.control.goal import Bounds, Goal, Processes
 from cluster.control.membership import Membership
 from cluster.control.observation import observe
 from cluster.control.operator import Operator
@@ -127,8 +127,9 @@ class Controller:
         await self._scaler.scale(workers, routers)
 
     async def limit(self, routers: Limits, workers: Limits) -> None:
-        """How far the autoscaler may go from now on."""
-        self._autoscaler.limit(routers, workers)
+        """How far the autoscaler may go from now on, also of a controller that is restarted."""
+        self._membership.aim(replace(self._membership.goal, bounds=Bounds(routers, workers)))
+        await self._notify()
 
     async def declare_gateways(self, n: int) -> None:
         """There are to be `n` gateways, which is seen to elsewhere."""

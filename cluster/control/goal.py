@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.control.autoscale import Limits
 from cluster.errors import PlacementError
 
 
@@ -57,6 +58,14 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """How far the autoscaler may go."""
+
+    routers: Limits
+    workers: Limits
+
+
+@dataclass(frozen=True, slots=True)
 class Goal:
     """What the controller brings about. `revision` rises with each change."""
 
@@ -65,6 +74,8 @@ class Goal:
     scaling: Scaling | None = None
     leaving: frozenset[str] = frozenset()  # routers that finish what they have and take nothing new
     drained: frozenset[str] = frozenset()  # expert workers that are to hold nothing
+    ending: frozenset[str] = frozenset()  # nodes that end: expert workers there are to hold nothing, but do elsewhere
+    bounds: Bounds | None = None  # None: those of the start
 
 
 NO_GOAL = Goal()

@@ -84,8 +84,9 @@ class Operator:
 
     @property
     def drained(self) -> frozenset[str]:
-        """Expert workers that are to hold nothing."""
-        return self._membership.goal.drained
+        """Expert workers that are to hold nothing: as they are called, or as long as they are where they are."""
+        goal = self._membership.goal
+        return goal.drained | {worker for node in goal.ending for worker in self._workers_of(node)}
 
     async def replicate(self, layer: int, expert: int, worker: str | None) -> Receipt:
         """Another replica of an expert; `worker` None: on the one with most room that has none."""
@@ -182,18 +183,39 @@ class Operator:
     async def drain(self, worker: str) -> Receipt:
         """Everything that `worker` holds goes elsewhere, and nothing comes to it until `undrain`."""
         async with self.lock:
-            if worker not in self._membership.slots and worker not in self._placement.workers:
-                there = ", ".join(sorted(self._membership.slots)) or "none"
-                raise PlacementError(f"there is no expert worker {worker}; there are {there}")
+            self._check_there(worker)
             # What the others hold stays: a drain is no rebalance.
             plan = self.plan(Limits(expert_bytes=self._expert_bytes, tolerance=np.inf), [worker])
             receipt = await self.reach(plan.placement, f"drain {worker}", plan.forecast)
-            self._aim(self.drained | {worker})
+            self._aim(self._membership.goal.drained | {worker})
             return receipt
+
+    async def drain_node_of(self, worker: str) -> Receipt:
+        """Everything that expert workers of the Ray node of `worker` hold goes elsewhere, since the node ends.
+
+        A worker that is started anew on another node is like any other.
+        """
+        async with self.lock:
+            self._check_there(worker)
+            node = next(m.node for m in self._membership.view.members if m.id == worker)
+            plan = self.plan(Limits(expert_bytes=self._expert_bytes, tolerance=np.inf), self._workers_of(node))
+            receipt = await self.reach(plan.placement, f"drain the node of {worker}", plan.forecast)
+            goal = self._membership.goal
+            there = {member.node for member in self._membership.view.members}
+            self._membership.aim(replace(goal, ending=(goal.ending & there) | {node}))
+            return receipt
+
+    def _check_there(self, worker: str) -> None:
+        if worker not in self._membership.slots and worker not in self._placement.workers:
+            there = ", ".join(sorted(self._membership.slots)) or "none"
+            raise PlacementError(f"there is no expert worker {worker}; there are {there}")
+
+    def _workers_of(self, node: str) -> list[str]:
+        return [m.id for m in self._membership.view.members if m.role == "expert" and m.node == node]
 
     def undrain(self, worker: str) -> None:
         """The next `rebalance` may use `worker` again."""
-        self._aim(self.drained - {worker})
+        self._aim(self._membership.goal.drained - {worker})
 
     def _aim(self, drained: frozenset[str]) -> None:
         self._membership.aim(replace(self._membership.goal, drained=drained))

@@ -92,6 +92,8 @@ def environment(config: Config, run_dir: Path, open_files: int) -> dict[str, str
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # Serve starts HAProxy again after the third check in a row that finds none; its own period is 10 s.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+        # One that starts on a busy machine is given up, and the gateway with it, when it has not in three times this.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(reserve_port()),
         "RAY_SERVE_LOG_TO_STDERR": "0",
     }

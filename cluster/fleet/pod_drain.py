@@ -15,7 +15,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 METRICS_PORT, MOST_PROCESSES = 9400, 32
@@ -40,22 +39,22 @@ def drain_router(address: str, seconds: float) -> float:
 
 
 def drain_experts(address: str, head: str, token: str, seconds: float) -> list[str]:
-    """Have the experts of the workers at `address` moved elsewhere, within `seconds`. Which workers were emptied."""
+    """Have the experts of the workers at `address`, a Ray node, moved elsewhere within `seconds`. Who was emptied."""
     workers = [labels["process"] for name, labels, _ in samples(address)
                if name == "expertmesh_build_info" and labels.get("role") == "expert"]  # fmt: skip
 
-    def drained(worker: str) -> bool:
-        url = f"http://{head}:{ADMIN_PORT}/workers/{worker}/drain"
-        request = urllib.request.Request(url, b"", {"Authorization": f"Bearer {token}"})
-        try:
-            _OPEN(request, timeout=seconds).close()
-        except OSError as error:  # refused, since there is no room, or nobody answers
-            print(f"{worker}: {error}", file=sys.stderr)
-            return False
-        return True
-
-    with ThreadPoolExecutor(max(1, len(workers))) as pool:
-        return [worker for worker, done in zip(workers, pool.map(drained, workers), strict=True) if done]
+    if not workers:
+        return []
+    url = f"http://{head}:{ADMIN_PORT}/workers/{workers[0]}/node/drain"
+    try:
+        _OPEN(urllib.request.Request(url, b"", {"Authorization": f"Bearer {token}"}), timeout=seconds).close()
+    except urllib.error.HTTPError as error:  # there is no room
+        print(f"{error}: {error.read().decode(errors='replace')}", file=sys.stderr)
+    except OSError as error:  # nobody answers
+        print(error, file=sys.stderr)
+    else:
+        return workers
+    return []
 
 
 def samples(address: str) -> Iterator[Sample]:

@@ -136,7 +136,7 @@ class Router:
             self._id, self._host, self._credentials, self._epoch, self._membership.tell, on_group=self._group_changed
         )
         reached = reach(self._config, source, shell)
-        self._collective, self._store, self._store_address = reached[2:]
+        self._collective, self._store, self._store_address = reached[3:]
         self._exchange = exchange = Exchange(
             self._view.placement,
             self._addresses(self._view),
@@ -145,6 +145,7 @@ class Router:
             rejoin_timeout_s=self._config.rejoin_timeout_s,
             device=self._device,
             dtype=dtype,
+            rows_on=reached.rows_on,
             step_way=reached.step_way,
         )
         return build_engine(self._config, source, exchange, self._make_trace(source))

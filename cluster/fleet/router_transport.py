@@ -36,6 +36,7 @@ class Reach(NamedTuple):
 
     transport: Transport
     step_way: StepWay | None  # of captured decoding steps
+    rows_on: str = "cpu"  # whose memory the transport takes rows from
     collective: CollectiveTransport | None = None  # the transport, where it is that
     store: object = None  # of the groups whose first router this one is; lives as long as the process
     store_address: str = ""
@@ -88,7 +89,7 @@ def _collective(config: Config, source: Checkpoint, dtype: torch.dtype, shell: S
             transport, spec.n_layers, spec.n_experts, spec.top_k, spec.hidden_size, dtype,
             limit_s=config.reply_timeout_s, size_of=size_of,
         )  # fmt: skip
-    return Reach(transport, steps, transport, store, address)
+    return Reach(transport, steps, device.type, transport, store, address)
 
 
 def _ways(config: Config, source: Checkpoint, dtype: torch.dtype) -> tuple[StepWay | None, tuple[FastWay, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +40,7 @@ def plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         content = message.content
         if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
+            content = "\n".join(part.said for part in content if part.said)
         role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
         told: dict[str, Any] = {"role": role, "content": content}
         calls = [call.function for call in message.tool_calls or ()]
@@ -65,10 +66,10 @@ def plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
 
 
 def _call(call: FunctionCall, id_: str | None) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.arguments or "{}")
-    except ValueError:
-        arguments = call.arguments  # as it was written: the model said so once
+    arguments: Any = call.arguments
+    if not isinstance(arguments, dict):
+        with suppress(ValueError):  # else as it was written: the model said so once
+            arguments = json.loads(arguments or "{}")
     told = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
     return told if id_ is None else {"id": id_, **told}
 

@@ -53,7 +53,8 @@ class Front:
             request_id = b"req_" + secrets.token_hex(12).encode()
         status, is_head = CLIENT_GONE, scope["method"] == "HEAD"
         path = scope["path"].rstrip("/") or "/"
-        scope["path"], scope["method"] = path, "GET" if is_head else scope["method"]
+        # A copy: the server counts the bytes of an answer by the method of its own.
+        scope = {**scope, "path": path, "method": "GET" if is_head else scope["method"]}
 
         request_ids.set(request_id.decode("ascii"))  # of this task, which is this request's
         began = time.perf_counter()

@@ -30,6 +30,7 @@ _WANTED = {
 }
 
 
+_OBJECTS = ("model_type", "model_attributes_type", "dict_type")
 ERROR_CODE = "expertmesh.error_code"  # in the ASGI scope of a request that was refused
 
 
@@ -72,7 +73,7 @@ def install(app: FastAPI) -> None:
         return refuse(request, refusal, error.headers)
 
     async def unforeseen(request: Request, _error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path)
+        log.error("%s %r failed", request.method, request.url.path)  # quoted: a path may hold the end of a line
         return refuse(request, internal_error(), {"x-request-id": request_id.get()})
 
     app.add_exception_handler(RequestError, refused)
@@ -101,7 +102,9 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
         return _invalid(f"'{param}' is not supported with this value", "unsupported_parameter", param)
     if path[0] in _WANTED:
         return _invalid(f"'{path[0]}' must be {_WANTED[path[0]]}", "invalid_value", str(path[0]))
-    return _invalid(f"'{param}': {error['msg']}", "invalid_value", param)
+    if error["type"] in _OBJECTS:  # pydantic names our class
+        return _invalid(f"'{param}' must be an object", "invalid_value", param)
+    return _invalid(f"'{param}': {error['msg'].removeprefix('Value error, ')}", "invalid_value", param)
 
 
 def refusal_of(error: ValidationError) -> RequestError:

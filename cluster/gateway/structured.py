@@ -130,7 +130,8 @@ def _from_structural_tag(tag: StructuralTag | str) -> str:
 
 async def _compile(grammars: GrammarCompiler, source: str) -> None:
     try:
-        await asyncio.wait_for(asyncio.wrap_future(grammars.compile(source)), _COMPILE_TIMEOUT_S)
+        compiled = asyncio.wrap_future(grammars.compile(source))
+        await asyncio.wait_for(asyncio.shield(compiled), _COMPILE_TIMEOUT_S)  # others may wait for it too
     except TimeoutError as error:
         raise RequestError("takes too long to compile", code="invalid_grammar") from error
 

@@ -84,7 +84,7 @@ def merge_output(message: pb.Output, output: StepOutput) -> None:
     if output.finish is not None:
         message.finish = output.finish
         if output.finish == "error":
-            message.refusal.CopyFrom(encode_refusal(output.error or internal_error(None)))
+            message.refusal.CopyFrom(encode_refusal(output.error or internal_error()))
 
 
 def output_bytes(output: StepOutput) -> int:
@@ -164,8 +164,9 @@ def decode_refusal(refusal: pb.Refusal) -> RequestError:
     )
 
 
-def internal_error(reason: str | None) -> RequestError:
-    return RequestError(reason or "the router could not go on with this request", code="internal_error", status=500)
+def internal_error() -> RequestError:
+    """What a client is told of a failure of ours; the log says which."""
+    return RequestError("The model could not go on with this request", code="internal_error", status=500)
 
 
 def _encode_logprobs(entry: TokenLogprobs | None) -> pb.Logprobs:

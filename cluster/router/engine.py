@@ -273,7 +273,7 @@ class Engine:
 
     def _overdue(self) -> RequestError:
         message = f"this request waited {self._scheduler.max_wait_s:g} s for its turn; try again later"
-        return RequestError(message, code="queue_full", status=429, retry_after_s=1 + len(self._scheduler.waiting))
+        return RequestError(message, code="queue_timeout", status=429, retry_after_s=1 + len(self._scheduler.waiting))
 
     def _await_grammar(self) -> None:
         """Nothing can be computed because every grammar is still being compiled: let that have the time."""
@@ -313,8 +313,8 @@ class Engine:
         said = {"request_ids": [each.params.origin for each in sequences]}
         trace = None if expected else error
         log.error("a step of %d sequences failed: %s", len(sequences), error, exc_info=trace, extra=said)
-        reason = internal_error(str(error) if expected else f"{type(error).__name__}: {error}")
-        return [self._end(each, "error", reason) for each in sequences if each.state is not State.ENDED]
+        # Which of our processes and classes failed is the log's business, not a client's.
+        return [self._end(each, "error", internal_error()) for each in sequences if each.state is not State.ENDED]
 
     def _close(self, request_id: str) -> None:
         """Forget an open request and free its blocks."""

@@ -112,9 +112,9 @@ class EngineThread:
             self._engine.submit(request_id, prompt_ids, params, emitted_ids)
         except RequestError as error:
             self._refused.append(Refused(request_id, error))
-        except Exception as error:
+        except Exception:
             log.exception("the engine failed to admit request %s", request_id)
-            self._refused.append(Refused(request_id, internal_error(f"{type(error).__name__}: {error}")))
+            self._refused.append(Refused(request_id, internal_error()))
 
     def _drop(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:

@@ -9,6 +9,7 @@ Shape legend: N sequences, V vocabulary, W = ceil(V / 32) words of a mask, bit t
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 
 from cluster.errors import RequestError
 
+log = logging.getLogger(__name__)
+
 _CACHED = 64  # compiled grammars
 _WORKERS = 2  # threads that compile, which llguidance does without the GIL
 # A compilation takes at most about a tenth of a second, the mask of one step some milliseconds.
@@ -35,8 +38,25 @@ Flags = NDArray[np.bool_]
 
 
 def from_json_schema(schema: Mapping[str, Any]) -> str:
-    """JSON that `schema` accepts."""
-    return LLMatcher.grammar_from_json_schema(dict(schema), defaults=_JSON_LAYOUT)
+    """JSON that `schema` accepts. A `format` that is not enforced means nothing, as JSON Schema has it."""
+    return LLMatcher.grammar_from_json_schema(_with_known_formats(dict(schema)), defaults=_JSON_LAYOUT)
+
+
+_FORMATS = frozenset(["date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"])
+_DATA = ("const", "default", "enum", "examples")  # below them there are no schemas
+
+
+def _with_known_formats(schema: Any, names: bool = False) -> Any:
+    """`schema` without formats that cannot be enforced. `names`: its keys are names of properties."""
+    if isinstance(schema, list):
+        return [_with_known_formats(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in _DATA and not names else _with_known_formats(value, key == "properties" and not names)
+        for key, value in schema.items()
+        if names or key != "format" or not isinstance(value, str) or value in _FORMATS
+    }
 
 
 def from_regex(pattern: str) -> str:
@@ -111,8 +131,9 @@ class GrammarCompiler:
                     raise RequestError("the model has no token that ends an answer", code="unsupported_parameter")
                 try:
                     self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=self._eos_ids)
-                except Exception as error:  # of the library, which raises several
-                    message = f"grammars cannot be followed with this model's tokenizer: {error}"
+                except BaseException as error:  # of the library, which raises several; a panic is no Exception
+                    log.warning("%s: no grammar can be followed: %s", self._file, error)
+                    message = "grammars cannot be followed with this model's tokenizer"
                     raise RequestError(message, code="unsupported_parameter") from error
             return self._tokenizer
 

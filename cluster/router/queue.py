@@ -10,6 +10,8 @@ from cluster.errors import RequestError
 from cluster.router.shares import fair_seats
 
 _MOST_RETRY_S = 600.0
+# Of the longest wait that is promised: whoever is taken should not be turned away after all because the pace changed.
+_CAUTION = 0.75
 
 
 @dataclass(slots=True)
@@ -54,7 +56,7 @@ class Queue:
             return None
         waiting, left = mine - 1 - share, self.places - max(self.n_open - self.seats, 0)
         is_full = left <= (waiting if len(self.open.keys() | {tenant}) > 1 else 0)
-        over = self.expected_wait_s(tenant) - self.max_wait_s
+        over = self.expected_wait_s(tenant) - _CAUTION * self.max_wait_s
         if not is_full and over <= 0:
             return None
         next_place_s = self.pace_s * self.seats / share

@@ -13,6 +13,7 @@ from tests.contract.model import Model
 from tests.credentials import CREDENTIALS, PATIENT_S
 from workers.kernels.mutex import Mutex
 from workers.shard import ExpertShard
+from workers.spec import ModelSpec
 from workers.transport.base import Acceptor, FastWay, Transport
 from workers.transport.batcher import Batcher
 from workers.transport.grpc.client import GrpcTransport
@@ -67,7 +68,10 @@ class Gate(threading.Event):
 class GatedShard(ExpertShard):
     """A shard that can be held up, to make a reply late."""
 
-    open: Gate
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.open = Gate(self._lock)
+        self.open.set()
 
     def answer(self, message: memoryview) -> memoryview | None:
         self.open.wait(20)
@@ -82,8 +86,6 @@ class GatedShard(ExpertShard):
 
 def gated(model: Model, experts: Iterable[tuple[int, int]]) -> GatedShard:
     shard = GatedShard(model.spec())
-    shard.open = Gate(shard._lock)
-    shard.open.set()
     for layer, expert in experts:
         shard.load(layer, expert, model.weights(layer, expert))
     return shard

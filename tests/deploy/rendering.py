@@ -69,9 +69,9 @@ def helm(*arguments: str | Path, version: str = NEWEST) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-def render(*arguments: str | Path, version: str = NEWEST) -> Rendered:
-    """`helm template r helm/expertmesh ARGUMENTS`."""
-    result = helm("template", "r", CHART, *arguments, version=version)
+def render(*arguments: str | Path, version: str = NEWEST, release: str = "r") -> Rendered:
+    """`helm template RELEASE helm/expertmesh ARGUMENTS`."""
+    result = helm("template", release, CHART, *arguments, version=version)
     assert result.returncode == 0, result.stderr
     return Rendered(tuple(thing for thing in yaml.load_all(result.stdout, yaml.CSafeLoader) if thing))
 

@@ -11,10 +11,66 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.rendering import CHART, HELMS, helm
+from cluster.config_load import load
+from tests.deploy import kuberay, schemas
+from tests.deploy.rendering import CASES, CHART, HELMS, Rendered, helm, render
 
 OPEN = {"global", "startup", "readiness", "liveness", "name", "kind", "group", "claims"}  # of what is empty by default
+TAKEN = yaml.safe_load(Path(__file__).with_name("taken.yaml").read_text(encoding="utf-8"))
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("taken", TAKEN, ids=lambda taken: json.dumps(taken["values"])[:60])
+def test_odd_values_make_what_a_cluster_takes(taken: dict[str, Any], tmp_path: Path) -> None:
+    rendered = _rendered(taken["values"], tmp_path, taken.get("release", "r"))
+    assert load({**_without_files(rendered.arguments), "ray_address": "auto", "allow_no_keys": True}, {})
+    pods = kuberay.pods(rendered.cluster)
+    for thing in (*rendered.objects, *pods):
+        assert schemas.is_others(thing) or not schemas.check(thing), schemas.check(thing)
+        assert len(thing["metadata"]["name"]) <= (47 if thing["apiVersion"] == "ray.io/v1" else 63)
+    for pod in pods:  # Ray's autoscaler ends itself over a pool of which it does not know the CPUs
+        container = pod["spec"]["containers"][0]
+        cpus = container["resources"].get("limits", {}) | container["resources"].get("requests", {})
+        assert "--num-cpus" in container["args"][0] or "cpu" in cpus
+
+
+def test_odd_values_mean_what_is_meant(tmp_path: Path) -> None:
+    mig = _rendered({"gpu": {"resource": "nvidia.com/mig-3g.40gb"}}, tmp_path)
+    assert [group["rayStartParams"]["num-gpus"] for group in mig.cluster["workerGroupSpecs"]] == ["1", "1"]
+    probes = _rendered({"experts": {"probes": {"readiness": {"periodSeconds": 30}}}}, tmp_path)
+    probe = kuberay.pods(probes.cluster)[2]["spec"]["containers"][0]["readinessProbe"]
+    assert probe == {"httpGet": {"path": "/ready", "port": 9400}, "periodSeconds": 30, "timeoutSeconds": 3,
+                     "failureThreshold": 2}  # fmt: skip
+    named = _rendered({"model": {"id": "a/b", "servedName": "My Model: 8x7B"}}, tmp_path).arguments
+    assert named["served_model_name"] == "My Model: 8x7B" and named["model"].startswith("/models/My-Model-8x7B-")
+    assert _rendered({"model": {"id": "a/8"}}, tmp_path).arguments["served_model_name"] == "8"
+    balanced = _rendered({"service": {"type": "LoadBalancer"}}, tmp_path)
+    (rule,) = balanced.one("NetworkPolicy", "r-expertmesh-api")["spec"]["ingress"]
+    assert "from" not in rule, "a load balancer comes from addresses outside of the cluster"
+
+
+def test_two_releases_in_a_namespace_do_not_meet(tmp_path: Path) -> None:
+    values = yaml.safe_load(CASES["monitored"].read_text()) | {"extraObjects": []}
+    first, second = (_rendered(values, tmp_path, release) for release in ("a", "b"))
+    assert not _names(first) & _names(second)
+    for policy in first.all("NetworkPolicy"):
+        selector = policy["spec"]["podSelector"]["matchLabels"].items()
+        assert not any(selector <= pod["metadata"]["labels"].items() for pod in kuberay.pods(second.cluster))
+
+
+def _names(rendered: Rendered) -> set[tuple[str, str]]:
+    return {(thing["kind"], thing["metadata"]["name"]) for thing in rendered.objects}
+
+
+def _rendered(values: dict[str, Any], directory: Path, release: str = "r") -> Rendered:
+    file = directory / "values.yaml"
+    file.write_text(json.dumps(values))
+    return render("-f", file, release=release)
+
+
+def _without_files(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Options that name no file of a pod."""
+    return {name: value for name, value in arguments.items() if not str(value).startswith("/etc/")}
 
 
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: json.dumps(refused["values"])[:60])

@@ -38,14 +38,13 @@ SPEC = replace(
     SMALL, dtype=torch.bfloat16, hidden_size=512, ffn_size=1024, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=64
 )
 CONFIG = Config(router_device="cuda", expert_device="cuda", kv_cache_mb=256, max_sequences=16)
-WORKERS = ("a", "b")
-PLACEMENT = striped(SPEC.n_layers, SPEC.n_experts, WORKERS)
 
 
 class Workers:
     """Worker processes by name."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, names: tuple[str, ...]) -> None:
+        self.placement = striped(SPEC.n_layers, SPEC.n_experts, names)
         self.credentials = Credentials.generate()
         self.addresses: dict[str, str] = {}
         self._directory = directory
@@ -55,7 +54,7 @@ class Workers:
     def start(self, name: str) -> None:
         context = multiprocessing.get_context("spawn")
         pipe, other = context.Pipe()
-        args = (other, self._directory, name, PLACEMENT, self.credentials)
+        args = (other, self._directory, name, self.placement, self.credentials)
         self._processes[name] = context.Process(target=serve, args=args, daemon=True)
         self._processes[name].start()
         other.close()
@@ -74,13 +73,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def workers(directory: Path) -> Iterator[Workers]:
-    workers = Workers(directory)
-    for name in WORKERS:
+@pytest.fixture(params=[1, 2, 3])
+def workers(request: pytest.FixtureRequest, directory: Path) -> Iterator[Workers]:
+    names = ("a", "b", "c")[: request.param]
+    workers = Workers(directory, names)
+    for name in names:
         workers.start(name)
     yield workers
-    for name in WORKERS:
+    for name in names:
         workers.kill(name)
 
 
@@ -101,27 +101,28 @@ def answers(engine: Engine, n: int = 8, length: int = 60) -> dict[str, list[int]
 def test_tokens_are_those_of_one_process_also_when_a_worker_is_killed(directory: Path, workers: Workers) -> None:
     expected = answers(build_engine(replace(CONFIG, expert_workers=0), directory))
     device = torch.device("cuda", 0)
-    source = Checkpoint(directory, device)
+    source, placement = Checkpoint(directory, device), workers.placement
+    last = placement.workers[-1]
     shape = Shape(SPEC.n_layers, SPEC.n_experts, SPEC.top_k, SPEC.hidden_size, SPEC.dtype, 16)
     way = DeviceWay(shape, device, 1.0, StreamRows())
     model = source.fingerprint(torch.bfloat16)
     transport = GrpcTransport("router-0", model, workers.credentials, ways=(way,))
     exchange = Exchange(
-        PLACEMENT, workers.addresses, transport, reply_timeout_s=10, rejoin_timeout_s=60,
+        placement, workers.addresses, transport, reply_timeout_s=10, rejoin_timeout_s=60,
         device=device, dtype=torch.bfloat16, step_way=way,
     )  # fmt: skip
-    engine = build_engine(replace(CONFIG, expert_workers=2, transport="device"), source, exchange)
+    engine = build_engine(replace(CONFIG, expert_workers=len(placement.workers), transport="device"), source, exchange)
     assert answers(engine) == expected
     assert answers(engine) == expected
     captured = exchange.counters.captured_steps
     assert captured > 0, "no step went through device memory"
 
     def come_back() -> None:
-        workers.start("b")
-        exchange.publish(PLACEMENT, workers.addresses)
+        workers.start(last)
+        exchange.publish(placement, workers.addresses)
 
     back = threading.Thread(target=come_back)
-    threading.Timer(0.15, lambda: (workers.kill("b"), back.start())).start()
+    threading.Timer(0.15, lambda: (workers.kill(last), back.start())).start()
     assert answers(engine, length=400) == answers(
         build_engine(replace(CONFIG, expert_workers=0), directory), length=400
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from workers import wire
+from workers.device import on_host, to_device
 from workers.errors import ExpertMeshError, WireError
 from workers.kernels.mutex import Mutex
 from workers.kernels.ops import RingLoop, Rings
@@ -168,17 +169,19 @@ class Batcher:
             x_TD, token_P, expert_P = requests[0]
             if device.type == "cpu":
                 return [self.shard.forward(layer, x_TD, token_P, expert_P, jobs[0].out_PD).to(self._home)]
-            y_PD = self.shard.forward(layer, x_TD.to(device), token_P.to(device), expert_P.to(device))
-            return [y_PD.to(self._home)]
+            # Pairs stay on the host, where it is seen whether their experts are held.
+            return [self._at_home(self.shard.forward(layer, to_device(x_TD, device), token_P, expert_P))]
         firsts = [0, *itertools.accumulate(len(request.x_TD) for request in requests)]
         x_TD = torch.cat([request.x_TD for request in requests])
         token_P = torch.cat([request.token_P + first for first, request in zip(firsts, requests, strict=False)])
         expert_P, order_P = torch.cat([request.expert_P for request in requests]).sort(stable=True)
-        sorted_PD = self.shard.forward(layer, x_TD.to(device), token_P[order_P].to(device), expert_P.to(device))
-        sorted_PD = sorted_PD.to(self._home)
+        sorted_PD = self._at_home(self.shard.forward(layer, to_device(x_TD, device), token_P[order_P], expert_P))
         y_PD = torch.empty_like(sorted_PD)
         y_PD[order_P.to(self._home)] = sorted_PD
         return list(torch.split(y_PD, [len(request.token_P) for request in requests]))
+
+    def _at_home(self, y_PD: Tensor) -> Tensor:
+        return on_host(y_PD)[0] if self._home.type == "cpu" else y_PD.to(self._home)
 
     def _check(self, header: Header, request: Request) -> None:
         """Raises WireError for rows that the shard cannot compute."""

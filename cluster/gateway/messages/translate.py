@@ -60,7 +60,7 @@ def _message(message: InputMessage) -> Iterator[dict[str, Any]]:
     for block in message.content:
         if isinstance(block, ToolResultBlock):
             yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content or "")}
-    if texts or calls or message.role == "assistant":
+    if texts or calls or message.role == "assistant" or not message.content:
         told: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
         if thoughts:
             told["reasoning_content"] = "\n".join(thoughts)

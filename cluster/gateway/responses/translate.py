@@ -67,4 +67,4 @@ def _messages(given: str | Sequence[InputItem]) -> Iterator[Told]:
 
 
 def _text(content: str | Sequence[TextPart]) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+    return content if isinstance(content, str) else "\n".join(part.said for part in content if part.said)

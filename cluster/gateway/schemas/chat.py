@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cluster.gateway.schemas.fields import MAX_TOOLS, JsonObject, MaxTokens, No, NTop, Small, TemplateText
+from cluster.gateway.schemas.fields import MAX_TOOLS, JsonObject, MaxTokens, NTop, Small, TemplateText
 from cluster.gateway.schemas.messages import Function, Messages, NamedFunction, NamedTool, Tool
 from cluster.gateway.schemas.sampling import SamplingFields
 
@@ -39,7 +39,8 @@ class ChatRequest(SamplingFields):
         Field(description="For templates that know documents"),
     ] = None
     include_reasoning: Annotated[bool | None, Field(description="false: reasoning is not part of the answer")] = None
-    service_tier: Literal["auto", "default"] | None = None
-    store: No | None = None
+    service_tier: str | None = None
+    store: Annotated[bool | None, Field(description="Accepted; chats are not stored")] = None
+    prediction: Annotated[JsonObject | None, Field(description="Accepted; it changes no answer")] = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -8,10 +8,10 @@ Any other unknown field is ignored, or refused with `strict_fields`.
 from __future__ import annotations
 
 _NEUTRAL = """
-    audio best_of include_obfuscation modalities service_tier store suffix
+    audio best_of include_obfuscation modalities suffix
 """
 _OPENAI = """
-    audio best_of moderation prediction suffix web_search_options
+    audio best_of moderation suffix web_search_options
 """
 _OTHERS = """
     early_stopping ebnf guided_decoding_backend json_schema kv_transfer_params length_penalty

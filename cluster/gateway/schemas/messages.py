@@ -10,13 +10,21 @@ from cluster.gateway.schemas.fields import MAX_TOOLS, Body, FunctionName, JsonOb
 
 
 class TextPart(Body):
-    type: Literal["text", "input_text", "output_text", "refusal"]
+    """Text, or what another server's assistant thought, which is not said again."""
+
+    type: Literal["text", "input_text", "output_text", "refusal", "thinking", "reasoning", "reasoning_text"]
     text: Text = ""
+    refusal: Text = ""
+    thinking: Text = ""
+
+    @property
+    def said(self) -> str:
+        return self.text or self.refusal if self.type not in ("thinking", "reasoning", "reasoning_text") else ""
 
 
 class FunctionCall(Body):
     name: Text
-    arguments: Annotated[Text | None, Field(description="A JSON object as text")] = None
+    arguments: Annotated[Text | JsonObject | None, Field(description="A JSON object, usually as text")] = None
 
 
 class ToolCall(Body):

@@ -24,6 +24,7 @@ from cluster.router.exchange.split import split
 from cluster.router.exchange.views import View, Views
 from cluster.router.exchange.worker_pool import WorkerPool
 from cluster.router.spans import RouterSpans
+from workers.device import host_rows, on_host, to_device
 from workers.kernels.dispatch import Plan
 from workers.kernels.ops import Ops
 from workers.kernels.select import ops_for
@@ -62,13 +63,16 @@ class Exchange:
         rejoin_timeout_s: float,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        rows_on: str = "cpu",
         step_way: StepWay | None = None,
         spans: RouterSpans | None = None,
     ) -> None:
-        """`device`, `dtype`: of the rows. `step_way`: how captured steps reach the workers. `spans`: of the router."""
+        """`device`, `dtype`: of the rows. `rows_on`: "cuda" where the transport takes them from a GPU. `step_way`: how
+        captured steps reach the workers. `spans`: of the router."""
         self.spans = spans or RouterSpans()
         self._rejoin_timeout_s = rejoin_timeout_s
         self._n_experts = placement.n_experts
+        self._rows_on = rows_on
         self.counters = Counters(np.zeros((len(placement.replicas), self._n_experts), np.int64))
         self._meter = LoadMeter(self.counters.rows_LE.copy, self.counters.worker_rows)
         self._views = Views(View(placement, dict(addresses)))
@@ -182,15 +186,22 @@ class Exchange:
         epoch = sender.enter()
         if not len(x_TD):
             return Dispatched(epoch, began, torch.empty_like(x_TD), (), None)
-        ids_TK = expert_ids_TK.cpu()
+        if self._rows_on == "cpu":  # one wait for all; what comes back goes to the device without any
+            x_TD, ids_TK, weights_TK = on_host(x_TD, expert_ids_TK, weights_TK)
+        else:
+            ids_TK, weights_TK = on_host(expert_ids_TK, weights_TK)
         routes = sender.routes
         rows_E = np.bincount(ids_TK.numpy().ravel(), minlength=self._n_experts) if routes.has_choice(layer) else None
         owner_E, counter_E = routes.owners(layer, rows_E), self.counters.rows_LE[layer]
         new_tag = partial(sender.tag, layer, 0)
         split_W, plan = split(
-            self._ops, x_TD, ids_TK, weights_TK.cpu(), owner_E, len(routes.workers), counter_E, new_tag, sender.room
+            self._ops, x_TD, ids_TK, weights_TK, owner_E, len(routes.workers), counter_E, new_tag, sender.room
         )
-        rows_PD = x_TD.new_empty(plan.n_pairs, x_TD.shape[1])
+        width, dtype = x_TD.shape[1], x_TD.dtype
+        if self._rows_on == "cpu":
+            rows_PD = host_rows(plan.n_pairs, width, dtype, self._ops.device)
+        else:
+            rows_PD = x_TD.new_empty(plan.n_pairs, width)
         self.counters.split_seconds += time.perf_counter() - began
         parts = []
         first = 0
@@ -217,7 +228,7 @@ class Exchange:
             else:
                 given = [part.reply.out_PD for part in parts]
             received = time.perf_counter()
-            y_TD = self._ops.weighted_sum(given, handle.plan)
+            y_TD = self._ops.weighted_sum([to_device(rows, self._ops.device) for rows in given], handle.plan)
             now = time.perf_counter()
             counters.combine_seconds += now - received
             counters.exchanges.add(now - handle.began)

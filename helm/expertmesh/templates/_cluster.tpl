@@ -19,7 +19,7 @@ autoscalerOptions:
   resources:
     {{- toYaml .Values.autoscaling.resources | nindent 4 }}
   securityContext:
-    {{- toYaml .Values.securityContext | nindent 4 }}
+    {{- toYaml (.Values.securityContext | default dict) | nindent 4 }}
 {{- end }}
 {{- with .Values.gcsFaultTolerance }}
 {{- if eq .backend "redis" }}

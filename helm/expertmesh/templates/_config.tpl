@@ -18,7 +18,7 @@ gateways: {{ .Values.routers.replicas }}
 {{/* Everything else; a change of it needs a new cluster. */}}
 {{- define "expertmesh.settings" -}}
 model: {{ include "expertmesh.model.directory" . }}
-served_model_name: {{ include "expertmesh.model.name" . }}
+served_model_name: {{ include "expertmesh.model.name" . | quote }}
 host: 0.0.0.0
 port: 8000
 admin_host: 0.0.0.0
@@ -26,6 +26,7 @@ admin_port: 8100
 admin_token_file: /etc/expertmesh/admin/admin-token
 metrics_port: 9400
 require_node_roles: true
+rebalance: auto
 {{- if .Values.apiKeys.allowNone }}
 allow_no_keys: true
 {{- else }}
@@ -51,7 +52,7 @@ autoscale: auto
 {{- end -}}
 
 {{- define "expertmesh.serveConfig" -}}
-{{- $settings := mustMergeOverwrite (include "expertmesh.settings" . | fromYaml) (deepCopy .Values.config) -}}
+{{- $settings := mustMergeOverwrite (include "expertmesh.settings" . | fromYaml) (deepCopy (.Values.config | default dict)) -}}
 {{- $args := mustMergeOverwrite $settings (include "expertmesh.counts" . | fromYaml) -}}
 proxy_location: EveryNode
 http_options:
@@ -75,7 +76,7 @@ applications:
 
 {{/* In an annotation of the head: what needs a new cluster changes it, numbers of processes do not. */}}
 {{- define "expertmesh.configChecksum" -}}
-{{- $settings := mustMergeOverwrite (include "expertmesh.settings" . | fromYaml) (deepCopy .Values.config) -}}
+{{- $settings := mustMergeOverwrite (include "expertmesh.settings" . | fromYaml) (deepCopy (.Values.config | default dict)) -}}
 {{- $settings | toJson | sha256sum | trunc 16 -}}
 {{- end -}}
 

@@ -17,7 +17,7 @@
 /models/{{ trimAll "/" .Values.model.path }}
 {{- else -}}
 {{- $of := printf "%s %s %s" .Values.model.id .Values.model.revision .Values.model.uri -}}
-/models/{{ include "expertmesh.model.name" . }}-{{ sha256sum $of | trunc 8 }}
+/models/{{ regexReplaceAll "[^A-Za-z0-9._-]+" (include "expertmesh.model.name" .) "-" }}-{{ sha256sum $of | trunc 8 }}
 {{- end -}}
 {{- end -}}
 
@@ -79,14 +79,14 @@ env:
   {{- with .Values.model.download.env }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
-{{- with concat .Values.extraEnvFrom .Values.model.download.envFrom }}
+{{- with include "expertmesh.joined" (list .Values.extraEnvFrom .Values.model.download.envFrom) | fromYamlArray }}
 envFrom:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 resources:
   {{- toYaml .Values.model.download.resources | nindent 2 }}
 securityContext:
-  {{- toYaml .Values.securityContext | nindent 2 }}
+  {{- toYaml (.Values.securityContext | default dict) | nindent 2 }}
 volumeMounts:
   - {name: models, mountPath: /models}
   - {name: tmp, mountPath: /tmp}
@@ -108,7 +108,7 @@ volumeMounts:
     requests: {cpu: 10m, memory: 16Mi}
     limits: {memory: 64Mi}
   securityContext:
-    {{- toYaml .Values.securityContext | nindent 4 }}
+    {{- toYaml (.Values.securityContext | default dict) | nindent 4 }}
   volumeMounts:
     - {name: models, mountPath: /models, readOnly: true}
 {{- else }}

@@ -17,30 +17,30 @@
 {{/* What finds the pods: never changes, since a change of a pod's labels would replace the cluster. */}}
 {{- define "expertmesh.selector" -}}
 app.kubernetes.io/part-of: expertmesh
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "expertmesh.labels" -}}
-{{ include "expertmesh.selector" . }}
-app.kubernetes.io/name: {{ include "expertmesh.name" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $labels := dict "app.kubernetes.io/name" (include "expertmesh.name" .) "app.kubernetes.io/version" .Chart.AppVersion "app.kubernetes.io/managed-by" .Release.Service "helm.sh/chart" (printf "%s-%s" .Chart.Name .Chart.Version) -}}
+{{- mustMergeOverwrite $labels (.Values.commonLabels | default dict) (include "expertmesh.selector" . | fromYaml) | toYaml -}}
+{{- end -}}
+
+{{/* Lists one after the other; a value that was set to null is an empty one. */}}
+{{- define "expertmesh.joined" -}}
+{{- $all := list -}}
+{{- range . -}}
+{{- $all = concat $all (. | default list) -}}
+{{- end -}}
+{{- toYaml $all -}}
 {{- end -}}
 
 {{/* Call with (dict "root" $ "name" NAME [and "annotations", "labels"]). */}}
 {{- define "expertmesh.metadata" -}}
 name: {{ .name }}
-namespace: {{ .root.Release.Namespace }}
+namespace: {{ .root.Release.Namespace | quote }}
 labels:
-  {{- include "expertmesh.labels" .root | nindent 2 }}
-  {{- with .labels }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
-{{- with mustMergeOverwrite (dict) .root.Values.commonAnnotations (.annotations | default dict) }}
+  {{- mustMergeOverwrite (include "expertmesh.labels" .root | fromYaml) (.labels | default dict) | toYaml | nindent 2 }}
+{{- with mustMergeOverwrite (dict) (.root.Values.commonAnnotations | default dict) (.annotations | default dict) }}
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}

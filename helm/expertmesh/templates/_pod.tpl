@@ -29,7 +29,7 @@ whatever changes here replaces the cluster. */}}
 {{- if ne .root.Values.tls.mode "none" }}
 - {name: tls, secret: {secretName: {{ include "expertmesh.tlsSecret" .root }}}}
 {{- end }}
-{{- with concat .root.Values.extraVolumes .pool.volumes }}
+{{- with include "expertmesh.joined" (list .root.Values.extraVolumes .pool.volumes) | fromYamlArray }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
@@ -46,7 +46,7 @@ whatever changes here replaces the cluster. */}}
 {{- if ne .root.Values.tls.mode "none" }}
 - {name: tls, mountPath: /etc/expertmesh/tls, readOnly: true}
 {{- end }}
-{{- with concat .root.Values.extraVolumeMounts .pool.volumeMounts }}
+{{- with include "expertmesh.joined" (list .root.Values.extraVolumeMounts .pool.volumeMounts) | fromYamlArray }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
@@ -105,13 +105,13 @@ metadata:
   labels:
     {{- $labels := include "expertmesh.selector" $root | fromYaml }}
     {{- $_ := set $labels "app.kubernetes.io/component" $pool.role }}
-    {{- mustMergeOverwrite $labels $pool.labels | toYaml | nindent 4 }}
+    {{- mustMergeOverwrite $labels ($pool.labels | default dict) | toYaml | nindent 4 }}
   annotations:
     {{- $annotations := dict }}
     {{- if eq $pool.role "head" }}
     {{- $_ := set $annotations "expertmesh/config" (include "expertmesh.configChecksum" $root) }}
     {{- end }}
-    {{- mustMergeOverwrite $annotations $pool.annotations | toYaml | nindent 4 }}
+    {{- mustMergeOverwrite $annotations ($pool.annotations | default dict) | toYaml | nindent 4 }}
 spec:
   serviceAccountName: {{ include "expertmesh.serviceAccountName" $root }}{{ eq $pool.role "head" | ternary "-head" "" }}
   {{- /* Ray's autoscaler, beside the head, asks Kubernetes for pods; KubeRay gives its account the role for that. */}}
@@ -141,7 +141,7 @@ spec:
     {{- . | nindent 4 }}
   {{- end }}
   {{- $model := include "expertmesh.model.init" $root | trim }}
-  {{- $own := concat $root.Values.extraInitContainers $pool.initContainers }}
+  {{- $own := include "expertmesh.joined" (list $root.Values.extraInitContainers $pool.initContainers) | fromYamlArray }}
   {{- if or $model $own }}
   initContainers:
     {{- with $model }}
@@ -159,17 +159,17 @@ spec:
         {{- include "expertmesh.ports" (dict "root" $root "pool" $pool) | trim | nindent 8 }}
       env:
         {{- include "expertmesh.podEnv" (dict "root" $root "pool" $pool) | nindent 8 }}
-        {{- with concat $root.Values.extraEnv $pool.env }}
+        {{- with include "expertmesh.joined" (list $root.Values.extraEnv $pool.env) | fromYamlArray }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
-      {{- with concat $root.Values.extraEnvFrom $pool.envFrom }}
+      {{- with include "expertmesh.joined" (list $root.Values.extraEnvFrom $pool.envFrom) | fromYamlArray }}
       envFrom:
         {{- toYaml . | nindent 8 }}
       {{- end }}
       resources:
         {{- include "expertmesh.pool.resources" (dict "root" $root "pool" $pool) | nindent 8 }}
       securityContext:
-        {{- toYaml $root.Values.securityContext | nindent 8 }}
+        {{- toYaml ($root.Values.securityContext | default dict) | nindent 8 }}
       {{- include "expertmesh.probes" (dict "root" $root "pool" $pool) | nindent 6 }}
       {{- with include "expertmesh.lifecycle" (dict "root" $root "pool" $pool) | trim }}
       lifecycle:
@@ -185,7 +185,7 @@ spec:
 {{- end -}}
 
 {{- define "expertmesh.podSecurityContext" -}}
-{{- $context := deepCopy .Values.podSecurityContext -}}
+{{- $context := deepCopy (.Values.podSecurityContext | default dict) -}}
 {{- if .Values.openshift -}}
 {{- $context = omit $context "runAsUser" "runAsGroup" "fsGroup" -}}
 {{- end -}}

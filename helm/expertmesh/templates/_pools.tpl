@@ -3,7 +3,7 @@
 {{/* `experts` and every entry of `additionalExpertGroups`, completed by the values of `experts`, as a list. */}}
 {{- define "expertmesh.expertPools" -}}
 {{- $pools := list (mustMergeOverwrite (dict "name" "experts" "role" "expert" "routersPerPod" 0) .Values.experts) -}}
-{{- range .Values.additionalExpertGroups -}}
+{{- range .Values.additionalExpertGroups | default list -}}
 {{- $pools = append $pools (mustMergeOverwrite (dict "role" "expert" "routersPerPod" 0) (deepCopy $.Values.experts) .) -}}
 {{- end -}}
 {{- toYaml $pools -}}
@@ -22,7 +22,7 @@
 
 {{/* Resources of the container: those of the pool and its GPUs. Call with (dict "root" $ "pool" POOL). */}}
 {{- define "expertmesh.pool.resources" -}}
-{{- $resources := deepCopy .pool.resources -}}
+{{- $resources := deepCopy (.pool.resources | default dict) -}}
 {{- if and .root.Values.gpu.enabled (ne .pool.role "head") (not .pool.resourceClaims) -}}
 {{- $gpus := .pool.gpus | default (add (int .pool.routersPerPod) (int .pool.expertWorkersPerPod)) | int -}}
 {{- $resources = mustMergeOverwrite (dict "limits" (dict .root.Values.gpu.resource $gpus)) $resources -}}
@@ -46,11 +46,16 @@
 {{- end -}}
 {{- /* KubeRay writes the value into a shell command as it is. */ -}}
 {{- $_ := set $params "resources" (printf "%q" (toJson $resources)) -}}
-{{- if and .root.Values.gpu.enabled .pool.resourceClaims -}}
+{{- /* KubeRay and Ray's autoscaler see GPUs in limits whose name ends in gpu, and CPUs in limits and requests. */ -}}
+{{- if and .root.Values.gpu.enabled (or .pool.resourceClaims (not (hasSuffix "gpu" .root.Values.gpu.resource))) -}}
 {{- $_ := set $params "num-gpus" (.pool.gpus | default (add (int .pool.routersPerPod) (int .pool.expertWorkersPerPod)) | toString) -}}
 {{- end -}}
 {{- end -}}
-{{- toYaml (mustMergeOverwrite $params .pool.rayStartParams) -}}
+{{- $resources := .pool.resources | default dict -}}
+{{- if not (or (hasKey $params "num-cpus") ($resources.limits | default dict).cpu ($resources.requests | default dict).cpu) -}}
+{{- $_ := set $params "num-cpus" "1" -}}
+{{- end -}}
+{{- toYaml (mustMergeOverwrite $params (.pool.rayStartParams | default dict)) -}}
 {{- end -}}
 
 {{/* How long a pod may take to end. */}}

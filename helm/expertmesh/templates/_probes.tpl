@@ -2,7 +2,7 @@
 expert placed, an expert's pod serves its shard; `liveness`: Ray's node is well. Call with (dict "root" $ "pool" POOL). */}}
 {{- define "expertmesh.probes" -}}
 {{- $p := .root.Values.probes -}}
-{{- $own := .pool.probes -}}
+{{- $own := .pool.probes | default dict -}}
 {{- $alive := dict "httpGet" (dict "path" "/api/healthz" "port" 52365) -}}
 {{- $loaded := dict "httpGet" (dict "path" "/ready" "port" 9400) -}}
 {{- $serves := dict "httpGet" (dict "path" "/ready" "port" 8000) -}}
@@ -20,9 +20,24 @@ expert placed, an expert's pod serves its shard; `liveness`: Ray's node is well.
 {{- end -}}
 {{- $tries := div (add (int $p.startupSeconds) (int $p.periodSeconds) -1) (int $p.periodSeconds) -}}
 startupProbe:
-  {{- $own.startup | default (mustMerge (dict "failureThreshold" (int $tries)) $times $startup) | toYaml | nindent 2 }}
+  {{- include "expertmesh.probe" (list $own.startup (dict "failureThreshold" (int $tries)) $times $startup) | nindent 2 }}
 readinessProbe:
-  {{- $own.readiness | default (mustMerge (dict "failureThreshold" (int $p.readinessFailures)) $times $readiness) | toYaml | nindent 2 }}
+  {{- include "expertmesh.probe" (list $own.readiness (dict "failureThreshold" (int $p.readinessFailures)) $times $readiness) | nindent 2 }}
 livenessProbe:
-  {{- $own.liveness | default (mustMerge (dict "failureThreshold" (int $p.livenessFailures)) $times $alive) | toYaml | nindent 2 }}
+  {{- include "expertmesh.probe" (list $own.liveness (dict "failureThreshold" (int $p.livenessFailures)) $times $alive) | nindent 2 }}
+{{- end -}}
+
+{{/* A probe that says what to ask stands for itself; one that does not changes the times of the chart's own. Call with a list: the
+one of the values, then the chart's own in parts. */}}
+{{- define "expertmesh.probe" -}}
+{{- $own := first . | default dict -}}
+{{- if or $own.httpGet $own.exec $own.tcpSocket $own.grpc -}}
+{{- toYaml $own -}}
+{{- else -}}
+{{- $made := dict -}}
+{{- range rest . -}}
+{{- $made = mustMergeOverwrite $made . -}}
+{{- end -}}
+{{- mustMergeOverwrite $made $own | toYaml -}}
+{{- end -}}
 {{- end -}}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -66,3 +68,18 @@ def test_a_gpu_that_is_hidden_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_build_without_cuda_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     assert device.gpus() == ()
+
+
+def test_rows_of_a_gpu_come_to_the_host_with_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's rows, choices and weights, each waited for by itself, cost three synchronisations."""
+    waits: list[str] = []
+    event = SimpleNamespace(synchronize=lambda: waits.append("event"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: SimpleNamespace(record_event=lambda: event))
+    monkeypatch.setattr(device, "to_host", lambda tensor: f"copy of {tensor.name}")
+    on_gpu: list[Any] = [SimpleNamespace(is_cuda=True, device="cuda:0", name=name) for name in ("x", "ids", "weights")]
+    assert device.on_host(*on_gpu) == ("copy of x", "copy of ids", "copy of weights")
+    assert waits == ["event"]
+    monkeypatch.undo()
+    here = torch.zeros(2)
+    assert device.on_host(here)[0] is here
+    assert not device.host_rows(2, 3, torch.float16, torch.device("cpu")).is_pinned()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.device import to_device
 from workers.gate_spec import GateSpec
 from workers.kernels.cuda import attention, rows
 from workers.kernels.cuda.experts import compute, quantized_rows
@@ -135,8 +136,8 @@ class CudaOps(TorchOps):
     def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
         """By the kernel that adds up the rows of a step in one process, which adds in the order of places."""
         rows_PD = parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
-        place_P = torch.from_numpy(plan.place_TK).flatten().to(rows_PD.device)
-        weights_TK = torch.from_numpy(plan.weights_TK).to(rows_PD.device)
+        place_P = to_device(torch.from_numpy(plan.place_TK).flatten(), rows_PD.device)
+        weights_TK = to_device(torch.from_numpy(plan.weights_TK), rows_PD.device)
         place_TK = torch.arange(len(place_P), dtype=torch.int32, device=rows_PD.device).view(weights_TK.shape)
         in_order_PD = rows_PD.index_select(0, place_P)
         return rows.weighted_sum(Unsummed(in_order_PD, place_TK, weights_TK), rows_PD.dtype)
@@ -147,8 +148,8 @@ class CudaOps(TorchOps):
         assert isinstance(layer, CudaLayerExperts)
         if missing := layer.missing(expert_P):
             raise KeyError(*missing)
-        x_PD = x_TD.index_select(0, token_P.to(x_TD.device, torch.int64, non_blocking=True))
-        y_PD = self.experts_fixed(layer, x_PD, expert_P.to(x_TD.device, non_blocking=True)[:, None])[0]
+        x_PD = x_TD.index_select(0, to_device(token_P, x_TD.device))
+        y_PD = self.experts_fixed(layer, x_PD, to_device(expert_P, x_TD.device)[:, None])[0]
         return y_PD if out_PD is None else out_PD.copy_(y_PD)
 
     def experts_fixed(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:

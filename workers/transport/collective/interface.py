@@ -27,6 +27,14 @@ def bind_address(interface: str | None, trusted: bool, default: str) -> str:
     return address
 
 
+def interface_of(address: str) -> str | None:
+    """The network interface that has `address`; None: none has."""
+    for name, entries in psutil.net_if_addrs().items():
+        if address in (entry.address for entry in entries):
+            return name
+    return None
+
+
 def _address_of(interface: str) -> str:
     found = {
         name: [

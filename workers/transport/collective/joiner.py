@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from workers.transport.collective.group import Group
+from workers.transport.collective.interface import interface_of
 from workers.transport.collective.mesh import Broken, Mesh
 from workers.transport.collective.ranks import Lane, connect_store, gloo_interface
 
@@ -45,6 +46,8 @@ class Joiner:
         self._on_change = on_change
         self._steps = steps
         self._interface = gloo_interface(host)
+        if device.type == "cuda" and (interface := interface_of(host)) is not None:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # NCCL would choose one by itself
         self._lock = threading.Lock()
         self._newest = 0
         self._closed = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.control.autoscale import TOLERANCE, AutoscaleOptions, Decision, Limits, Sample, decide
 from cluster.control.autoscaler import Autoscaler, router_signals
+from cluster.control.goal import Bounds
 from cluster.control.view import Member
 from tests.fake_fleet import WORKERS, Fleet
 
@@ -130,7 +132,8 @@ def test_advice_is_given_and_only_auto_acts(mode: str) -> None:
 
 
 def test_limits_may_change_while_it_runs() -> None:
-    """A pool that was at its limit grows on under a higher one, as after an upgrade of the chart."""
+    """A pool that was at its limit grows on under a higher one, as after an upgrade of the chart; a controller that was
+    restarted, with the options of the start, hears of it from the members."""
     fleet = Fleet()
     options = AutoscaleOptions("advise", Limits(1, 4), Limits(1, 3))
     autoscaler = Autoscaler(fleet.membership, None, options, 64)  # type: ignore[arg-type]
@@ -145,6 +148,14 @@ def test_limits_may_change_while_it_runs() -> None:
 
     asyncio.run(looks(0))
     assert autoscaler.health.targets["expert"] == 3
-    autoscaler.limit(Limits(1, 4), Limits(1, 5))
+    changed = replace(fleet.membership.goal, bounds=Bounds(Limits(1, 4), Limits(1, 5)))
+    fleet.membership.aim(changed)
     asyncio.run(looks(8))
+    assert autoscaler.health.targets["expert"] == 5
+
+    heard = fleet.membership.view
+    fleet = Fleet()
+    fleet.membership.adopt(heard)
+    autoscaler = Autoscaler(fleet.membership, None, options, 64)  # type: ignore[arg-type]
+    asyncio.run(looks(0))
     assert autoscaler.health.targets["expert"] == 5

@@ -50,6 +50,20 @@ def test_verbs_wait_for_each_other_and_leave_receipts() -> None:
     assert fleet.operator.plan().placement.shard("expert-1")
 
 
+def test_a_node_that_ends_is_empty_and_its_worker_is_used_again_elsewhere() -> None:
+    """As with pods: each time a node is drained a worker would else hold nothing from then on, until none may."""
+    fleet = Fleet()
+    report = fleet.membership.report
+    report(Member("expert", "expert-1", 1, "ends", "ready", "x:1", epoch=1, slots=8), 0.0)
+    asyncio.run(fleet.operator.drain_node_of("expert-1"))
+    assert all("expert-1" not in homes for experts in fleet.homes for homes in experts)
+    assert fleet.operator.drained == {"expert-1"} and not fleet.operator.plan().placement.shard("expert-1")
+    report(Member("expert", "expert-1", 2, "new", "ready", "x:1", epoch=1, slots=8), 0.0)
+    assert fleet.operator.drained == frozenset() and fleet.operator.plan().placement.shard("expert-1")
+    with pytest.raises(PlacementError, match="there is no expert worker expert-7"):
+        asyncio.run(fleet.operator.drain_node_of("expert-7"))
+
+
 def test_what_a_drain_leaves_alone_stays() -> None:
     fleet = Fleet()
     before = fleet.homes

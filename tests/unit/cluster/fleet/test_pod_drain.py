@@ -68,7 +68,7 @@ def test_a_routers_pod_waits_for_its_requests_but_not_for_ever(server: _Server) 
 
 def test_an_experts_pod_asks_others_to_take_its_experts(server: _Server) -> None:
     assert pod_drain.drain_experts("127.0.0.1", "127.0.0.1", "secret", 5) == ["expert-3"]
-    assert server.asked == [("/workers/expert-3/drain", "Bearer secret")]
+    assert server.asked == [("/workers/expert-3/node/drain", "Bearer secret")]
     server.status = 409  # there is no room
     assert pod_drain.drain_experts("127.0.0.1", "127.0.0.1", "secret", 5) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
 from pathlib import Path
@@ -205,3 +206,13 @@ def test_a_scrape_of_a_gateway_is_of_all_processes(byte_level_path: Path) -> Non
         },
     }  # fmt: skip
     assert [group["labels"]["instance"] for group in targets] == ["expert-0", "gateway-0", "gateway-1"]
+
+
+def test_a_head_leaves_its_connection_in_order(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    with httpx.Client(base_url=served.url) as client, caplog.at_level(logging.ERROR):
+        whole = client.get("/v1/models")
+        head = client.head("/v1/models/")
+        assert head.status_code == 200 and head.content == b""
+        assert head.headers["content-length"] == whole.headers["content-length"]
+        assert client.get("/v1/models").json() == whole.json()
+    assert not caplog.records

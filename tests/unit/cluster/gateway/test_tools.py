@@ -266,3 +266,32 @@ def test_stop_strings_and_special_tokens_may_be_shown(served: Served) -> None:
     body = {"model": "tiny", "messages": [USER], "skip_special_tokens": False}
     answer = httpx.post(f"{served.url}/v1/chat/completions", json=body).json()
     assert answer["choices"][0]["message"]["content"].startswith("<|im_start|>")
+
+
+ELSEWHERE: dict[str, list[Any]] = {
+    "arguments as an object": [USER, {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "weather", "arguments": {"city": "東京"}}}]}],
+    "thoughts": [USER, {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "東京"}]}],
+    "a refusal": [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "not 東京"}]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_conversations_of_other_servers_go_on(teaching: Served, name: str) -> None:
+    say(teaching, "Fine")
+    body = {"model": "tiny", "messages": [*ELSEWHERE[name], USER], "store": True, "service_tier": "flex"}
+    body |= {"prediction": {"type": "content", "content": "x"}, "max_tokens": 2}
+    answer = httpx.post(f"{teaching.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert "東京" in prompt(teaching) and "hm" not in prompt(teaching)
+
+
+def test_formats_that_mean_nothing_to_the_grammar_are_no_fault(roomy: Served) -> None:
+    schema = {"type": "object", "properties": {"format": {"type": "string", "format": "password"},
+              "at": {"type": "string", "format": "date"}, "kind": {"enum": [{"format": "x"}]}}}  # fmt: skip
+    body = {"model": "tiny", "messages": [USER], "max_tokens": 2, "guided_json": schema}
+    say(roomy, "{}")
+    assert httpx.post(f"{roomy.url}/v1/chat/completions", json=body).status_code == 200
+    grammar = roomy.session.asked[-1][1].grammar
+    assert "password" not in grammar and '"date"' in grammar and '"format":"x"' in grammar.replace(" ", "")

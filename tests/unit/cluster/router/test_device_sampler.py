@@ -20,6 +20,7 @@ from cluster.router.sequence import Sequence
 from tests.interpreter import quick_interpreter
 
 __all__ = ["quick_interpreter"]
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # of the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = 120
 FILTERED = 0.4 if DEVICE == "cuda" else 0.025  # of the draws by top-k and by top-p: 30 times as slow there

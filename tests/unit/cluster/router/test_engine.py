@@ -6,6 +6,7 @@ taken after a cancellation or a failed step.
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -319,7 +320,7 @@ def test_a_failed_step_ends_its_own_requests_and_no_other(
         patch.setattr(engine.model.experts, "dispatch", lost)
         failed = engine.step()
     assert {(output.request_id, output.finish) for output in failed} == {("a", "error"), ("b", "error")}
-    assert all("expert-1" in str(output.error) for output in failed)
+    assert not any("expert-1" in str(output.error) for output in failed), "which of our processes it was is for the log"
     assert steps == [engine.stats().steps]
     outputs = finish(engine)
     assert set(outputs) == {"c"}
@@ -342,7 +343,9 @@ def test_a_step_that_fails_anywhere_ends_every_request_it_concerns(
         patch.setattr(owner, "schedule" if owner is Scheduler else "sample", broken)
         failed = engine.step()
     assert [(output.request_id, output.finish) for output in failed] == [("a", "error"), ("b", "error")]
-    assert all("half written" in str(output.error) for output in failed) and not engine.has_work()
+    assert not engine.has_work()
+    for output in failed:  # what failed is in the log, not for clients
+        assert output.error is not None and "half written" not in str(output.error) and output.error.status == 500
     assert engine.stats().free_blocks == engine.stats().total_blocks
     model.check_greedy(model.prompt(6), run(engine, model.prompt(6), greedy(5)))
 
@@ -402,3 +405,33 @@ def test_an_id_is_in_use_until_its_request_ends(model: Model) -> None:
     finish(engine)
     engine.submit("x", [1], greedy(2))
     assert len(tokens(finish(engine)["x"])) == 2
+
+
+def test_no_block_is_lost_whatever_ends_requests(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared prompts, several tenants, a pool that is too small, clients that leave, steps that fail; every block is
+    free when all is over. `EXPERTMESH_REQUESTS=10000` for more requests."""
+    n_requests, chance = int(os.environ.get("EXPERTMESH_REQUESTS", "300")), random.Random(1)
+    engine = model.engine(60, max_batch_tokens=64, max_sequences=8, max_queue=64)
+    starts = [model.prompt(n, seed=n) for n in (5, 16, 33, 40)]
+    open_, ended, preempted = set[str](), 0, 0
+    for i in range(n_requests):
+        prompt_ids = [*chance.choice(starts), *model.prompt(chance.randrange(1, 12), seed=i)]
+        params = greedy(chance.randrange(1, 12), tenant=chance.choice("abc"), cache_salt=chance.choice(["", "s"]))
+        engine.submit(str(i), prompt_ids, params, [1] * chance.randrange(params.max_tokens) if i % 7 == 0 else ())
+        open_.add(str(i))
+        if i % 5 == 0:
+            engine.cancel(gone := chance.choice(sorted(open_)))
+            open_.discard(gone)
+        with monkeypatch.context() as patch:
+            if i % 50 == 49:
+                patch.setattr(Sampler, "sample", lambda *_: 1 / 0)
+            steps = engine.step() if i % 3 else []
+        while len(open_) > 40:
+            steps += engine.step()
+        done = {output.request_id for output in steps if output.finish is not None}
+        ended, open_ = ended + len(done), open_ - done
+    ended += len(finish(engine))
+    preempted = engine.stats().preemptions
+    assert preempted and ended > n_requests * 0.7
+    assert engine.stats().cached_tokens > n_requests
+    assert not any(engine._blocks._owners), "a block has an owner and nobody knows whom"

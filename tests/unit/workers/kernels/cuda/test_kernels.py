@@ -25,6 +25,7 @@ from workers.kernels.cuda.tiles import ExpertPlan, LinearPlan, Tile
 from workers.kernels.ops import Unsummed
 
 __all__ = ["quick_interpreter"]
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # of the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16
 SHAPES = range(30)

@@ -6,6 +6,7 @@ that are added up all the same, and a step that waits for ever for a rank that i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from tests.contract.model import Batch, Model, batch
 from workers.transport.base import Tag
 from workers.transport.collective import mesh as meshes
 from workers.transport.collective.client import CollectiveTransport
+from workers.transport.collective.joiner import Joiner
 from workers.transport.collective.steps import CollectiveExperts, CollectiveSteps
 
 MODEL = Model(n_layers=3)
@@ -190,3 +192,16 @@ def test_work_of_a_gpu_is_waited_for_in_the_order_of_its_stream(
         with pytest.raises(RuntimeError, match=raises):
             waits.wait(timedelta(seconds=0.05))
     assert asked == [()], "a wait of NCCL's with a limit takes a millisecond"
+
+
+def test_nccl_is_bound_to_the_interface_that_gloo_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it takes any, also one that others reach."""
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")  # restored whatever it was
+    Joiner("a", "127.0.0.1", torch.device("cpu"), lambda mesh: None, None)
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
+    Joiner("a", "127.0.0.1", torch.device("cuda", 0), lambda mesh: None, None)
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    Joiner("a", "127.0.0.1", torch.device("cuda", 0), lambda mesh: None, None)
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0", "what the operator says counts"
