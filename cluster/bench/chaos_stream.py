@@ -26,6 +26,12 @@ class Stream:
     margins: list[float] = field(default_factory=list)  # between the two likeliest tokens, nats
     arrivals: list[float] = field(default_factory=list)  # monotonic seconds, the start of the request first
     finish: str | None = None
+    left: float | None = None  # when it was given up without a finish, monotonic seconds
+
+    @property
+    def waits(self) -> list[float]:
+        """`arrivals`, and the moment at which it was given up: a stream that hangs waits as well."""
+        return self.arrivals if self.left is None else [*self.arrivals, self.left]
 
     @property
     def first_token_s(self) -> float:
@@ -56,10 +62,14 @@ def requests(n: int, max_tokens: int) -> list[dict[str, Any]]:
 async def follow(client: Client, request: dict[str, Any], seen: Stream) -> None:
     """Run one streamed completion to its end. Raises like `Client.events`, and when it ends without saying so."""
     seen.arrivals.append(time.monotonic())
-    async with aclosing(client.events("/v1/completions", request)) as events:
-        async for event in events:
-            for choice in event["choices"]:
-                note(seen, choice)
+    try:
+        async with aclosing(client.events("/v1/completions", request)) as events:
+            async for event in events:
+                for choice in event["choices"]:
+                    note(seen, choice)
+    finally:
+        if seen.finish is None:
+            seen.left = time.monotonic()
     if seen.finish is None:
         raise ExpertMeshError("a stream ended without a finish_reason")
 

@@ -72,8 +72,8 @@ class Report(Protocol):
 def longest_gaps(streams: list[Stream], begin: float, end: float) -> tuple[float, float]:
     """Seconds that an open stream went without a further token, and that one went without its first: the longest that
     reach into the time from `begin` to `end`."""
-    further = (pair for stream in streams for pair in pairwise(stream.arrivals[1:]))
-    first = (tuple(stream.arrivals[:2]) for stream in streams if len(stream.arrivals) > 1)
+    further = (pair for stream in streams for pair in pairwise(stream.waits[1:]))
+    first = (tuple(stream.waits[:2]) for stream in streams if len(stream.waits) > 1)
     longest = [
         max((after - before for before, after in gaps if before <= end and after >= begin), default=0.0)
         for gaps in (further, first)

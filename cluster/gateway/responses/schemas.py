@@ -12,6 +12,7 @@ from cluster.gateway.schemas.fields import (
     FunctionName,
     JsonObject,
     MaxTokens,
+    No,
     NTop,
     Small,
     Text,
@@ -99,7 +100,7 @@ class ResponsesRequest(Body):
     service_tier: Any = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    background: Literal[False] | None = None
+    background: No | None = None
 
     @property
     def n_logprobs(self) -> int | None:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from cluster.bench.chaos_stream import Stream
-from cluster.bench.disturbed import Comparison
+from cluster.bench.disturbed import Comparison, longest_gaps
 from cluster.chaos.campaign import Report
 from cluster.chaos.schedule import PAUSES_S, draw
 from cluster.control.faults import Fault
@@ -52,3 +52,10 @@ def test_the_report_gives_each_fault_its_pause_and_each_kind_its_figures() -> No
     assert (result["streams"], result["changed"], result["errors"]) == (2, 0, [])
     report.comparison.streams[1].tokens[3] = "b"
     assert report.result()["changed"] == 1
+
+
+def test_a_stream_that_hangs_until_it_is_given_up_is_a_pause() -> None:
+    """Would catch figures that are the better the more streams never go on."""
+    hanging = Stream(["a"], [9.0], [0.0, 1.0], None, left=61.0)
+    unanswered = Stream([], [], [2.0], None, left=50.0)
+    assert longest_gaps([hanging, unanswered], 3.0, 4.0) == (60.0, 48.0)
