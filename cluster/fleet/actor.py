@@ -5,13 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import ray
@@ -19,7 +14,6 @@ import ray
 _log = logging.getLogger(__name__)
 
 _LAST_WORD_S = 2.0
-_ASIDE_NICE = 10  # a tenth of what a thread gets that serves
 
 
 class Loading(Protocol):
@@ -27,19 +21,6 @@ class Loading(Protocol):
 
     @property
     def bytes_read(self) -> int: ...
-
-
-def import_aside(module: str) -> ModuleType:
-    """Import `module` with what it imports, torch above all, which takes a core for seconds: whoever serves on this
-    machine meanwhile comes first. While everybody waits for this process, the cores are idle and it gets them."""
-    with ThreadPoolExecutor(1, initializer=_step_aside) as thread:
-        return thread.submit(import_module, module).result()
-
-
-def _step_aside() -> None:
-    """Lower the priority of the calling thread, which Linux lets nobody raise again. Its children inherit it."""
-    with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.nice(0) + _ASIDE_NICE))
 
 
 def loading(source: Loading | None) -> dict[str, object]:

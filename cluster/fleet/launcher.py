@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import ray
@@ -17,7 +18,6 @@ from cluster.control.client import NAME, NAMESPACE, ControllerByName
 from cluster.control.faults import Fault
 from cluster.errors import ExpertMeshError
 from cluster.fleet import gateway
-from cluster.fleet.actor import import_aside
 from cluster.fleet.ray_errors import reason
 from cluster.fleet.router_actor import Router
 from cluster.gateway.context import ModelCard
@@ -36,7 +36,7 @@ class ExpertActor:
     """An `ExpertWorker` for a controller that has no torch: it is imported where it is to run."""
 
     def __init__(self, *arguments: Any) -> None:
-        self._worker = import_aside("cluster.fleet.expert_actor").ExpertWorker(*arguments)
+        self._worker = import_module("cluster.fleet.expert_actor").ExpertWorker(*arguments)
 
     async def ready(self) -> str:
         """As `ExpertWorker.ready`."""

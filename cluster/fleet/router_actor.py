@@ -15,7 +15,7 @@ from cluster.control.client import ControllerClient
 from cluster.control.faults import Fault, inflict
 from cluster.control.view import Member, State, View
 from cluster.errors import TraceError
-from cluster.fleet.actor import checkpoint_here, import_aside, loading, node_address, start_or_end
+from cluster.fleet.actor import checkpoint_here, loading, node_address, start_or_end
 from cluster.fleet.fault_proxy import FaultProxy
 from cluster.fleet.metrics import serve_metrics
 from cluster.observe import logs, tracing
@@ -88,7 +88,6 @@ class Router:
 
     async def _start(self) -> str:
         await self._first_view.wait()
-        await asyncio.to_thread(import_aside, "cluster.router.build")
         self._engine = engine = await asyncio.to_thread(self._build)
         from cluster.router.admission import Admission
         from cluster.router.service import GenerationService
