@@ -38,7 +38,7 @@ def test_a_broken_chat_template_is_refused(checkpoint: Path) -> None:
 def test_a_broken_file_of_keys_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("two words\n")
-    with pytest.raises(ConfigError, match=r"keys:1: a key is one word"):
+    with pytest.raises(ConfigError, match=r"keys:1: what follows a key"):
         check_gateway(replace(Config(), api_keys_file=keys), checkpoint, 512)
 
 
