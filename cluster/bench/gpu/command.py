@@ -13,6 +13,7 @@ from cluster.errors import ExpertMeshError
 
 BATCHES, QUICK_BATCHES = (1, 8, 16, 32, 64, 128, 256), (1, 16, 64)
 PREFILLS, QUICK_PREFILLS = (512, 2048, 8192), (2048,)
+EXCHANGES, QUICK_EXCHANGES = (1, 64, 256), (64,)  # rows of a step whose experts are in other processes
 _BLOCKS = 256 * 34 + 600  # of the KV cache: the largest batch
 
 
@@ -41,17 +42,19 @@ def measure(n_layers: int, expert_dtype: str, peers: bool, quick: bool) -> dict[
 
     from cluster.bench.gpu import floor, layers
     from cluster.bench.gpu.ceilings import Ceilings
+    from cluster.bench.gpu.exchange import in_a_process as exchange_in_a_process
     from cluster.bench.gpu.ours import CONTEXT, STEPS, OurEngine
     from cluster.bench.gpu.random_model import RandomModel, of_depth
     from cluster.bench.gpu.theirs import Transformers
     from workers.kernels.weights import expert_format
 
+    exchange = {n: exchange_in_a_process(min(n_layers, 8), n) for n in (QUICK_EXCHANGES if quick else EXCHANGES)}
     top = Ceilings.measure()
     console.print(f"copy {top.copy / 1e9:.0f} GB/s, bf16 {top.bf16 / 1e12:.0f} TFLOP/s", highlight=False)
     batches, prefills = (QUICK_BATCHES, QUICK_PREFILLS) if quick else (BATCHES, PREFILLS)
     result: dict[str, Any] = {
         "card": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": n_layers,
-        "expert_dtype": expert_dtype, "ceilings": asdict(top),
+        "expert_dtype": expert_dtype, "ceilings": asdict(top), "exchange": exchange,
     }  # fmt: skip
     if expert_dtype == "bfloat16":
         result["experts_us"] = layers.experts_us()
@@ -116,6 +119,18 @@ def show(result: dict[str, Any]) -> None:
         for n, f in result["prefill_ms"].items()
     ]
     print_table("prompts, ms", ["tokens", *header], prefill)
+    rows = []
+    for n, found in result["exchange"].items():
+        if isinstance(found, str):
+            console.print(f"exchange of {n} rows: {found}", highlight=False)
+            continue
+        rows += [
+            [str(n), name, f"{f['us_a_layer']:,.1f}", f"{f['ratio']:.2f}", "yes" if f["same_bits"] else "no"]
+            for name, f in found["transports"].items()
+        ]
+    if rows:
+        header = ["rows", "transport", "us a layer", "of one process", "same bits"]
+        print_table("experts in two other processes of this GPU", header, rows)
     if "experts_us" in result:
         rows = [
             [str(n), f"{f['expertmesh']:,.0f}", f"{f['grouped_mm']:,.0f}", f"{f['grouped_mm'] / f['expertmesh']:.2f}x"]
