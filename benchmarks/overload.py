@@ -58,7 +58,8 @@ async def _round(client: Client, seconds: float, factor: float, concurrency: int
     records = await _beyond(client, seconds, rate, tokens)
     window = (began + seconds * _SETTLE, began + seconds)
     refused = sorted(each.end - each.due for each in records if each.error == "queue_full")
-    failed = [each.error for each in records if each.error not in (None, "queue_full")]
+    late = sum(each.error == "queue_timeout" for each in records)  # taken, and given up after the longest wait
+    failed = [each.error for each in records if each.error not in (None, "queue_full", "queue_timeout")]
     accepted = _rate(records, *window)
     return {
         "limit_tokens_s": limit,
@@ -67,6 +68,7 @@ async def _round(client: Client, seconds: float, factor: float, concurrency: int
         "ratio": accepted / limit,
         "taken": sum(each.error is None for each in records),
         "refused": len(refused),
+        "refused_late": late,
         "failed": len(failed),
         "refused_p50_ms": _quantile(refused, 0.5) * 1e3,
         "refused_p99_ms": _quantile(refused, 0.99) * 1e3,
