@@ -23,6 +23,7 @@ from typing import Any
 
 from workers import wire
 from workers.kernels import message
+from workers.kernels.cpu.immortal import immortal
 
 _BUILD_SECONDS = 600
 _BUILD_BYTES = 8 * 2**20  # more than the file and what is written on the way to it
@@ -60,7 +61,7 @@ def _load() -> Any:
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_path(os.fspath(object_file())))
     engine.finalize_object()
-    return engine
+    return immortal(engine)
 
 
 def object_file() -> Path:

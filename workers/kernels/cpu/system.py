@@ -10,11 +10,12 @@ from typing import Any
 
 from workers.kernels.cpu import kernel
 from workers.kernels.cpu.arguments import System
+from workers.kernels.cpu.immortal import immortal
 
 #: The number of the system call.
 _FUTEX = {"x86_64": 202}.get(platform.machine(), 98)
 #: How long a kernel sleeps at most, as a timespec: a wake that comes just before the sleep is lost.
-_NAP = array("q", (0, 50_000_000))
+_NAP = immortal(array("q", (0, 50_000_000)))
 
 
 @functools.cache
@@ -29,7 +30,7 @@ def _system() -> array[int]:
         futex=_FUTEX,
         nap=_NAP.buffer_info()[0],
     )
-    return array("q", values)
+    return immortal(array("q", values))
 
 
 def _address(function: Any) -> int:
