@@ -126,9 +126,11 @@ def test_a_full_table_of_descriptors_is_a_closed_door_and_no_spinning(worker: Wo
                 stack.enter_context(closing(connect(worker.address)))
         for _ in range(20):
             worker.ask()
-        process.cpu_percent()
-        time.sleep(2)
-        busy = process.cpu_percent()
+        for _ in range(5):  # on a busy machine the connections themselves take a while; spinning does not end
+            process.cpu_percent()
+            time.sleep(2)
+            if (busy := process.cpu_percent()) < 50:
+                break
         for _ in range(20):
             worker.ask()
     assert busy < 50, f"{busy} % of a core for nothing"
