@@ -144,7 +144,7 @@ class Scheduler:
 
         One whose grammar is being compiled lets those behind it pass.
         """
-        if len(self.running) >= self.max_sequences:
+        if not self.waiting or len(self.running) >= self.max_sequences:  # as in most steps
             return None
         if (sequence := self._next(self._shares())) is None:
             return None
@@ -177,7 +177,9 @@ class Scheduler:
 
     def _share_out(self) -> None:
         """Preempt until who is next has room, as long as the others keep no less than its tenant then has."""
-        if not self.running or len({each.params.tenant for each in (*self.running, *self.waiting)}) < 2:
+        if not self.waiting or not self.running:
+            return
+        if len({each.params.tenant for each in (*self.running, *self.waiting)}) < 2:
             return
         shares = self._shares()
         if (newcomer := self._next(shares)) is None:

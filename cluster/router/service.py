@@ -200,11 +200,9 @@ class GenerationService:
         # This id says whose request it is, and which of those that had this id.
         engine_id = f"{stream.number}/{next(self._numbers)}/{submit.request_id}"
         if self._admission is not None:
-            tenant, goes_on = (
-                submit.sampling.tenant,
-                bool(submit.emitted_ids),
-            )  # one that goes on was admitted elsewhere
-            if not goes_on and (refusal := self._admission.refuse(tenant)) is not None:
+            tenant = submit.sampling.tenant
+            admitted_elsewhere = bool(submit.emitted_ids)
+            if not admitted_elsewhere and (refusal := self._admission.refuse(tenant)) is not None:
                 stream.refuse(submit.request_id, refusal)
                 return
             self._admission.taken(engine_id, tenant)
