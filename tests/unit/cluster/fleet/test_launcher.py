@@ -1,5 +1,4 @@
-"""Catches processes that start late as they import what they have no use for, and one that asks a node for what none has.
-"""
+"""Catches processes that start late as they import what they do not use, and one that asks a node for what none has."""
 
 from __future__ import annotations
 
