@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import DenseLayer, DenseWeights, ExpertWeights
-from workers.kernels.weights import WeightFormat
 from workers.model.decoder import Decoder
 from workers.model.kv_cache import KVCache
 from workers.shard import ExpertShard
 from workers.spec import ModelSpec
+from workers.weights import WeightFormat
 
 MIXTRAL_8X7B = ModelSpec(
     hidden_size=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, ffn_size=14336, n_experts=8, top_k=2,
@@ -26,7 +26,7 @@ class RandomModel:
     """Weights such that activations and logits stay of order one; every expert different."""
 
     def __init__(
-        self, spec: ModelSpec, n_blocks: int, block_size: int = 16, expert_format: WeightFormat | None = None
+        self, spec: ModelSpec, n_blocks: int, block_size: int = 16, weight_format: WeightFormat | None = None
     ) -> None:
         self.spec = spec
         torch.manual_seed(0)
@@ -40,7 +40,7 @@ class RandomModel:
             for _ in range(spec.n_layers)
         )  # fmt: skip
         self.dense = DenseWeights(_matrix(spec.vocab_size, d) * d**0.5, _norm(d), _matrix(spec.vocab_size, d), layers)
-        self.shard = ExpertShard(spec, "cuda:0", torch.bfloat16, expert_format=expert_format)
+        self.shard = ExpertShard(spec, "cuda:0", torch.bfloat16, weight_format=weight_format)
         self.shard.reserve(spec.n_layers * spec.n_experts)
         for layer in range(spec.n_layers):
             for expert in range(spec.n_experts):
