@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import DenseLayer, DenseWeights, ExpertWeights
-from workers.kernels.weights import WeightFormat
 from workers.model.decoder import Decoder
 from workers.model.kv_cache import KVCache
 from workers.shard import ExpertShard
 from workers.spec import ModelSpec
+from workers.weights import WeightFormat
 
 MIXTRAL_8X7B = ModelSpec(
     hidden_size=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, ffn_size=14336, n_experts=8, top_k=2,
@@ -31,12 +31,12 @@ class RandomModel:
         spec: ModelSpec,
         n_blocks: int,
         block_size: int = 16,
-        expert_format: WeightFormat | None = None,
+        weight_format: WeightFormat | None = None,
         device: torch.device | str = "cuda:0",
     ) -> None:
         self.spec = spec
         self.dense = dense_of(spec, device)
-        self.shard = shard_of(spec, all_experts(spec), device, expert_format)
+        self.shard = shard_of(spec, all_experts(spec), device, weight_format)
         self.decoder = Decoder(spec, self.dense, self.shard, KVCache(spec, n_blocks, block_size, spec.dtype, device))
 
     def transformers(self) -> Any:
@@ -94,11 +94,11 @@ def shard_of(
     spec: ModelSpec,
     experts: Iterable[tuple[int, int]],
     device: torch.device | str,
-    expert_format: WeightFormat | None = None,
+    weight_format: WeightFormat | None = None,
 ) -> ExpertShard:
     """A shard with `experts`, (layer, expert) pairs."""
     wanted = tuple(experts)
-    shard = ExpertShard(spec, device, spec.dtype, expert_format=expert_format)
+    shard = ExpertShard(spec, device, spec.dtype, weight_format=weight_format)
     shard.reserve(len(wanted))
     d, f = spec.hidden_size, spec.ffn_size
     for layer, expert in wanted:
