@@ -132,7 +132,7 @@ def test_a_key_is_found_among_comments_limits_and_hashes(tmp_path: Path) -> None
         server.pages["/v1"] = (b'{"choices": [{"message": {"content": "Hi"}}], "usage": {"completion_tokens": 1}}', {})
         (script,) = render().one("Pod")["spec"]["containers"][0]["args"]
         script = script.replace("/etc/expertmesh/keys/api-keys", str(file))
-        script = script.replace("urlopen(request, timeout=60)", "urlopen([print(request.headers), request.full_url][1])")
+        script = script.replace("(request, timeout=60)", "([print(request.headers), request.full_url][1])")
         environ = {"URL": f"{server.url}/v1", "MODEL": "m", "TIMEOUT_S": "5"}
         asked = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
     assert "'Bearer the-key'" in asked.stdout
