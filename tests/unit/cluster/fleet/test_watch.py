@@ -10,7 +10,6 @@ from cluster.control.view import Member, State, View
 from cluster.fleet.watch import Watch
 from cluster.placement.placement import striped
 
-
 Fleet = dict[str, tuple[int, State]]
 
 
