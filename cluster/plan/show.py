@@ -96,8 +96,8 @@ def chart_values(layout: Layout, load: Load, model: str) -> str:
         return {"limits": {layout.gpu.resource: n}}
 
     config: dict[str, Any] = {"max_sequences": -(-load.sequences // layout.n_routers)}
-    if layout.size.expert_weight_bytes == 1:
-        config["expert_dtype"] = "fp8"
+    if layout.size.expert_format.scaled:
+        config["expert_dtype"] = layout.size.expert_format.name
     if layout.one_host:  # one pod, in which rows go through device memory
         routers = {"replicas": 1, "routersPerPod": layout.n_routers, "expertWorkersPerPod": layout.n_workers}
         pools = {"routers": {**routers, "resources": gpus(layout.n_gpus)}, "experts": {"replicas": 0}}

@@ -25,13 +25,23 @@
 {{ default (printf "%s-models" (include "expertmesh.fullname" .)) .Values.model.storage.existingClaim }}
 {{- end -}}
 
+{{/* Call with (dict "root" $ "readOnly" WHETHER). Volumes that many may only read are given to nobody who does not say that he only reads. */}}
 {{- define "expertmesh.model.volume" -}}
 name: models
-{{- if eq .Values.model.storage.type "pvc" }}
-persistentVolumeClaim: {claimName: {{ include "expertmesh.model.claim" . }}}
+{{- with .root.Values.model.storage }}
+{{- if eq .type "pvc" }}
+persistentVolumeClaim: {claimName: {{ include "expertmesh.model.claim" $.root }}{{ $.readOnly | ternary ", readOnly: true" "" }}}
+{{- else if .size }}
+emptyDir: {sizeLimit: {{ .size }}}
 {{- else }}
-emptyDir: {sizeLimit: {{ .Values.model.storage.size }}}
+emptyDir: {}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* What rclone copies: a URL of S3 or Google's storage becomes its form of it, with credentials from the environment. */}}
+{{- define "expertmesh.model.remote" -}}
+{{- .Values.model.uri | replace "s3://" ":s3,provider=AWS,env_auth=true:" | replace "gs://" ":gcs,env_auth=true:" -}}
 {{- end -}}
 
 {{/* The container that fetches the model into /models, once. */}}
@@ -53,7 +63,7 @@ args:
   {{- range .Values.model.download.args }}
   - {{ . | quote }}
   {{- end }}
-  - {{ .Values.model.uri | quote }}
+  - {{ include "expertmesh.model.remote" . | quote }}
 {{- else }}
 image: {{ include "expertmesh.image" . }}
 command: [expertmesh, model, fetch]
@@ -66,19 +76,14 @@ args:
 {{- end }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 env:
-  {{- include "expertmesh.ownEnv" . | nindent 2 }}
+  {{- $token := list }}
   {{- with .Values.model.tokenSecret }}
   {{- if .name }}
-  - name: HF_TOKEN
-    valueFrom: {secretKeyRef: {name: {{ .name }}, key: {{ .key }}}}
+  {{- $token = list (dict "name" "HF_TOKEN" "valueFrom" (dict "secretKeyRef" (dict "name" .name "key" .key))) }}
   {{- end }}
   {{- end }}
-  {{- with .Values.extraEnv }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
-  {{- with .Values.model.download.env }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- $own := include "expertmesh.ownEnv" . | fromYamlArray }}
+  {{- include "expertmesh.variables" (list $own $token .Values.extraEnv .Values.model.download.env) | nindent 2 }}
 {{- with include "expertmesh.joined" (list .Values.extraEnvFrom .Values.model.download.envFrom) | fromYamlArray }}
 envFrom:
   {{- toYaml . | nindent 2 }}
@@ -91,6 +96,9 @@ volumeMounts:
   - {name: models, mountPath: /models}
   - {name: tmp, mountPath: /tmp}
   - {name: state, mountPath: /state}
+  {{- with .Values.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end -}}
 
 {{/* The init container of a pod: fetches where each has a copy, waits where a Job fetches for all. */}}
@@ -106,7 +114,7 @@ volumeMounts:
     - {{ include "expertmesh.model.directory" . }}
   resources:
     requests: {cpu: 10m, memory: 16Mi}
-    limits: {memory: 64Mi}
+    limits: {cpu: 100m, memory: 64Mi}
   securityContext:
     {{- toYaml (.Values.securityContext | default dict) | nindent 4 }}
   volumeMounts:
