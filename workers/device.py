@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from workers.errors import DeviceError
+from workers.weights import FORMATS
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
@@ -80,7 +81,7 @@ def compute_dtype(name: str, stored: torch.dtype, *devices: torch.device | str) 
     """What routers and expert workers, which exchange rows, compute in: `name`; for "auto" what the checkpoint is
     `stored` in, unless one of their `devices` is a CPU: float32 then."""
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        return FORMATS[name].dtype
     return torch.float32 if any(str(device) == "cpu" for device in devices) else stored
 
 

@@ -74,7 +74,7 @@ def plan(config: Config, checkpoint: Path, found: tuple[Gpu, ...] | None = None)
     dtype = cluster_dtype(config, spec)
     if spec.experts and config.max_batch_tokens > (most := wire.most_tokens(spec.hidden_size, spec.top_k, dtype)):
         raise StartError(f"--max-batch-tokens {config.max_batch_tokens}: rows of this model travel {most} at most")
-    replica = expert_bytes(opened, dtype, config.expert_device, config)
+    replica = expert_bytes(opened, dtype, config.expert_device, config.expert_dtype)
     n_replicas = len(spec.experts) * (1 + config.spare_replicas)
     experts = replica * n_replicas
     dense = dense_bytes(opened, dtype, config.router_device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,7 +19,9 @@ _BLOCKS = 256 * 34 + 600  # of the KV cache: the largest batch
 
 def gpu(
     layers: Annotated[int, typer.Option(min=1, help="layers of the random Mixtral 8x7B; the whole has 32")] = 32,
-    expert_dtype: Annotated[str, typer.Option(help="of the experts' weights: bfloat16, fp8 or fp8-rows")] = "bfloat16",
+    expert_dtype: Annotated[
+        Literal["bfloat16", "fp8", "fp8-rows"], typer.Option(help="what experts' weights are kept in")
+    ] = "bfloat16",
     peers: Annotated[bool, typer.Option(help="transformers on the same weights, in the same run")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="fewer sizes")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -46,7 +48,7 @@ def measure(n_layers: int, expert_dtype: str, peers: bool, quick: bool) -> dict[
     from cluster.bench.gpu.ours import CONTEXT, STEPS, OurEngine
     from cluster.bench.gpu.random_model import RandomModel, of_depth
     from cluster.bench.gpu.theirs import Transformers
-    from workers.kernels.weights import expert_format
+    from workers.weights import FORMATS
 
     exchange = {n: exchange_in_a_process(min(n_layers, 8), n) for n in (QUICK_EXCHANGES if quick else EXCHANGES)}
     top = Ceilings.measure()
@@ -61,7 +63,7 @@ def measure(n_layers: int, expert_dtype: str, peers: bool, quick: bool) -> dict[
         gc.collect()
         torch.cuda.empty_cache()
     spec = of_depth(n_layers)
-    model = RandomModel(spec, _BLOCKS, expert_format=expert_format(expert_dtype, torch.bfloat16))
+    model = RandomModel(spec, _BLOCKS, weight_format=FORMATS[expert_dtype])
     engine = OurEngine(model, max(batches), 8192)
     result["capture_seconds"] = round(engine.capture_seconds, 1)
     console.print(f"captured in {engine.capture_seconds:.1f} s", highlight=False)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from workers.kernels.cuda.experts import Slots, to_8_bits
+from workers.kernels.cuda.experts import Slots
 from workers.kernels.cuda.slot_pool import SlotPool
 from workers.kernels.experts import LayerExperts
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, WeightFormat
 
 
 class CudaLayerExperts(LayerExperts):
@@ -65,19 +65,15 @@ class CudaLayerExperts(LayerExperts):
         self._pool.reserve(n_experts)
 
     def put(self, expert: int, w13: Matrix, w2: Matrix) -> None:
-        """Copy an expert's weights to a slot, in the slots' format, and name it in the table.
+        """Copy an expert's weights, which are of the slots' format, to a slot, and name it in the table.
 
         Raises DeviceError when no slot is free.
         """
         slot = self._slot_of[expert] if expert in self._slot_of else self._pool.take()
         for place, given in zip(self._pool.views(slot), (w13, w2), strict=True):
-            if place.scale_N is None or given.scale_N is not None:
-                values, scale = given.values_ND, given.scale_N
-            else:
-                values, scale = to_8_bits(given.values_ND.to(self.device))
-            place.values_ND.copy_(values)
-            if place.scale_N is not None and scale is not None:
-                place.scale_N.copy_(scale)
+            place.values_ND.copy_(given.values_ND)
+            if place.scale_N is not None and given.scale_N is not None:
+                place.scale_N.copy_(given.scale_N)
         self._count_E[expert] = 0
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the weights are there before anybody is sent to them

@@ -24,7 +24,7 @@ from workers.kernels.dispatch import Plan
 from workers.kernels.experts import LayerExperts
 from workers.kernels.ops import AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, Unsummed
 from workers.kernels.torch.ops import TorchOps
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, WeightFormat
 
 
 class CudaOps(TorchOps):

@@ -43,6 +43,7 @@ from workers.model.decoder import Decoder
 from workers.shard import ExpertShard
 from workers.transport.collective.client import CollectiveTransport
 from workers.transport.collective.steps import CollectiveSteps
+from workers.weights import FORMATS
 
 __all__ = ["quick_interpreter"]
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # of the interpreter
@@ -141,7 +142,7 @@ class Shards(OnDisk):
         raise AssertionError("the harness makes them")
 
     def weights(self, layer: int, expert: int) -> Any:
-        return Checkpoint(self.path).expert(layer, expert, torch.float16)
+        return Checkpoint(self.path).expert(layer, expert, FORMATS["float16"])
 
 
 @pytest.fixture
