@@ -28,8 +28,8 @@ _WINDOW_BYTES = 16 << 20
 _HTTP2_FRAME_BYTES = (1 << 24) - 1  # the most that HTTP/2 allows
 _MOST_WATCHES = 64  # of the health service, which asks for no token
 _HEALTH = "/grpc.health.v1.Health/"
-# gRPC's limit on a header block counts only once the peer has acknowledged it: until then half a million entries may become
-# Python objects at once. By default 700 new ones start a garbage collection, which would take most of the time.
+# gRPC's limit on a header block counts once the peer has acknowledged it. Until then half a million entries may become
+# Python objects at once, of which by default each 700 start a garbage collection: most of the time it would take.
 _OBJECTS_BEFORE_COLLECTION = 100_000
 
 
