@@ -22,6 +22,7 @@ from workers.transport.device.rows import StepRows
 from workers.transport.device.way import words
 from workers.transport.device.worker import Shard, StepWorker
 from workers.transport.shm.memory import NotShared, OwnMemory, PeerMemory
+from workers.transport.threads import serve_thread
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +61,7 @@ class DeviceServer:
         self._lock = threading.Lock()
         self._changed = False
         self._stopping = False
-        self._thread = threading.Thread(target=self._serve, name="device steps", daemon=True)
-        self._thread.start()
+        self._thread = serve_thread(self._serve, "device steps")
 
     def accept(self, offer: str, router: str) -> Joining:
         """Map the rows of `router`. Raises DeviceError saying why not."""
