@@ -75,15 +75,21 @@ class ExpertShard:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """Every slot, ascending by (layer, expert)."""
+        rows_LE = self.rows_LE()
         return tuple(
-            Slot(index, expert, self.expert_bytes, int(layer.rows_E[expert]))
-            for index, layer in enumerate(self._layers)
-            for expert in sorted(layer.held)
+            Slot(layer, expert, self.expert_bytes, int(rows_LE[layer, expert])) for layer, expert in sorted(self.held)
         )
 
+    @property
+    def held(self) -> frozenset[tuple[int, int]]:
+        """The (layer, expert) pairs that have a slot. Known on the host."""
+        return frozenset((index, expert) for index, layer in enumerate(self._layers) for expert in layer.held)
+
     def rows_LE(self) -> NDArray[np.int64]:
-        """Rows that each expert computed since it was loaded, [layers, experts]; 0 for those that are not held."""
-        return np.stack([layer.rows_E.numpy() for layer in self._layers])
+        """Rows that each expert computed since it was loaded, [layers, experts]; 0 for those that are not held. From
+        any thread; waits for nothing that is computed."""
+        counted: NDArray[np.int64] = self._ops.rows_LE(self._layers).numpy()
+        return counted
 
     @property
     def expert_bytes(self) -> int:

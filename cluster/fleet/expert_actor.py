@@ -160,8 +160,7 @@ class ExpertWorker:
             return (ShmAcceptor,)
         if self._config.transport != "device" or not shard.only_launches:
             return ()
-        server = DeviceServer(shard, STEP_LIMIT_S)
-        return (lambda batcher: DeviceAcceptor(server, StreamRows()),)
+        return (lambda batcher: DeviceAcceptor(DeviceServer(shard, STEP_LIMIT_S, batcher.stepped), StreamRows()),)
 
     def _on_view(self, view: View) -> None:
         self._group, self._view = view.group, view
