@@ -121,6 +121,7 @@ class ExpertWorker:
         self._capacity = capacity(device, share, replica, n_slots)
         shard = load_shard(source, placement.shard(self._worker), dtype, made, self._capacity.slots)
         self._loads.add(shard.n_held, time.perf_counter() - began)
+        shard.warm_up(config.max_batch_tokens * source.spec.top_k)
         return shard, source
 
     def _make_server(self, shard: ExpertShard, source: Checkpoint) -> ExpertServer | CollectiveServer:

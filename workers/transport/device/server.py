@@ -16,6 +16,7 @@ import torch
 from workers.device import end_if_lost
 from workers.errors import DeviceError
 from workers.kernels.cuda.graphs import capture
+from workers.kernels.sizes import powers_up_to
 from workers.transport.device import memory
 from workers.transport.device.agreement import PAGE_BYTES, Step, Words, WorkerSide
 from workers.transport.device.offer import Offer, Shape
@@ -181,7 +182,7 @@ class _Steps:
         most = max(router.rows.layout.n_rows for router in routers.values())
         self._at = {number: at for at, number in enumerate(routers)}
         self._worker = StepWorker(shard, memory.launch(shard.device, limit_s), len(routers), most, shape.top_k)
-        self._runs = {n_rows: self._make(n_rows) for n_rows in buckets(most)}
+        self._runs = {n_rows: self._make(n_rows) for n_rows in powers_up_to(most)}
 
     def run(self, step: Step) -> bool:
         """One step; whether it was void."""
@@ -200,11 +201,6 @@ class _Steps:
             self._worker.run(parts, n_rows)
 
         return captured(run, lambda: self._worker.begin_step(0, ())) if self._worker.on_gpu else run
-
-
-def buckets(most: int) -> list[int]:
-    """Numbers of rows for which steps are captured: powers of two up to `most`, and that."""
-    return [*(1 << n for n in range(most.bit_length()) if 1 << n < most), most]
 
 
 def captured(run: Callable[[], None], begin: Callable[[], None]) -> Callable[[], None]:

@@ -137,7 +137,7 @@ def test_steps_over_a_group_give_the_tokens_of_one_process_also_when_a_worker_di
         step_way=steps,
     )  # fmt: skip
     model = build_model(CONFIG, checkpoint, exchange)
-    compute = ExchangeCompute(model, exchange, CONFIG.max_sequences, 64)
+    compute = ExchangeCompute(model, exchange, CONFIG.max_sequences, 64, 8)
     assert run(model, compute) == want
     counters = exchange.counters
     assert counters.captured_steps >= 3

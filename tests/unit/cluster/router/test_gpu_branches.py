@@ -117,6 +117,7 @@ def test_every_wish_is_met_a_step_ahead(checkpoint: Path) -> None:
     assert isinstance(model.ops, CudaOps) and model.cache.device == GPU
     compute = compute_on(model, CONFIG)
     assert isinstance(compute, DeviceCompute)
+    assert isinstance(model.experts, ExpertShard) and not model.experts.rows_LE().any(), "the start was counted"
     want = answers(engine_of(checkpoint, model, HostCompute(model)), [*REQUESTS])
     assert answers(engine_of(checkpoint, model, compute), [*REQUESTS]) == want
     pieces = replace(CONFIG, max_batch_tokens=4)
@@ -141,6 +142,8 @@ def test_every_wish_is_met_in_float32(checkpoint: Path) -> None:
 def worker(checkpoint: Path) -> Iterator[tuple[ExpertShard, ExpertServer, Credentials]]:
     credentials = Credentials.generate()
     shard = load_shard(Checkpoint(checkpoint, GPU), SPEC.experts, torch.float16)
+    shard.warm_up(8)
+    assert not shard.rows_LE().any()
     server = ExpertServer(shard, "a", "127.0.0.1", model="m", credentials=credentials)
     server.start()
     yield shard, server, credentials
