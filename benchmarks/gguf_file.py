@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workers.checkpoint import Checkpoint
 from workers.errors import CheckpointError
+from workers.weights import FORMATS
 
 
 def write_gguf(directory: Path, dest: Path) -> None:
@@ -50,7 +51,7 @@ def write_gguf(directory: Path, dest: Path) -> None:
         add(f"blk.{index}.ffn_norm", layer.post_norm_D)
         assert layer.gate_ED is not None
         add(f"blk.{index}.ffn_gate_inp", layer.gate_ED)
-        experts = [checkpoint.expert(index, expert, torch.float32) for expert in range(spec.n_experts)]
+        experts = [checkpoint.expert(index, expert, FORMATS["float32"]) for expert in range(spec.n_experts)]
         add(f"blk.{index}.ffn_gate_exps", torch.stack([expert.w1_FD for expert in experts]))
         add(f"blk.{index}.ffn_down_exps", torch.stack([expert.w2_DF for expert in experts]))
         add(f"blk.{index}.ffn_up_exps", torch.stack([expert.w3_FD for expert in experts]))

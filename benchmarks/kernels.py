@@ -22,7 +22,7 @@ from cluster.bench.common import alternate, machine, print_json, print_table
 from workers.kernels.memory import use_huge_pages
 from workers.kernels.select import ops_for
 from workers.kernels.threads import set_threads
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, format_of
 
 _HIDDEN, _FFN, _EXPERTS = 512, 1792, 32
 _ROWS = (1, 2, 4, 16, 256, 2048)
@@ -57,7 +57,7 @@ def _ways() -> Iterator[tuple[str, Way]]:
     w13 = [torch.randn(2 * _FFN, _HIDDEN) / _HIDDEN**0.5 for _ in range(_EXPERTS)]
     w2 = [torch.randn(_HIDDEN, _FFN) / _FFN**0.5 for _ in range(_EXPERTS)]
     ops = ops_for("cpu", torch.float32)
-    [layer] = ops.layer_experts(1, _EXPERTS, _HIDDEN, _FFN, WeightFormat(torch.float32))
+    [layer] = ops.layer_experts(1, _EXPERTS, _HIDDEN, _FFN, format_of(torch.float32))
     for weight in w13 + w2:
         use_huge_pages(weight)  # as the weights of a shard are
     for expert in range(_EXPERTS):

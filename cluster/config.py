@@ -62,10 +62,10 @@ class Config:
     expert_device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "what expert workers compute on; auto: a GPU if there is one"
     )
-    expert_dtype: Literal["auto", "fp8", "fp8-rows"] = option(
+    expert_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8-rows"] = option(
         "auto",
-        "what experts' weights are kept in on GPUs; auto: the compute dtype; fp8: e4m3, made when they are loaded; "
-        "fp8-rows: the rows they are multiplied with too",
+        "what experts' weights are kept in; auto: as they are stored, if they can be computed with so; on GPUs fp8: "
+        "e4m3, made when they are loaded; fp8-rows: the rows they are multiplied with too",
     )
     gpus_per_router: float = option(
         0.0, "share of a GPU of each router; 0: a whole one, less where there are too few", at_least=0, at_most=1

@@ -12,6 +12,7 @@ from pathlib import Path
 from cluster.errors import ConfigError, StartError
 
 VARIABLE = "EXPERTMESH_STATE_DIR"
+_PROBE_BYTES = 16384  # a file without any can be made on a full disk
 
 
 def settle(environ: MutableMapping[str, str], given: Path | None = None) -> Path | None:
@@ -63,7 +64,9 @@ def _made(directory: Path) -> Path:
     directory = directory.absolute()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
             return directory
     except OSError as error:
         raise ConfigError(f"state_dir: {directory}: {error.strerror}; name a directory that you can write") from error

@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from workers.checkpoint import Checkpoint
-from workers.kernels.select import ops_for
+from workers.kernels.select import formats_for
 from workers.model.batch import Batch
 from workers.model.decoder import Decoder
 from workers.model.kv_cache import KVCache
 from workers.shard import ExpertShard, load_shard
+from workers.weights import FORMATS
 
 TOLERANCE = 1e-4
 
@@ -226,8 +227,8 @@ class Paged:
         every = spec.experts
         shard = ExpertShard(spec, dtype=torch.float32) if widened else load_shard(checkpoint, every, torch.float32)
         for layer, expert in every if widened else ():
-            shard.load(layer, expert, checkpoint.expert(layer, expert, torch.float32))
-        keep = () if widened else ops_for("cpu", torch.float32).stored_dtypes
+            shard.load(layer, expert, checkpoint.expert(layer, expert, FORMATS["float32"]))
+        keep = () if widened else formats_for("cpu", torch.float32)
         self.cache = KVCache(spec, n_blocks, block_size, torch.float32)
         for pool in (*self.cache.k, *self.cache.v):
             pool.fill_(float("nan"))  # what was never written must never count

@@ -18,6 +18,7 @@ from torch import Tensor
 from workers.families.registry import layout_in, read_spec
 from workers.families.tensors import Shape, TensorNames, Tensors
 from workers.tensor_store import TensorStore
+from workers.weights import FORMATS, WeightFormat, kept_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Checkpoint:
         self._store = TensorStore(self.path, torch.device(device), finite)
         # The files know their dtype better than `config.json`, in which it is optional.
         names = TensorNames(spec, layout_in(spec, lambda name: name in self._store))
-        self.spec = dataclasses.replace(spec, dtype=self._store.check(*names.embed()))
+        self.spec = dataclasses.replace(spec, dtype=self._store.check(*names.embed()).dtype)
         self._names = TensorNames(self.spec, names.layout)
 
     @property
@@ -105,7 +106,7 @@ class Checkpoint:
         for name, shape in self._names.every():
             self._store.check(name, shape)
 
-    def dense(self, dtype: torch.dtype, keep: Collection[torch.dtype] = ()) -> DenseWeights:
+    def dense(self, dtype: torch.dtype, keep: Collection[WeightFormat] = ()) -> DenseWeights:
         """Read everything but the experts, as `dtype`; a matrix that is stored as one of `keep` stays as it is."""
         names = self._names
         embed_VD = self._read(*names.embed(), dtype, keep)
@@ -116,27 +117,27 @@ class Checkpoint:
             layers=tuple(self._layer(layer, dtype, keep) for layer in range(self.spec.n_layers)),
         )
 
-    def dense_bytes(self, dtype: torch.dtype, keep: Collection[torch.dtype] = ()) -> int:
+    def dense_bytes(self, dtype: torch.dtype, keep: Collection[WeightFormat] = ()) -> int:
         """Bytes of what `dense` gives, by the headers alone."""
         tensors = self._names.dense()
         return sum(prod(shape) * self._dtype_of(name, shape, dtype, keep).itemsize for name, shape in tensors)
 
     def stored_bytes(self, routers: int) -> int:
         """Bytes that so many routers and workers with one replica of each expert read in all."""
-        spec, every = self.spec, frozenset((torch.float32, torch.bfloat16, torch.float16))
-        expert = 3 * spec.hidden_size * spec.ffn_size * self.expert_dtype.itemsize
-        return routers * self.dense_bytes(spec.dtype, every) + len(spec.experts) * expert
+        spec = self.spec
+        expert = self.expert_format.expert_bytes(spec.hidden_size, spec.ffn_size)
+        return routers * self.dense_bytes(spec.dtype, FORMATS.values()) + len(spec.experts) * expert
 
     @property
-    def expert_dtype(self) -> torch.dtype:
+    def expert_format(self) -> WeightFormat:
         """What every expert is stored as; float32, which holds all of them, where they differ. Reads headers alone."""
         tensors = (tensor for layer in self.spec.sparse_layers for tensor in self._names.experts(layer))
         stored = {self._store.check(*tensor) for tensor in tensors}
-        return stored.pop() if len(stored) == 1 else torch.float32
+        return stored.pop() if len(stored) == 1 else FORMATS["float32"]
 
-    def expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
-        """Read one expert, as `dtype`."""
-        fused = self._names.fused_experts(layer)
+    def expert(self, layer: int, expert: int, weight_format: WeightFormat) -> ExpertWeights:
+        """Read one expert, as a format that files have."""
+        fused, dtype = self._names.fused_experts(layer), weight_format.dtype
         if not fused:
             return ExpertWeights(**self._read_all(self._names.expert(layer, expert), dtype))
         ffn, hidden = self.spec.ffn_size, self.spec.hidden_size
@@ -148,18 +149,18 @@ class Checkpoint:
             w3_FD=self._store.read(*gate_up, dtype, first=(2 * expert + 1) * size, part=(ffn, hidden)),
         )
 
-    def _layer(self, layer: int, dtype: torch.dtype, keep: Collection[torch.dtype]) -> DenseLayer:
+    def _layer(self, layer: int, dtype: torch.dtype, keep: Collection[WeightFormat]) -> DenseLayer:
         ffn = self._read_all(self._names.ffn(layer), dtype, keep)
         tensors = self._read_all(self._names.layer(layer), dtype, keep)
         return DenseLayer(**tensors, ffn=ExpertWeights(**ffn) if ffn else None)
 
-    def _read(self, name: str, shape: Shape, dtype: torch.dtype, keep: Collection[torch.dtype]) -> Tensor:
+    def _read(self, name: str, shape: Shape, dtype: torch.dtype, keep: Collection[WeightFormat]) -> Tensor:
         return self._store.read(name, shape, self._dtype_of(name, shape, dtype, keep))
 
-    def _dtype_of(self, name: str, shape: Shape, dtype: torch.dtype, keep: Collection[torch.dtype]) -> torch.dtype:
+    def _dtype_of(self, name: str, shape: Shape, dtype: torch.dtype, keep: Collection[WeightFormat]) -> torch.dtype:
         """What a tensor becomes: matrices may stay what they are, vectors are too small to matter."""
         stored = self._store.check(name, shape)
-        return stored if len(shape) > 1 and stored in keep else dtype
+        return kept_in(stored, keep, dtype).dtype if len(shape) > 1 else dtype
 
-    def _read_all(self, tensors: Tensors, dtype: torch.dtype, keep: Collection[torch.dtype] = ()) -> dict[str, Tensor]:
+    def _read_all(self, tensors: Tensors, dtype: torch.dtype, keep: Collection[WeightFormat] = ()) -> dict[str, Tensor]:
         return {field: self._read(name, shape, dtype, keep) for field, (name, shape) in tensors.items()}

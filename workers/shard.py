@@ -20,8 +20,9 @@ from workers.errors import ExpertNotHeld
 from workers.kernels.memory import empty_weights, give_back
 from workers.kernels.mutex import Mutex
 from workers.kernels.ops import Delta, Ops, RingLoop, Rings, unsummed
-from workers.kernels.select import ops_for
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.kernels.select import formats_for, ops_for
+from workers.kernels.sizes import powers_up_to
+from workers.weights import Matrix, WeightFormat, format_of, kept_in
 
 if TYPE_CHECKING:
     from workers.checkpoint import Checkpoint, ExpertWeights
@@ -50,23 +51,23 @@ class ExpertShard:
         spec: ModelSpec,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        stored: torch.dtype | None = None,
-        expert_format: WeightFormat | None = None,
+        weight_format: WeightFormat | None = None,
     ) -> None:
-        """`dtype`: what to compute in. `stored`: what the checkpoint's experts are in, which they stay if they can.
-        `expert_format`: what they are made, whatever they are in."""
+        """`dtype`: what to compute in. `weight_format`: what weights are kept in, one of `formats_for` the device; by
+        default `dtype`."""
         self.device = torch.device(device)
         self.dtype = dtype or spec.dtype
         self._ops = ops_for(self.device, self.dtype)
-        self.weight_dtype = stored if stored in self._ops.stored_dtypes else self.dtype
-        weight_format = expert_format or WeightFormat(self.weight_dtype)
+        self.format = weight_format or format_of(self.dtype)
+        #: What `load` is to be given.
+        self.read_as = self.format.made_of(self.dtype)
         self.n_layers = spec.n_layers
         self.layers = tuple(sorted({layer for layer, _ in spec.experts}))  # those that have experts
         self.n_experts = spec.n_experts
         self.hidden_size = spec.hidden_size
         self.ffn_size = spec.ffn_size
         self._layers = self._ops.layer_experts(
-            spec.n_layers, spec.n_experts, spec.hidden_size, spec.ffn_size, weight_format
+            spec.n_layers, spec.n_experts, spec.hidden_size, spec.ffn_size, self.format
         )
         self._answers = self._ops.answers(self._layers)
         self.only_launches = self.device.type == "cuda" and self._ops.exact_rows
@@ -75,15 +76,21 @@ class ExpertShard:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """Every slot, ascending by (layer, expert)."""
+        rows_LE = self.rows_LE()
         return tuple(
-            Slot(index, expert, self.expert_bytes, int(layer.rows_E[expert]))
-            for index, layer in enumerate(self._layers)
-            for expert in sorted(layer.held)
+            Slot(layer, expert, self.expert_bytes, int(rows_LE[layer, expert])) for layer, expert in sorted(self.held)
         )
 
+    @property
+    def held(self) -> frozenset[tuple[int, int]]:
+        """The (layer, expert) pairs that have a slot. Known on the host."""
+        return frozenset((index, expert) for index, layer in enumerate(self._layers) for expert in layer.held)
+
     def rows_LE(self) -> NDArray[np.int64]:
-        """Rows that each expert computed since it was loaded, [layers, experts]; 0 for those that are not held."""
-        return np.stack([layer.rows_E.numpy() for layer in self._layers])
+        """Rows that each expert computed since it was loaded, [layers, experts]; 0 for those that are not held. From
+        any thread; waits for nothing that is computed."""
+        counted: NDArray[np.int64] = self._ops.rows_LE(self._layers).numpy()
+        return counted
 
     @property
     def expert_bytes(self) -> int:
@@ -105,15 +112,24 @@ class ExpertShard:
         with self._lock:
             self._layers[0].reserve(n_experts)
 
+    def warm_up(self, most_pairs: int) -> None:
+        """Compile what requests of up to so many pairs take, where that is done when it is first used: the first
+        request of every size would wait for it. Nothing is counted."""
+        with torch.inference_mode():
+            for n in powers_up_to(most_pairs) if self.only_launches else ():
+                x_ND = torch.zeros(n, self.hidden_size, dtype=self.dtype, device=self.device)
+                self.fixed(self.layers[0], x_ND, torch.full((n, 1), -1, dtype=torch.int64, device=self.device))
+
     def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
-        """Put a replica of `(layer, expert)` on the device, as `weight_dtype`; replaces one that is there."""
+        """Put a replica of `(layer, expert)` on the device, in the shard's format; replaces one that is there."""
         f, d = self.ffn_size, self.hidden_size
-        memory = empty_weights(3 * f * d, self.weight_dtype, self.device)
+        memory = empty_weights(3 * f * d, self.read_as.dtype, self.device)
         w13_2FD, w2_DF = memory[: 2 * f * d].view(2 * f, d), memory[2 * f * d :].view(d, f)
         w13_2FD[:f], w13_2FD[f:] = weights.w1_FD, weights.w3_FD
         w2_DF.copy_(weights.w2_DF)
+        w13, w2 = self.format.make(w13_2FD), self.format.make(w2_DF)
         with self._lock:
-            self._layers[layer].put(expert, Matrix(w13_2FD), Matrix(w2_DF))
+            self._layers[layer].put(expert, w13, w2)
 
     def unload(self, layer: int, expert: int) -> None:
         """Free the replica of `(layer, expert)`. Raises ExpertNotHeld when there is none."""
@@ -204,18 +220,20 @@ def load_shard(
     source: Checkpoint,
     experts: Iterable[tuple[int, int]],
     dtype: torch.dtype,
-    expert_format: WeightFormat | None = None,
+    weight_format: WeightFormat | None = None,
     n_slots: int = 0,
 ) -> ExpertShard:
     """A shard with `experts`, (layer, expert) pairs, on the device that `source` reads to, computing in `dtype`; no
-    other tensor is read. n_slots: how many experts it is to have room for, at least.
+    other tensor is read. weight_format: by default that of the files, if it can stay. n_slots: how many experts it is
+    to have room for, at least.
 
     Raises CheckpointError.
     """
-    shard = ExpertShard(source.spec, source.device, dtype, source.expert_dtype, expert_format)
+    weight_format = weight_format or kept_in(source.expert_format, formats_for(source.device, dtype), dtype)
+    shard = ExpertShard(source.spec, source.device, dtype, weight_format)
     wanted = tuple(experts)
     shard.reserve(max(n_slots, len(wanted)))
     for layer, expert in wanted:
-        shard.load(layer, expert, source.expert(layer, expert, shard.weight_dtype))
+        shard.load(layer, expert, source.expert(layer, expert, shard.read_as))
     give_back()
     return shard

@@ -12,8 +12,6 @@ import torch
 
 from workers.gate_spec import GateSpec
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:

@@ -21,8 +21,8 @@ from torch import Tensor
 from workers.device_reader import DeviceReader
 from workers.errors import CheckpointError
 from workers.families.config import unique
+from workers.weights import IN_FILES, WeightFormat
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -68,26 +68,26 @@ class TensorFile:
                 before, taken = f"tensor {name}", info.end
         return cls(path, tensors)
 
-    def check(self, name: str, shape: tuple[int, ...]) -> torch.dtype:
+    def check(self, name: str, shape: tuple[int, ...]) -> WeightFormat:
         """Raise CheckpointError unless `name` is here with `shape`, a supported dtype and all its bytes."""
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        if info.dtype not in _DTYPES:
+        if info.dtype not in IN_FILES:
             raise CheckpointError(
-                f"{self.path}: tensor {name} has unsupported dtype {info.dtype}; supported: {', '.join(_DTYPES)}"
+                f"{self.path}: tensor {name} has unsupported dtype {info.dtype}; supported: {', '.join(IN_FILES)}"
             )
         if info.shape != shape:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has shape {list(info.shape)}; config.json makes it {list(shape)}"
             )
-        dtype = _DTYPES[info.dtype]
-        if info.end - info.begin != math.prod(shape) * dtype.itemsize:
+        stored = IN_FILES[info.dtype]
+        if info.end - info.begin != math.prod(shape) * stored.dtype.itemsize:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has {info.end - info.begin} bytes; {info.dtype} {list(shape)} takes "
-                f"{math.prod(shape) * dtype.itemsize}"
+                f"{math.prod(shape) * stored.dtype.itemsize}"
             )
-        return dtype
+        return stored
 
     def read(self, name: str, first: int, shape: tuple[int, ...], to: DeviceReader | None = None) -> Tensor:
         """Elements `first` to `first + prod(shape)` of tensor `name`, as `shape`, in the dtype on disk.
@@ -96,7 +96,7 @@ class TensorFile:
         the bytes do not come.
         """
         info = self.tensors[name]
-        dtype = _DTYPES[info.dtype]
+        dtype = IN_FILES[info.dtype].dtype
         begin = info.begin + first * dtype.itemsize
         try:
             if to is not None:

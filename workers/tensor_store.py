@@ -12,6 +12,7 @@ from workers.errors import CheckpointError
 from workers.families.config import read_json
 from workers.families.tensors import Shape
 from workers.tensor_file import TensorFile
+from workers.weights import WeightFormat
 
 _CPU = torch.device("cpu")
 _SINGLE = "model.safetensors"
@@ -46,8 +47,8 @@ class TensorStore:
         """The names of all tensors, sorted."""
         return sorted(self._file(_SINGLE).tensors if self._index is None else self._index)
 
-    def check(self, name: str, shape: Shape) -> torch.dtype:
-        """The dtype on disk of a tensor that is there, whole, of `shape` and of a supported dtype; headers alone."""
+    def check(self, name: str, shape: Shape) -> WeightFormat:
+        """What a tensor is stored as that is there, whole, of `shape` and of a supported dtype; headers alone."""
         return self._file(name).check(name, shape)
 
     def read(

@@ -23,7 +23,7 @@ from cluster.fleet.worker_readings import Loads, WorkerReadings
 from cluster.observe import logs
 from cluster.observe.exposition import Reading
 from cluster.placement.placement import Placement
-from cluster.router.sizing import expert_bytes, expert_format_of
+from cluster.router.sizing import expert_format
 from workers.checkpoint import Checkpoint
 from workers.device import Capacity, capacity, compute_dtype, describe, pick, rows_device
 from workers.kernels.threads import set_threads
@@ -116,10 +116,12 @@ class ExpertWorker:
         began = time.perf_counter()
         share = config.gpus_per_expert_worker * config.gpu_memory_utilization
         n_slots = config.expert_slots or len(source.spec.experts)  # nobody holds an expert twice
-        self._capacity = capacity(device, share, expert_bytes(source, dtype, device, config), n_slots)
-        made = expert_format_of(config, device, dtype)
+        made = expert_format(source, dtype, device, config.expert_dtype)
+        replica = made.expert_bytes(source.spec.hidden_size, source.spec.ffn_size)
+        self._capacity = capacity(device, share, replica, n_slots)
         shard = load_shard(source, placement.shard(self._worker), dtype, made, self._capacity.slots)
         self._loads.add(shard.n_held, time.perf_counter() - began)
+        shard.warm_up(config.max_batch_tokens * source.spec.top_k)
         return shard, source
 
     def _make_server(self, shard: ExpertShard, source: Checkpoint) -> ExpertServer | CollectiveServer:
@@ -159,8 +161,7 @@ class ExpertWorker:
             return (ShmAcceptor,)
         if self._config.transport != "device" or not shard.only_launches:
             return ()
-        server = DeviceServer(shard, STEP_LIMIT_S)
-        return (lambda batcher: DeviceAcceptor(server, StreamRows()),)
+        return (lambda batcher: DeviceAcceptor(DeviceServer(shard, STEP_LIMIT_S, batcher.stepped), StreamRows()),)
 
     def _on_view(self, view: View) -> None:
         self._group, self._view = view.group, view

@@ -6,7 +6,6 @@ import time
 from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import ray
@@ -15,9 +14,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import Config
 from cluster.control.client import NAME, NAMESPACE, ControllerByName
-from cluster.control.faults import Fault
 from cluster.errors import ExpertMeshError
 from cluster.fleet import gateway
+from cluster.fleet.expert_entry import ExpertActor
 from cluster.fleet.ray_errors import reason
 from cluster.fleet.router_actor import Router
 from cluster.gateway.context import ModelCard
@@ -30,21 +29,6 @@ EXPERT_RESOURCE = "expertmesh_expert"
 _GROUP_PREFIX = "expertmesh:"  # of the names of placement groups
 _END_S = 30.0
 _POLL_S = 0.02
-
-
-class ExpertActor:
-    """An `ExpertWorker` for a controller that has no torch: it is imported where it is to run."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self._worker = import_module("cluster.fleet.expert_actor").ExpertWorker(*arguments)
-
-    async def ready(self) -> str:
-        """As `ExpertWorker.ready`."""
-        return str(await self._worker.ready())
-
-    async def inflict(self, fault: Fault) -> None:
-        """As `ExpertWorker.inflict`."""
-        await self._worker.inflict(fault)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.errors import StartError
@@ -16,7 +17,7 @@ def has_token(environ: MutableMapping[str, str]) -> bool:
     if environ.get("RAY_AUTH_TOKEN"):
         return True
     path = _path(environ)
-    return path is not None and path.is_file()
+    return path is not None and _holds_one(path)
 
 
 def ensure_token(environ: MutableMapping[str, str]) -> None:
@@ -33,10 +34,12 @@ def ensure_token(environ: MutableMapping[str, str]) -> None:
             return
     except OSError as error:
         if "RAY_AUTH_TOKEN_PATH" in environ:
-            raise StartError(f"cannot write Ray's token to {path} (RAY_AUTH_TOKEN_PATH): {error.strerror}") from error
+            raise StartError(
+                f"cannot write Ray's token to {path} (RAY_AUTH_TOKEN_PATH): {error.strerror}; give --state-dir"
+            ) from error
     path = (cache_home(environ) or Path("/nonexistent")) / "expertmesh" / "ray_token"
     try:
-        if not path.is_file():
+        if not _holds_one(path):
             _write(path)
     except OSError as error:
         raise StartError(f"cannot write Ray's token to {path}: {error.strerror}; give --state-dir") from error
@@ -52,10 +55,20 @@ def _path(environ: MutableMapping[str, str]) -> Path | None:
         return None
 
 
+def _holds_one(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
 def _write(path: Path) -> None:
+    """A whole token or nothing: Ray refuses a file that a full disk left empty, and would do so for ever."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32))
-    except FileExistsError:
-        pass  # another process was faster
+        if path.is_file() and not _holds_one(path):
+            path.unlink(missing_ok=True)
+        with suppress(FileExistsError):  # another process was faster
+            os.link(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -39,7 +39,7 @@ class WeightSource:
             shard.load(layer, expert, weights)
             return
         try:
-            shard.load(layer, expert, self._checkpoint.expert(layer, expert, shard.weight_dtype))
+            shard.load(layer, expert, self._checkpoint.expert(layer, expert, shard.read_as))
         except (CheckpointError, OSError) as error:
             if self._order != "auto" or (weights := self._ask(shard, layer, expert, holders)) is None:
                 raise
@@ -60,7 +60,7 @@ class WeightSource:
         for peer in names[turn:] + names[:turn]:
             try:
                 weights = self._peers.fetch(
-                    peer, holders[peer], layer, expert, shard.ffn_size, shard.hidden_size, shard.weight_dtype
+                    peer, holders[peer], layer, expert, shard.ffn_size, shard.hidden_size, shard.read_as.dtype
                 )
             except ExpertMeshError as error:
                 _log.warning("%s", error)

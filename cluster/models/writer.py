@@ -20,11 +20,10 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError
 from workers.families.tensors import Shape
+from workers.weights import format_of
 
 Entry = tuple[str, Shape]
 MakeTensor = Callable[[str, Shape], Tensor]
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @contextmanager
@@ -107,7 +106,7 @@ def _header(entries: Sequence[Entry], dtype: torch.dtype) -> bytes:
     offset = 0
     for name, shape in entries:
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {"dtype": format_of(dtype).file_dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned

@@ -36,6 +36,7 @@ def pair_up(loads_LE: Floats, worker_S: Ints, largest_L: Floats) -> Layout:
             time = (low + high) / 2
             tried = _filled(ids, loads, time, n_workers)
             low, high, found = (time, high, found) if tried is None else (low, time, tried)
+        found = _evened(found)
         for worker, pieces in enumerate(found):
             for slot, (expert, rows) in enumerate(pieces, 2 * worker):
                 expert_LS[layer, slot], rows_LS[layer, slot] = expert, rows
@@ -70,3 +71,14 @@ def _filled(ids_E: list[int], loads_E: list[float], time: float, n_workers: int)
         if left > 1e-6 * time:
             return None
     return workers if len(workers) <= n_workers else None
+
+
+def _evened(workers: list[list[Piece]]) -> list[list[Piece]]:
+    """The same pieces, the largest beside the smallest: no pair above the largest there was, and the others far below,
+    so that loads may drift a while. As it was where an expert would meet itself."""
+    pieces = sorted((piece for pair in workers for piece in pair), key=lambda piece: piece[1])
+    pieces = [(FREE, 0.0)] * (2 * len(workers) - len(pieces)) + pieces
+    pairs = list(zip(pieces[: len(workers)], reversed(pieces[len(workers) :]), strict=True))
+    if any(a[0] == b[0] != FREE for a, b in pairs):
+        return workers
+    return [[piece for piece in pair if piece[0] != FREE] for pair in pairs]

@@ -109,8 +109,10 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
         adjusted = divide(here_LE, adjust(kept, counts(best.expert_LS, n_experts), here_LE, speed_W, rules), speed_W)
         ways = [kept, best]
         for start in (adjusted, kept):
-            swapped = obey(swap(start, speed_W, enough_L), here_LE, len(fleet), rules)
-            ways.insert(1, divide(here_LE, swapped, speed_W))
+            swapped = swap(start, here_LE, speed_W, enough_L)
+            if (ruled := obey(swapped, here_LE, len(fleet), rules)) is not swapped:
+                swapped = divide(here_LE, ruled, speed_W)
+            ways.insert(1, swapped)
         times = [layout.times(speed_W).max(1) for layout in ways]
         for i, layer in enumerate(layers.tolist()):
             homes[layer] = _homes(kept, i, fleet, n_experts)

@@ -21,7 +21,9 @@ def plan(
     ] = None,
     sequences: Annotated[int, typer.Option(help="open at once", min=1)] = 64,
     context: Annotated[int, typer.Option(help="tokens of a sequence, on average", min=1)] = 4096,
-    expert_dtype: Annotated[Literal["bf16", "fp8"], typer.Option(help="what experts' weights are kept in")] = "bf16",
+    expert_dtype: Annotated[
+        Literal["bfloat16", "fp8", "fp8-rows"], typer.Option(help="what experts' weights are kept in")
+    ] = "bfloat16",
     gpu_memory_utilization: Annotated[float, typer.Option(help="as of `serve`", min=0.05, max=1.0)] = 0.9,
     output: Annotated[
         Literal["table", "json", "values"], typer.Option("--output", "-o", help="values: for the Helm chart")
@@ -34,8 +36,9 @@ def plan(
     from cluster.plan.ours import Load
     from cluster.plan.recommend import parse_targets, recommend
     from cluster.plan.show import as_json, chart_values, show
+    from workers.weights import FORMATS
 
-    size = ModelSize(spec_of_model(model), 1 if expert_dtype == "fp8" else 2)
+    size = ModelSize(spec_of_model(model), FORMATS[expert_dtype])
     load = Load(sequences, context)
     layout = recommend(size, gpu_type(gpu), load, parse_targets(target or []), gpus, gpu_memory_utilization)
     if output == "json":

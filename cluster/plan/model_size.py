@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.spec import ModelSpec
+from workers.weights import FORMATS, WeightFormat
 
-_SCALE_BYTES = 4  # of each output channel of 8-bit weights
 BF16 = 2
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """The sizes of one model in 16-bit numbers, its experts' weights in `expert_weight_bytes` each.
+    """The sizes of one model in 16-bit numbers, its experts' weights in `expert_format`.
 
     Mixtral 8x7B (arXiv 2401.04088, table 1): 46.7 billion parameters, 12.9 of them active for a token; an expert of a
     layer has 352 MB in bf16, a token 128 KiB of keys and values.
     """
 
     spec: ModelSpec
-    expert_weight_bytes: int = BF16
+    expert_format: WeightFormat = FORMATS["bfloat16"]
 
     @property
     def expert_parameters(self) -> int:
@@ -29,8 +29,7 @@ class ModelSize:
     @property
     def expert_bytes(self) -> int:
         """Of one expert of one layer."""
-        scales = (2 * self.spec.ffn_size + self.spec.hidden_size) * _SCALE_BYTES if self.expert_weight_bytes == 1 else 0
-        return self.expert_parameters * self.expert_weight_bytes + scales
+        return self.expert_format.expert_bytes(self.spec.hidden_size, self.spec.ffn_size)
 
     @property
     def n_sparse(self) -> int:

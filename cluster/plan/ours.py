@@ -123,7 +123,7 @@ class Layout:
         held = max(1.0, size.spec.n_experts / workers)  # more workers than experts: each layer is on some of them
         asked = size.experts_asked(rows) * held / size.spec.n_experts if size.spec.n_experts else 0.0
         pairs = rows * size.spec.top_k * held / max(1, size.spec.n_experts)
-        units = self.gpu.fp8_tflops if size.expert_weight_bytes == 1 else self.gpu.bf16_tflops
+        units = self.gpu.fp8_tflops if size.expert_format.dtype.itemsize == 1 else self.gpu.bf16_tflops
         return self._takes(max(asked, min(pairs, 1.0)) * size.expert_bytes, 2 * pairs * size.expert_parameters, units)
 
     def _takes(self, n_bytes: float, operations: float, tflops: float) -> float:

@@ -17,8 +17,7 @@ from cluster.router.memory import check_memory, with_kv_cache
 from cluster.router.sizing import (
     context_limit,
     expert_bytes,
-    expert_format_of,
-    kept_on,
+    expert_format,
     pool_blocks,
     step_bytes,
 )
@@ -26,6 +25,7 @@ from cluster.routing.recorder import RoutingTrace
 from workers.checkpoint import Checkpoint
 from workers.device import compute_dtype, pick
 from workers.kernels.memory import give_back
+from workers.kernels.select import formats_for
 from workers.model.decoder import Decoder
 from workers.model.experts import Experts
 from workers.model.kv_cache import KVCache, bytes_per_block
@@ -64,14 +64,15 @@ def build_model(config: Config, source: str | Path | Checkpoint, experts: Expert
     dtype = compute_dtype(config.dtype, spec.dtype, device, config.expert_device if experts is not None else device)
     needed = {"dense weights": dense_bytes(checkpoint, dtype, device)}
     if experts is None:
-        needed["experts"] = expert_bytes(checkpoint, dtype, device, config) * len(spec.experts)
+        needed["experts"] = expert_bytes(checkpoint, dtype, device, config.expert_dtype) * len(spec.experts)
     needed["work"] = step_bytes(config, spec, dtype) if device.type == "cuda" else _WORKING_BYTES
     n_blocks = pool_blocks(with_kv_cache(config, device, needed), spec, dtype)
     needed["KV cache"] = n_blocks * bytes_per_block(spec, config.block_size, dtype)
     check_memory(needed, device)
-    dense = checkpoint.dense(dtype, kept_on(device, dtype))
+    dense = checkpoint.dense(dtype, formats_for(device, dtype))
     if experts is None:
-        experts = load_shard(checkpoint, spec.experts, dtype, expert_format_of(config, device, dtype))
+        made = expert_format(checkpoint, dtype, device, config.expert_dtype)
+        experts = load_shard(checkpoint, spec.experts, dtype, made)
     cache = KVCache(spec, n_blocks, config.block_size, dtype, device)
     model = Decoder(spec, dense, experts, cache)
     give_back()
@@ -90,14 +91,16 @@ def compute_on(model: Decoder, config: Config, trace: RoutingTrace | None = None
         from cluster.router.device_compute import DeviceCompute
 
         limit = context_limit(config, model.spec, model.cache.n_blocks)
-        return DeviceCompute(model, config.max_sequences, limit, progress, trace)
+        return DeviceCompute(model, config.max_sequences, limit, config.max_batch_tokens, progress, trace)
     if isinstance(model.experts, Exchange) and model.experts.captures_steps:
         if model.cache.device.type == "cpu":
             return HostStepCompute(model, model.experts, trace)
         from cluster.router.exchange.step_compute import ExchangeCompute
 
         limit = context_limit(config, model.spec, model.cache.n_blocks)
-        return ExchangeCompute(model, model.experts, config.max_sequences, limit, progress, trace)
+        return ExchangeCompute(
+            model, model.experts, config.max_sequences, limit, config.max_batch_tokens, progress, trace
+        )
     return HostCompute(model, trace)
 
 
@@ -114,4 +117,4 @@ def progress(done: int, total: int) -> None:
 
 def dense_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
     """Bytes of the weights, all but the experts, in a router that computes in `dtype` on `device`."""
-    return checkpoint.dense_bytes(dtype, kept_on(device, dtype))
+    return checkpoint.dense_bytes(dtype, formats_for(device, dtype))

@@ -16,6 +16,7 @@ from cluster.router.logprobs import token_logprobs
 from cluster.router.params import TokenLogprobs
 from cluster.router.sampler import Sampler
 from cluster.router.sequence import Sequence
+from cluster.router.token_masks import Begun
 from cluster.routing.recorder import RoutingTrace
 from workers.model.batch import Batch
 from workers.model.decoder import Decoder
@@ -88,21 +89,28 @@ class HostCompute:
     def _forward(
         self, batch: Batch, cut: Items[Batch], draws: Items[Draw], observer: RoutingObserver | None = None
     ) -> Computed:
+        begun = self._sampler.begin([draw.sequence for draw in draws])
         logits_RV = self._model.forward(cut, observer).cpu().numpy()
         routing_RLK = self._model.routing().cpu().numpy() if batch.routing else None
-        return _OnHost(logits_RV, draws, self._sampler, routing_RLK)
+        return _OnHost(logits_RV, draws, self._sampler, begun, routing_RLK)
 
 
 class _OnHost:
     """Logits that are complete."""
 
     def __init__(
-        self, logits_RV: Logits, draws: Items[Draw], sampler: Sampler, routing_RLK: Experts | None = None
+        self,
+        logits_RV: Logits,
+        draws: Items[Draw],
+        sampler: Sampler,
+        begun: Begun,
+        routing_RLK: Experts | None = None,
     ) -> None:
         self._logits_RV = logits_RV
         self._routing_RLK = routing_RLK
         self._draws = draws
         self._sampler = sampler
+        self._begun = begun
 
     def logits(self, begin: int, end: int) -> Logits:
         return self._logits_RV[begin:end]
@@ -117,7 +125,7 @@ class _OnHost:
         rows = [draw.row for draw in self._draws]
         logits_SV = self._logits_RV if len(rows) == len(self._logits_RV) else self._logits_RV[rows]
         sequences = [draw.sequence for draw in self._draws]
-        return list(map(_scored, self._sampler.sample(logits_SV, sequences), sequences, logits_SV))
+        return list(map(_scored, self._sampler.sample(logits_SV, sequences, self._begun), sequences, logits_SV))
 
 
 def _scored(token: int | RequestError, sequence: Sequence, logits_V: Logits) -> Drawn:

@@ -3,7 +3,7 @@
 What rows have of their own (bias, penalties, bans, masks) is written to a copy of the logits; all rows are then drawn
 from by one kernel. Nothing waits: the tokens come to the host when the step is complete.
 
-Shape legend: R draws, V vocabulary, N entries, M masked rows.
+Shape legend: R draws, V vocabulary, N entries.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from cluster.errors import RequestError
 from cluster.router.compute import Draw, Drawn
-from cluster.router.grammar import Flags, GrammarMasks
 from cluster.router.params import TokenLogprobs
 from cluster.router.sampling_state import GREEDY_BELOW
 from cluster.router.sequence import Sequence
+from cluster.router.token_mask import TokenMask
+from cluster.router.token_masks import TokenMasks
 from workers.device import to_device, to_host
 from workers.kernels.cuda.sampling import Draws, draw
 
@@ -33,15 +34,16 @@ class DeviceSampler:
 
     def __init__(self, vocab_size: int, last_N: Tensor) -> None:
         """last_N: int32 on the device; the token of draw i is left at i."""
-        self._vocab_size = vocab_size
         self._last_N = last_N
-        self._masks = GrammarMasks(vocab_size)
+        self._masks = TokenMasks(vocab_size)
         self._ints, self._floats = _Columns(), _Columns()
 
     def start(self, logits_RV: Tensor, draws: Items[Draw]) -> Pending:
         """Launch the draws of a step; logits float32, contiguous."""
-        broken, allowed = self._allowed(draws)
-        adjusted_RV = _adjusted(logits_RV, draws, allowed)
+        masks = self._masks.begin([draw.sequence for draw in draws]).result()  # while the device computes
+        broken = {i: mask for i, mask in enumerate(masks) if isinstance(mask, RequestError)}
+        usable = [(draws[i].row, mask) for i, mask in enumerate(masks) if isinstance(mask, TokenMask)]
+        adjusted_RV = _adjusted(logits_RV, draws, usable)
         ints = np.array([(d.row, i, _signed(d.sequence.params.seed), d.sequence.n_known, d.sequence.params.top_k)
                          for i, d in enumerate(draws)], np.int64).reshape(-1, 5)  # fmt: skip
         floats = np.array([(d.sequence.params.temperature, d.sequence.params.top_p, d.sequence.params.min_p)
@@ -53,29 +55,6 @@ class DeviceSampler:
         how = Draws(row_R, index_R, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R)
         token_R = draw(adjusted_RV, how, self._last_N)
         return Pending(token_R, _scores(logits_RV, row_R, token_R, draws), broken)
-
-    def _allowed(self, draws: Items[Draw]) -> tuple[dict[int, RequestError], dict[int, Flags]]:
-        """Draws that cannot be made, and what the others may be where a list or a grammar says so."""
-        broken: dict[int, RequestError] = {}
-        following: list[int] = []
-        allowed: dict[int, Flags] = {}
-        for i, (_, sequence) in enumerate(draws):
-            state = sequence.sampling
-            if len(state.allowed_ids_A):
-                allowed[i] = np.zeros(self._vocab_size, np.bool_)
-                allowed[i][state.allowed_ids_A] = True
-            if state.grammar is not None:
-                try:
-                    state.grammar.check()
-                    following.append(i)
-                except RequestError as error:
-                    broken[i] = error
-        grammars = [g for i in following if (g := draws[i].sequence.sampling.grammar) is not None]
-        for i, flags in zip(following, self._masks.allowed(grammars) if grammars else (), strict=True):
-            allowed[i] = flags & allowed[i] if i in allowed else flags
-            if not allowed[i].any():
-                broken[i] = RequestError("the grammar allows no token that may come next", code="invalid_grammar")
-        return broken, allowed
 
 
 class _Columns:
@@ -139,25 +118,16 @@ class Pending:
         }
 
 
-def _adjusted(logits_RV: Tensor, draws: Items[Draw], allowed: dict[int, Flags]) -> Tensor:
-    """The logits with bias, penalties, masks and bans; themselves where no draw has any."""
-    biased, seen, bans = [], [], []
-    for i, (row, sequence) in enumerate(draws):
+def _adjusted(logits_RV: Tensor, draws: Items[Draw], masks: Items[tuple[int, TokenMask]]) -> Tensor:
+    """The logits with bias, penalties and masks, each of a row; themselves where no draw has any."""
+    biased, seen = [], []
+    for row, sequence in draws:
         state = sequence.sampling
         if len(state.bias_B):
             biased.append((row, state.bias_ids_B, state.bias_B))
         if state.seen is not None:
             seen.append((row, sequence))
-        if sequence.bans_stops and sequence.stops:
-            stops = np.array(sorted(sequence.stops))
-            if i not in allowed:
-                bans.append((row, stops))
-                continue
-            kept = allowed[i].copy()
-            kept[stops] = False
-            if kept.any():  # a grammar at its end has nothing but these
-                allowed[i] = kept
-    if not (biased or seen or bans or allowed):
+    if not (biased or seen or masks):
         return logits_RV
     vocab, device = logits_RV.shape[1], logits_RV.device
     logits_RV = logits_RV.clone()
@@ -179,13 +149,13 @@ def _adjusted(logits_RV: Tensor, draws: Items[Draw], allowed: dict[int, Flags]) 
         after = torch.where(before > 0, before / repetition, before * repetition)
         after = after - frequency * counts
         flat[at] = after - presence * (counts > 0)
-    if allowed:
-        rows = [draws[i].row for i in allowed]
-        keep_MV = to_device(torch.from_numpy(np.stack(list(allowed.values()))), device)
-        at = to_device(torch.tensor(rows), device)
-        logits_RV[at] = logits_RV[at].masked_fill(~keep_MV, float("-inf"))
-    if bans:
-        flat[entries(bans)] = float("-inf")
+    if allowed := [(row, mask.ids_I) for row, mask in masks if mask.allows]:
+        at = entries(allowed)
+        kept = flat[at]
+        logits_RV[to_device(torch.tensor([row for row, _ in allowed]), device)] = float("-inf")
+        flat[at] = kept
+    if banned := [(row, mask.ids_I) for row, mask in masks if not mask.allows]:
+        flat[entries(banned)] = float("-inf")
     return logits_RV
 
 

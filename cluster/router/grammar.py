@@ -1,9 +1,7 @@
-"""Grammars that an answer follows: which tokens may come next, by llguidance.
+"""Grammars that an answer follows: compiled and followed, by llguidance.
 
 A grammar travels as text: llguidance's own JSON, whose `json_schema`, `regex` and `lark` entries `from_json_schema` and
 its sisters make. The state of a matcher is a function of grammar and emitted tokens, so any router continues it.
-
-Shape legend: N sequences, V vocabulary, W = ceil(V / 32) words of a mask, bit t of which is token t.
 """
 
 from __future__ import annotations
@@ -17,10 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
-from numpy.typing import NDArray
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from cluster.errors import RequestError
 
@@ -32,9 +27,6 @@ _WORKERS = 2  # threads that compile, which llguidance does without the GIL
 _INITIAL_FUEL, _STEP_FUEL, _STEP_ITEMS, _GRAMMAR_SIZE = 2_000_000, 100_000, 50_000, 200_000
 # Spaces where Python's `json.dumps` puts them and nowhere else: where any are allowed, small models write only these.
 _JSON_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
-Masks = NDArray[np.int32]
-Flags = NDArray[np.bool_]
 
 
 def from_json_schema(schema: Mapping[str, Any]) -> str:
@@ -139,7 +131,7 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """What the next token of one sequence may be. Belongs to the step loop."""
+    """What the next token of one sequence may be. Belongs to the step loop, and lent to `token_masks` by it."""
 
     def __init__(self, compiled: Future[LLMatcher], emitted_ids: Sequence[int]) -> None:
         self._compiled = compiled
@@ -174,28 +166,6 @@ class Grammar:
             self._emitted_ids.append(token)
         else:
             self._matcher.consume_token(token)
-
-
-class GrammarMasks:
-    """The masks of the sequences of one step, made in parallel. Owns scratch memory, so one per step loop."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._masks_NW: Masks = np.zeros((0, -(-vocab_size // 32)), np.int32)
-        self._executor: LLExecutor | None = None
-
-    def allowed(self, grammars: Sequence[Grammar]) -> list[Flags]:
-        """For each grammar the tokens it allows next, bool [V]."""
-        if len(grammars) > len(self._masks_NW):
-            self._masks_NW = np.zeros((len(grammars), self._masks_NW.shape[1]), np.int32)
-        matchers = [grammar.matcher for grammar in grammars]
-        if len(matchers) == 1:
-            fill_next_token_bitmask(matchers[0], self._masks_NW)
-        else:
-            self._executor = self._executor or LLExecutor()
-            fill_next_token_bitmask_par(self._executor, [(m, i) for i, m in enumerate(matchers)], self._masks_NW)
-        bits = self._masks_NW[: len(matchers)].view(np.uint8)
-        return list(np.unpackbits(bits, axis=1, count=self._vocab_size, bitorder="little").view(np.bool_))
 
 
 def _reason(error: str) -> str:

@@ -2,10 +2,10 @@
 
 One pass in numpy over the rows of a step. A row (some 200 KB) is worked on while it is in the core's cache, pays only
 for the stages that its sequence asks for, and never looks at another row: so a request gives the same tokens alone and
-in a crowd. The order of the stages: logit bias, penalties, bad words, what a list and a grammar allow, ban of
-stop tokens, temperature, top-k, top-p, min-p, draw.
+in a crowd. The order of the stages: logit bias, penalties, what may come next (`token_masks`), temperature, top-k,
+top-p, min-p, draw. Where a few tokens may come next, the stages after that see these alone.
 
-Shape legend: S sequences, V vocabulary, B blocks of a row.
+Shape legend: S sequences, V vocabulary, C candidates, B blocks of a row.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import RequestError
-from cluster.router.grammar import Flags, Grammar, GrammarMasks
 from cluster.router.params import SamplingParams
 from cluster.router.philox import uniforms
 from cluster.router.sampling_state import SamplingState
 from cluster.router.sequence import Sequence
+from cluster.router.token_mask import TokenMask
+from cluster.router.token_masks import Begun, TokenMasks
 
 Row = NDArray[np.float32]
 Rows = NDArray[np.float32]
@@ -34,49 +35,45 @@ class Sampler:
 
     def __init__(self, vocab_size: int) -> None:
         self._weights = np.zeros(-(-vocab_size // _BLOCK) * _BLOCK, np.float32)
-        self._vocab_size = vocab_size
-        self._masks = GrammarMasks(vocab_size)
+        self._masks = TokenMasks(vocab_size)
 
-    def sample(self, logits_SV: Rows, sequences: Items[Sequence]) -> list[int | RequestError]:
+    def begin(self, sequences: Items[Sequence]) -> Begun:
+        """Begin what `sample` of the same sequences needs to know, before their logits are there."""
+        return self._masks.begin(sequences)
+
+    def sample(
+        self, logits_SV: Rows, sequences: Items[Sequence], begun: Begun | None = None
+    ) -> list[int | RequestError]:
         """One token per row, or why there is none: what is wrong with one row is not the others' matter.
 
         Leaves `logits_SV` as it is. The caller appends the token to the sequence (`Sequence.append`) before it samples
-        again.
+        again. `begun`: what `begin` gave for this step; None: it is begun now.
         """
+        masks = (begun or self.begin(sequences)).result()
         best_S = logits_SV.argmax(axis=1)
         tokens: list[int | RequestError] = best_S.tolist()
         finite: list[bool] = np.isfinite(logits_SV[range(len(tokens)), best_S]).tolist()
         choosing = [i for i, sequence in enumerate(sequences) if finite[i] and not sequence.sampling.plain]
         if choosing:
             draw_ahead([sequences[i] for i in choosing])
-        following, broken = self._follow(choosing, sequences)
         for i in choosing:
-            tokens[i] = broken.get(i) or self._choose(logits_SV[i], sequences[i], following.get(i))
+            mask = masks[i]
+            tokens[i] = mask if isinstance(mask, RequestError) else self._choose(logits_SV[i], sequences[i], mask)
         unusable = RequestError("the model gave logits that are not finite", code="internal_error", status=500)
         return [token if ok else unusable for token, ok in zip(tokens, finite, strict=True)]
 
-    def _follow(self, rows: Items[int], sequences: Items[Sequence]) -> tuple[dict[int, Flags], dict[int, RequestError]]:
-        """What each row's grammar allows; and the rows whose grammar cannot be followed."""
-        usable: dict[int, Grammar] = {}
-        broken: dict[int, RequestError] = {}
-        for i in rows:
-            if (grammar := sequences[i].sampling.grammar) is not None:
-                try:
-                    grammar.check()
-                    usable[i] = grammar
-                except RequestError as error:
-                    broken[i] = error
-        return dict(zip(usable, self._masks.allowed(list(usable.values())), strict=True)) if usable else {}, broken
-
-    def _choose(self, logits_V: Row, sequence: Sequence, allowed_V: Flags | None) -> int | RequestError:
-        logits_V = adjust(logits_V, sequence, allowed_V)
+    def _choose(self, logits_V: Row, sequence: Sequence, mask: TokenMask | None) -> int:
+        logits_C, ids_C = candidates(adjust(logits_V, sequence), mask)
         state = sequence.sampling
-        if allowed_V is not None and logits_V.max() == -np.inf:
-            return RequestError("the grammar allows no token that may come next", code="invalid_grammar")
         if state.greedy:
-            return int(logits_V.argmax())
-        weigh(logits_V, sequence.params, self._weights[: self._vocab_size])
-        return draw(self._weights, state.random[len(sequence.tokens) - state.random_from])
+            chosen = int(logits_C.argmax())
+        else:
+            n = len(logits_C)
+            weights = self._weights[: -(-n // _BLOCK) * _BLOCK]
+            weights[n:] = 0
+            weigh(logits_C, sequence.params, weights[:n])
+            chosen = draw(weights, state.random[len(sequence.tokens) - state.random_from])
+        return chosen if ids_C is None else int(ids_C[chosen])
 
 
 def draw_ahead(sequences: Items[Sequence]) -> None:
@@ -95,12 +92,10 @@ def draw_ahead(sequences: Items[Sequence]) -> None:
         state.random, state.random_from = numbers, position
 
 
-def adjust(logits_V: Row, sequence: Sequence, allowed_V: Flags | None = None) -> Row:
-    """Logit bias, penalties, what is allowed and the ban of stop tokens; the given row where there is none of them."""
+def adjust(logits_V: Row, sequence: Sequence) -> Row:
+    """Logit bias and penalties; the given row where there is none of them."""
     state, params = sequence.sampling, sequence.params
-    bans = sequence.stops if sequence.bans_stops else ()
-    bad = [word[-1] for word in params.bad_words if sequence.ends_with(word[:-1])]
-    if not (len(state.bias_B) or bad or state.seen or bans or len(state.allowed_ids_A)) and allowed_V is None:
+    if not (len(state.bias_B) or state.seen):
         return logits_V
     logits_V = logits_V.copy()
     if len(state.bias_B):
@@ -113,21 +108,18 @@ def adjust(logits_V: Row, sequence: Sequence, allowed_V: Flags | None = None) ->
         seen -= np.float32(params.frequency_penalty) * counts
         seen -= np.float32(params.presence_penalty) * (counts > 0)
         logits_V[ids] = seen
-    if len(state.allowed_ids_A):
-        kept = logits_V[state.allowed_ids_A]
-        logits_V.fill(-np.inf)
-        logits_V[state.allowed_ids_A] = kept
-    if bad:
-        logits_V[bad] = -np.inf
-    if allowed_V is not None:
-        logits_V[~allowed_V] = -np.inf
-    if bans:
-        stops = list(bans)
-        kept = logits_V[stops]
-        logits_V[stops] = -np.inf
-        if allowed_V is not None and logits_V.max() == -np.inf:  # a grammar at its end has nothing but these
-            logits_V[stops] = kept
     return logits_V
+
+
+def candidates(logits_V: Row, mask: TokenMask | None) -> tuple[Row, NDArray[np.int64] | None]:
+    """Logits to choose from, in the order of their token ids, and those; None: they are the whole vocabulary's."""
+    if mask is None:
+        return logits_V, None
+    if mask.allows:
+        return logits_V[mask.ids_I], mask.ids_I
+    logits_V = logits_V.copy()
+    logits_V[mask.ids_I] = -np.inf
+    return logits_V, None
 
 
 def weigh(logits_V: Row, params: SamplingParams, out_V: Row) -> None:

@@ -1,6 +1,6 @@
 """What sampling keeps of one sequence from step to step, so that a step costs no more than what changed.
 
-Shape legend: V vocabulary, N distinct tokens seen, B biased tokens, A allowed tokens.
+Shape legend: V vocabulary, N distinct tokens seen, B biased tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cluster.router.grammar import Grammar
 from cluster.router.params import SamplingParams
+from cluster.router.token_mask import TokenMask
 
 GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot be divided by
 
@@ -20,7 +21,7 @@ class SamplingState:
     """The constant parts of the parameters as arrays, and the tokens seen so far where penalties need them."""
 
     __slots__ = (
-        "allowed_ids_A",
+        "allowed",
         "bias_B",
         "bias_ids_B",
         "grammar",
@@ -40,7 +41,7 @@ class SamplingState:
         grammar: Grammar | None = None,
     ) -> None:
         self.grammar = grammar
-        self.allowed_ids_A = np.fromiter(params.allowed_ids, np.int64)
+        self.allowed = TokenMask.only(params.allowed_ids) if params.allowed_ids else None
         self.seed = params.seed
         self.greedy = params.temperature < GREEDY_BELOW
         self.random: NDArray[np.float64] = np.empty(0)  # drawn ahead: the uniforms of positions random_from, ...

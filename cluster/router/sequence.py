@@ -110,7 +110,8 @@ class Sequence:
     @property
     def is_free(self) -> bool:
         """Whether its next token but one can be computed before its next one is known to the host."""
-        return self.sampling.seen is None and self.sampling.grammar is None and not self.wants_prompt_logprobs
+        needed = self.sampling.seen is not None or self.sampling.grammar is not None or self.params.bad_words
+        return not (needed or self.wants_prompt_logprobs)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

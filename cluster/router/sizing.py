@@ -8,10 +8,10 @@ from cluster.config import Config
 from cluster.errors import StartError
 from workers.checkpoint import Checkpoint
 from workers.device import compute_dtype
-from workers.kernels.select import ops_for
-from workers.kernels.weights import WeightFormat, expert_format
+from workers.kernels.select import formats_for
 from workers.model.kv_cache import bytes_per_block
 from workers.spec import ModelSpec
+from workers.weights import FORMATS, WeightFormat, kept_in
 
 CPU_KV_MIB = 512  # of a router without a GPU, unless configured
 
@@ -51,31 +51,28 @@ def context_limit(config: Config, spec: ModelSpec, n_blocks: int) -> int:
     return min(allowed, config.max_context) if config.max_context else allowed
 
 
-def expert_format_of(config: Config, device: torch.device | str, dtype: torch.dtype) -> WeightFormat | None:
-    """What experts' weights are made when they are loaded; None: nothing else than they are computed in.
+def expert_format(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", name: str = "auto"
+) -> WeightFormat:
+    """What experts' weights are kept in by a worker that computes in `dtype` on `device`; name: `--expert-dtype`.
 
-    Raises StartError where the device has no such kernels.
+    Raises StartError where it has no kernels for that.
     """
-    if config.expert_dtype == "auto":
-        return None
-    if torch.device(device).type != "cuda" or dtype.itemsize != 2:
+    formats = formats_for(device, dtype)
+    if name == "auto":
+        return kept_in(checkpoint.expert_format, formats, dtype)
+    if FORMATS[name] not in formats:
+        device, can = torch.device(device).type, ", ".join(each for each in FORMATS if FORMATS[each] in formats)
         raise StartError(
-            f"--expert-dtype {config.expert_dtype} needs GPUs that compute in 16 bits; leave it at auto here"
+            f"--expert-dtype {name}: experts that compute in {str(dtype).removeprefix('torch.')} on a {device} device "
+            f"keep weights in {can}; name one of them, or leave it at auto"
         )
-    return expert_format(config.expert_dtype, dtype)
+    return FORMATS[name]
 
 
 def expert_bytes(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", config: Config | None = None
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", name: str = "auto"
 ) -> int:
-    """Bytes of one expert in a worker that computes in `dtype` on `device`."""
-    stored, spec = checkpoint.expert_dtype, checkpoint.spec
-    made = None if config is None else expert_format_of(config, device, dtype)
-    if made is not None:
-        return made.bytes(2 * spec.ffn_size, spec.hidden_size) + made.bytes(spec.hidden_size, spec.ffn_size)
-    return 3 * spec.hidden_size * spec.ffn_size * (stored if stored in kept_on(device, dtype) else dtype).itemsize
-
-
-def kept_on(device: torch.device | str, dtype: torch.dtype) -> frozenset[torch.dtype]:
-    """What weights may stay stored as on `device` to compute in `dtype`, beside `dtype` itself."""
-    return ops_for(device, dtype).stored_dtypes
+    """Bytes of one expert in such a worker."""
+    spec = checkpoint.spec
+    return expert_format(checkpoint, dtype, device, name).expert_bytes(spec.hidden_size, spec.ffn_size)

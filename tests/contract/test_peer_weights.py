@@ -40,7 +40,7 @@ def ask(workers: GrpcWorkers, expert: int = 1, peer: str = "a", model: str = MOD
     """A shard with what the peer gave."""
     peers = PeerWeights("b", model, CREDENTIALS)
     here = ExpertShard(MODEL.spec())
-    sizes = (here.ffn_size, here.hidden_size, workers.shard("a").weight_dtype)
+    sizes = (here.ffn_size, here.hidden_size, workers.shard("a").format.dtype)
     try:
         here.load(0, expert, peers.fetch(peer, workers.addresses["a"], 0, expert, *sizes))
     finally:

@@ -30,6 +30,7 @@ from workers.checkpoint import Checkpoint, ExpertWeights
 from workers.kernels.cpu.library import usable
 from workers.shard import ExpertShard
 from workers.spec import ModelSpec
+from workers.weights import FORMATS
 
 pytestmark = pytest.mark.skipif(not usable(), reason="the CPU kernels cannot be built here")
 
@@ -49,7 +50,7 @@ class OnDisk(Model):
         return Checkpoint(self.path).spec
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
-        return Checkpoint(self.path).expert(layer, expert, torch.float32)
+        return Checkpoint(self.path).expert(layer, expert, FORMATS["float32"])
 
     def shard(self, experts: Iterable[tuple[int, int]]) -> ExpertShard:
         shard = ExpertShard(self.spec())

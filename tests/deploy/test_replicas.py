@@ -52,6 +52,22 @@ def test_what_needs_a_new_cluster_makes_one(setting: str) -> None:
     assert cluster_hash(render().cluster) != cluster_hash(render("--set", setting).cluster)
 
 
+@pytest.mark.parametrize("name", ["minimal", "mtls", "monitored"])
+def test_an_upgrade_changes_no_job(name: str) -> None:
+    """An API server refuses another spec of a Job that is there, and so the upgrade: another spec is another Job."""
+    own = ["--set", "model.storage.type=pvc,model.storage.size=120Gi"]
+    before = {job["metadata"]["name"]: job["spec"] for job in case(name, *own).all("Job")}
+    assert before
+    for setting in ("image.tag=other", "image.pullSecrets[0]=registry", "openshift=true", "gpu.enabled=false",
+                    "model.tokenSecret.name=other", "model.storage.existingClaim=other", "extraEnv[0].name=A",
+                    "serviceAccount.name=other", "rayAuth.existingSecret=other", "head.nodeSelector.a=b",
+                    "model.download.backoffLimit=2", "commonLabels.a=b", "experts.replicas=3"):  # fmt: skip
+        after = {job["metadata"]["name"]: job["spec"] for job in case(name, *own, "--set", setting).all("Job")}
+        assert not [job for job in before.keys() & after.keys() if before[job] != after[job]], setting
+    after = {job["metadata"]["name"]: job["spec"] for job in case(name, *own, *_set(commonLabels__a="b")).all("Job")}
+    assert before == after, "labels need no other Job"
+
+
 def test_ray_makes_pods_for_what_the_controller_asks() -> None:
     """KubeRay passes no changed `replicas` of a RayService on, so its pools grow by Ray's autoscaler."""
     for name in CASES:
@@ -71,3 +87,5 @@ def test_a_budget_is_a_number_below_the_pool() -> None:
     }
     assert budgets == {"r-expertmesh-routers": 1, "r-expertmesh-experts": 7}
     assert not case("one-node").all("PodDisruptionBudget")
+    for budget in case("mixtral-8x22b").all("PodDisruptionBudget"):  # whose expert pods are never ready
+        assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow", "they would hold up drains for ever"

@@ -15,8 +15,8 @@ from cluster.config import Config  # noqa: E402
 from cluster.router.compute import Compute, HostCompute  # noqa: E402
 from cluster.router.engine import Engine  # noqa: E402
 from cluster.router.params import SamplingParams  # noqa: E402
-from workers.kernels.weights import Matrix, WeightFormat, expert_format  # noqa: E402
 from workers.model.batch import Batch  # noqa: E402
+from workers.weights import FORMATS, Matrix, WeightFormat  # noqa: E402
 
 SPEC = replace(
     MIXTRAL_8X7B, n_layers=2, hidden_size=1024, ffn_size=1536, n_heads=16, n_kv_heads=4, head_dim=64, vocab_size=1000
@@ -55,7 +55,7 @@ def test_the_same_bits_in_every_batch(kind: str) -> None:
 
     if kind != "bfloat16" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("8-bit products need compute capability 8.9")
-    model = made(expert_format(kind, torch.bfloat16))
+    model = made(FORMATS[kind])
     graphs = DecodeGraphs(model.decoder, 256, 1024)
     graphs.capture(256)
     tokens = torch.randint(SPEC.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -109,7 +109,7 @@ def test_the_same_tokens_drawn_on_the_device_a_step_ahead() -> None:
     for i in range(36):
         ids = torch.randint(SPEC.vocab_size, ((3, 40, 300, 700)[i % 4],), generator=draw).tolist()
         jobs.append((ids, SamplingParams(max_tokens=20 + i % 7, seed=i, **options[i % 9])))  # type: ignore[arg-type]
-    device = DeviceCompute(model.decoder, 64, 1024)
+    device = DeviceCompute(model.decoder, 64, 1024, 512)
     together = run(model, device, jobs)
     assert together == run(model, HostCompute(model.decoder), jobs)
     for i in (0, 1, 2, 5, 17):

@@ -20,7 +20,8 @@ from workers.families.qwen2_moe import QWEN2_MOE
 from workers.families.qwen3_moe import QWEN3_MOE
 from workers.families.rope import read_rope, write_rope
 from workers.families.tensors import Layout, TensorNames
-from workers.spec import DTYPES, ModelSpec
+from workers.spec import ModelSpec
+from workers.weights import IN_FILES
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -124,9 +125,10 @@ def _family(config: Config) -> Family:
 def _dtype(config: Config) -> Any:
     name = config.find("dtype", str) or config.find("torch_dtype", str) or "float32"
     config.skip("torch_dtype")
-    if name not in DTYPES:
-        raise CheckpointError(f"{config.path}: unsupported dtype {name!r}; supported: {', '.join(DTYPES)}")
-    return DTYPES[name]
+    dtypes = {each.name: each.dtype for each in IN_FILES.values()}
+    if name not in dtypes:
+        raise CheckpointError(f"{config.path}: unsupported dtype {name!r}; supported: {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def _check_sizes(spec: ModelSpec, origin: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, WeightFormat
 
 
 class LayerExperts:
@@ -29,8 +29,7 @@ class LayerExperts:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert."""
-        d, f = self.hidden_size, self.ffn_size
-        return self.format.bytes(2 * f, d) + self.format.bytes(d, f)
+        return self.format.expert_bytes(self.hidden_size, self.ffn_size)
 
     @property
     def rows_E(self) -> Tensor:

@@ -19,7 +19,7 @@ from workers.gate_spec import GateSpec
 from workers.kernels.dispatch import Ints, Plan
 from workers.kernels.experts import LayerExperts
 from workers.kernels.mutex import Mutex
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, WeightFormat
 
 Result = TypeVar("Result")
 
@@ -125,7 +125,6 @@ class Ops(Protocol):
 
     device: torch.device
     dtype: torch.dtype  # of rows, cache and norms
-    stored_dtypes: frozenset[torch.dtype]  # what weights may stay, beside `dtype`
     capture_rows: int  # steps of up to so many rows gain by capturing each layer; 0: none does
     exact_rows: bool  # whether every sum runs in one order, whatever else is computed with it
 
@@ -203,6 +202,10 @@ class Ops(Protocol):
         self, n_layers: int, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
     ) -> list[LayerExperts]:
         """Room for the experts of so many layers, none held; where it is taken beforehand they share it."""
+
+    def rows_LE(self, layers: Sequence[LayerExperts]) -> Tensor:
+        """int64 [L, E] on the host, of all layers that were made together: the rows that each expert computed since its
+        weights came. From any thread; waits for nothing that is computed."""
 
     def experts(
         self,

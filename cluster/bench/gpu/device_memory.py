@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.bench.gpu.exchange import CONTEXT, LIMIT_S, Workers, batch_of, compare
+from cluster.bench.gpu.exchange import CONTEXT, batch_of, compare
+from cluster.bench.gpu.workers import LIMIT_S, Workers
 from workers.model.decode_graphs import DecodeGraphs
 from workers.model.decoder import Decoder
 from workers.transport.base import Tag
@@ -22,12 +23,13 @@ def through_device_memory(here: Decoder, away: Workers, n_rows: int) -> dict[str
     """Captured steps: with the experts in this process, and with those of the workers."""
     spec, names = here.spec, away.placement.workers
     shape = Shape(spec.n_layers, spec.n_experts, spec.top_k, spec.hidden_size, spec.dtype, n_rows)
-    way = DeviceWay(shape, torch.device("cuda", 0), LIMIT_S, StreamRows())
+    device = torch.device("cuda", 0)
+    way = DeviceWay(shape, device, LIMIT_S, StreamRows())
     owner_LE = np.array(
         [[next(iter(replicas)) for replicas in layer] for layer in away.placement.replicas], dtype=np.int32
     )
     one, apart = DecodeGraphs(here, n_rows, CONTEXT), DecodeGraphs(here, n_rows, CONTEXT)
-    with away.reached("router-1", (way,)):
+    with away.reached("router-1", device, spec.dtype, (way,)):
         one.capture(n_rows)
         apart.capture(n_rows, experts=way.experts)
         while not way.ready(names, owner_LE):

@@ -9,44 +9,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cluster.bench.gpu.random_model import of_depth
+from cluster.bench.gpu.random_model import all_experts, dense_of, of_depth, shard_of
+from cluster.bench.gpu.workers import Workers
 from cluster.fleet.mps import Mps
-from cluster.placement.placement import Placement, striped
-from cluster.router.exchange.exchange import Exchange
-from workers.checkpoint import DenseLayer, DenseWeights, ExpertWeights
+from cluster.placement.placement import striped
 from workers.model.batch import Batch
 from workers.model.decoder import Decoder
 from workers.model.kv_cache import KVCache
-from workers.shard import ExpertShard
 from workers.spec import ModelSpec
-from workers.transport.base import FastWay
-from workers.transport.device.acceptor import DeviceAcceptor
-from workers.transport.device.server import DeviceServer
-from workers.transport.device.stream_rows import StreamRows
-from workers.transport.grpc.client import GrpcTransport
-from workers.transport.grpc.credentials import Credentials
-from workers.transport.grpc.server import ExpertServer
 
 CONTEXT, BLOCK = 512, 16
 REPEATS, WARM_UP = 25, 5
-LIMIT_S = 1.0
-_MODEL = "random"  # what both ends call the checkpoint
 
 
 def measure(n_layers: int, n_rows: int, n_workers: int) -> dict[str, Any]:
@@ -58,11 +45,11 @@ def measure(n_layers: int, n_rows: int, n_workers: int) -> dict[str, Any]:
     from cluster.bench.gpu.device_memory import through_device_memory  # needs Triton, which is there where a GPU is
 
     spec, device = of_depth(n_layers), torch.device("cuda", 0)
-    with Workers.started(spec, n_workers, device) as away, torch.inference_mode():
+    with workers_of(spec, n_workers, device) as away, torch.inference_mode():
         dense, cache = dense_of(spec, device), cache_of(spec, n_rows, device)
-        here = Decoder(spec, dense, shard_of(spec, [*all_experts(spec)], device), cache)
+        here = Decoder(spec, dense, shard_of(spec, all_experts(spec), device), cache)
         found = {"device memory": through_device_memory(here, away, n_rows)}
-        with away.reached("router-0") as exchange:
+        with away.reached("router-0", device, spec.dtype) as exchange:
             found["grpc"] = over_grpc(here, Decoder(spec, dense, exchange, cache), n_rows)
     return {
         "gpu": torch.cuda.get_device_name(0), "layers": n_layers, "rows": n_rows, "workers": n_workers,
@@ -108,44 +95,10 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-# The model: the same weights in every process.
-
-
-def matrix(seed: int, n: int, k: int, spec: ModelSpec, device: torch.device) -> Tensor:
-    draw = torch.Generator(device).manual_seed(seed)
-    return torch.empty(n, k, dtype=spec.dtype, device=device).normal_(0, k**-0.5, generator=draw)
-
-
-def all_experts(spec: ModelSpec) -> Iterator[tuple[int, int]]:
-    return ((layer, expert) for layer in range(spec.n_layers) for expert in range(spec.n_experts))
-
-
-def shard_of(spec: ModelSpec, experts: list[tuple[int, int]], device: torch.device) -> ExpertShard:
-    """A shard with `experts`."""
-    shard = ExpertShard(spec, device, spec.dtype)
-    shard.reserve(len(experts))
-    d, f = spec.hidden_size, spec.ffn_size
-    for layer, expert in experts:
-        seed = 10_000 + 10 * (spec.n_experts * layer + expert)
-        w1, w2, w3 = (
-            matrix(seed + index, *shape, spec, device) for index, shape in enumerate(((f, d), (d, f), (f, d)))
-        )
-        shard.load(layer, expert, ExpertWeights(w1, w2, w3))
-    return shard
-
-
-def dense_of(spec: ModelSpec, device: torch.device) -> DenseWeights:
-    """All but the experts."""
-    d, q, kv = spec.hidden_size, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    one = torch.ones(d, dtype=spec.dtype, device=device)
-
-    def layer(n: int) -> DenseLayer:
-        shapes = ((q, d), (kv, d), (kv, d), (d, q), (spec.n_experts, d))
-        w_q, w_k, w_v, w_o, gate_ED = (matrix(10 * (n + 1) + i, *shape, spec, device) for i, shape in enumerate(shapes))
-        return DenseLayer(one, w_q, w_k, w_v, w_o, one, gate_ED=2 * gate_ED)
-
-    embed_VD, head_VD = (matrix(seed, spec.vocab_size, d, spec, device) for seed in (1, 2))
-    return DenseWeights(embed_VD * d**0.5, one, head_VD, tuple(map(layer, range(spec.n_layers))))
+def workers_of(spec: ModelSpec, n_workers: int, device: torch.device) -> Workers:
+    """So many worker processes, which have the experts of the random model between them."""
+    placement = striped(spec.n_layers, spec.n_experts, [f"worker-{number}" for number in range(n_workers)])
+    return Workers(placement, partial(shard_of, spec, device=device), "random")
 
 
 def cache_of(spec: ModelSpec, n_rows: int, device: torch.device) -> KVCache:
@@ -164,79 +117,6 @@ def batch_of(n_rows: int, vocab_size: int) -> Batch:
     token = torch.randint(vocab_size, (n_rows,), generator=torch.Generator().manual_seed(2))
     starts = tuple(range(n_rows + 1))
     return Batch(token, position, slot, starts, torch.full((n_rows,), CONTEXT).int(), table, torch.arange(n_rows))
-
-
-# The workers.
-
-
-class Workers:
-    """Processes with the experts."""
-
-    def __init__(
-        self,
-        placement: Placement,
-        addresses: dict[str, str],
-        credentials: Credentials,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.placement = placement
-        self._addresses, self._credentials, self._device, self._dtype = addresses, credentials, device, dtype
-
-    @classmethod
-    @contextmanager
-    def started(cls, spec: ModelSpec, n_workers: int, device: torch.device) -> Iterator[Workers]:
-        """They end with the context."""
-        context, credentials = multiprocessing.get_context("spawn"), Credentials.generate()
-        placement = striped(spec.n_layers, spec.n_experts, [f"worker-{number}" for number in range(n_workers)])
-        pipes, processes = [], []
-        try:
-            for name in placement.workers:
-                pipe, other = context.Pipe()
-                arguments = (other, spec, name, [*placement.shard(name)], device, credentials)
-                processes.append(context.Process(target=serve, args=arguments, daemon=True))
-                processes[-1].start()
-                other.close()  # so that a worker that ends is noticed
-                pipes.append(pipe)
-            addresses = {name: pipe.recv() for name, pipe in zip(placement.workers, pipes, strict=True)}
-            yield cls(placement, addresses, credentials, device, spec.dtype)
-        finally:
-            for process in processes:
-                process.kill()
-
-    @contextmanager
-    def reached(self, router: str, ways: Sequence[FastWay] = ()) -> Iterator[Exchange]:
-        """An exchange with them, over gRPC but for what `ways` take."""
-        transport = GrpcTransport(router, _MODEL, self._credentials, ways=ways)
-        try:
-            yield Exchange(
-                self.placement, self._addresses, transport, reply_timeout_s=60, rejoin_timeout_s=60,
-                device=self._device, dtype=self._dtype,
-            )  # fmt: skip
-        finally:
-            transport.close()
-
-
-def serve(
-    pipe: Connection,
-    spec: ModelSpec,
-    worker: str,
-    experts: list[tuple[int, int]],
-    device: torch.device,
-    credentials: Credentials,
-) -> None:
-    """The life of a worker process: it ends when it is killed, or with its pipe."""
-    shard = shard_of(spec, experts, device)
-    ways = []
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        steps = DeviceServer(shard, LIMIT_S)
-        ways.append(lambda batcher: DeviceAcceptor(steps, StreamRows()))
-    server = ExpertServer(shard, worker, "127.0.0.1", model=_MODEL, credentials=credentials, ways=ways)
-    server.start()
-    pipe.send(server.address)
-    with suppress(EOFError):
-        pipe.recv()
 
 
 # The process of its own.

@@ -25,13 +25,23 @@
 {{ default (printf "%s-models" (include "expertmesh.fullname" .)) .Values.model.storage.existingClaim }}
 {{- end -}}
 
+{{/* Call with (dict "root" $ "readOnly" WHETHER). Volumes that many may only read are given to nobody who does not say that he only reads. */}}
 {{- define "expertmesh.model.volume" -}}
 name: models
-{{- if eq .Values.model.storage.type "pvc" }}
-persistentVolumeClaim: {claimName: {{ include "expertmesh.model.claim" . }}}
+{{- with .root.Values.model.storage }}
+{{- if eq .type "pvc" }}
+persistentVolumeClaim: {claimName: {{ include "expertmesh.model.claim" $.root | quote }}{{ $.readOnly | ternary ", readOnly: true" "" }}}
+{{- else if .size }}
+emptyDir: {sizeLimit: {{ .size }}}
 {{- else }}
-emptyDir: {sizeLimit: {{ .Values.model.storage.size }}}
+emptyDir: {}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* What rclone copies: a URL of S3 or Google's storage becomes its form of it, with credentials from the environment. */}}
+{{- define "expertmesh.model.remote" -}}
+{{- .Values.model.uri | replace "s3://" ":s3,provider=AWS,env_auth=true:" | replace "gs://" ":gcs,env_auth=true:" -}}
 {{- end -}}
 
 {{/* The container that fetches the model into /models, once. */}}
@@ -39,7 +49,7 @@ emptyDir: {sizeLimit: {{ .Values.model.storage.size }}}
 {{- $directory := include "expertmesh.model.directory" . -}}
 name: model
 {{- if eq (include "expertmesh.model.source" .) "objectStorage" }}
-image: {{ .Values.model.download.image }}
+image: {{ .Values.model.download.image | quote }}
 command: ["/bin/sh", "-c"]
 args:
   - |
@@ -49,36 +59,31 @@ args:
     rclone copy --stats-one-line --stats 10s --log-level INFO "$@" "$to"
     touch "$to/.expertmesh-complete"
   - fetch
-  - {{ $directory }}
+  - {{ $directory | quote }}
   {{- range .Values.model.download.args }}
   - {{ . | quote }}
   {{- end }}
-  - {{ .Values.model.uri | quote }}
+  - {{ include "expertmesh.model.remote" . | quote }}
 {{- else }}
-image: {{ include "expertmesh.image" . }}
+image: {{ include "expertmesh.image" . | quote }}
 command: [expertmesh, model, fetch]
 args:
-  - {{ eq (include "expertmesh.model.source" .) "default" | ternary "default" .Values.model.id }}
-  - {{ $directory }}
+  - {{ eq (include "expertmesh.model.source" .) "default" | ternary "default" .Values.model.id | quote }}
+  - {{ $directory | quote }}
   {{- with .Values.model.revision }}
-  - --revision={{ . }}
+  - {{ printf "--revision=%s" . | quote }}
   {{- end }}
 {{- end }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 env:
-  {{- include "expertmesh.ownEnv" . | nindent 2 }}
+  {{- $token := list }}
   {{- with .Values.model.tokenSecret }}
   {{- if .name }}
-  - name: HF_TOKEN
-    valueFrom: {secretKeyRef: {name: {{ .name }}, key: {{ .key }}}}
+  {{- $token = list (dict "name" "HF_TOKEN" "valueFrom" (dict "secretKeyRef" (dict "name" .name "key" .key))) }}
   {{- end }}
   {{- end }}
-  {{- with .Values.extraEnv }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
-  {{- with .Values.model.download.env }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- $own := include "expertmesh.ownEnv" . | fromYamlArray }}
+  {{- include "expertmesh.variables" (list $own $token .Values.extraEnv .Values.model.download.env) | nindent 2 }}
 {{- with include "expertmesh.joined" (list .Values.extraEnvFrom .Values.model.download.envFrom) | fromYamlArray }}
 envFrom:
   {{- toYaml . | nindent 2 }}
@@ -91,6 +96,9 @@ volumeMounts:
   - {name: models, mountPath: /models}
   - {name: tmp, mountPath: /tmp}
   - {name: state, mountPath: /state}
+  {{- with .Values.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end -}}
 
 {{/* The init container of a pod: fetches where each has a copy, waits where a Job fetches for all. */}}
@@ -98,15 +106,15 @@ volumeMounts:
 {{- if ne (include "expertmesh.model.source" .) "pvc" }}
 {{- if eq .Values.model.storage.type "pvc" }}
 - name: model
-  image: {{ include "expertmesh.image" . }}
+  image: {{ include "expertmesh.image" . | quote }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
   command: ["/bin/sh", "-c"]
   args:
     - 'until [ -e "$0/.expertmesh-complete" ]; do echo "waiting for the Job that fetches $0"; sleep 5; done'
-    - {{ include "expertmesh.model.directory" . }}
+    - {{ include "expertmesh.model.directory" . | quote }}
   resources:
     requests: {cpu: 10m, memory: 16Mi}
-    limits: {memory: 64Mi}
+    limits: {cpu: 100m, memory: 64Mi}
   securityContext:
     {{- toYaml (.Values.securityContext | default dict) | nindent 4 }}
   volumeMounts:

@@ -8,10 +8,24 @@
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride -}}
 {{- else if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- include "expertmesh.short" .Release.Name -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- include "expertmesh.short" (printf "%s-%s" .Release.Name $name) -}}
 {{- end -}}
+{{- end -}}
+
+{{/* At most 40 characters of a name. Two that begin alike stay two. */}}
+{{- define "expertmesh.short" -}}
+{{- if gt (len .) 40 -}}
+{{- printf "%s-%s" (trunc 31 . | trimSuffix "-") (sha256sum . | trunc 8) -}}
+{{- else -}}
+{{- . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The name of a Job, another one for every other spec: that of a Job cannot be changed. Call with (dict "root" $ "kind" KIND "spec" TEXT). */}}
+{{- define "expertmesh.jobName" -}}
+{{- printf "%s-%s-%s" (include "expertmesh.fullname" .root) .kind (sha256sum .spec | trunc 8) -}}
 {{- end -}}
 
 {{/* What finds the pods: never changes, since a change of a pod's labels would replace the cluster. */}}
@@ -34,9 +48,22 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- toYaml $all -}}
 {{- end -}}
 
+{{/* Lists of variables one after the other; of those with one name the last counts, as an API server refuses the others. */}}
+{{- define "expertmesh.variables" -}}
+{{- $names := dict -}}
+{{- $kept := list -}}
+{{- range include "expertmesh.joined" . | fromYamlArray | reverse -}}
+{{- if not (hasKey $names .name) -}}
+{{- $kept = prepend $kept . -}}
+{{- $_ := set $names .name true -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $kept -}}
+{{- end -}}
+
 {{/* Call with (dict "root" $ "name" NAME [and "annotations", "labels"]). */}}
 {{- define "expertmesh.metadata" -}}
-name: {{ .name }}
+name: {{ .name | quote }}
 namespace: {{ .root.Release.Namespace | quote }}
 labels:
   {{- mustMergeOverwrite (include "expertmesh.labels" .root | fromYaml) (.labels | default dict) | toYaml | nindent 2 }}
@@ -74,4 +101,14 @@ annotations:
 
 {{- define "expertmesh.tlsSecret" -}}
 {{ default (printf "%s-tls" (include "expertmesh.fullname" .)) .Values.tls.existingSecret }}
+{{- end -}}
+
+{{/* Not empty where KubeRay moves the traffic in steps, over Services and a Gateway that it makes itself. */}}
+{{- define "expertmesh.incremental" -}}
+{{- if eq .Values.upgrade.strategy "NewClusterWithIncrementalUpgrade" -}}true{{- end -}}
+{{- end -}}
+
+{{/* What clients may reach through an Ingress or a route: neither metrics nor the live page. */}}
+{{- define "expertmesh.paths" -}}
+{{- toYaml (list "/v1" "/tokenize" "/detokenize" "/invocations" "/ping" "/health" "/ready" "/version") -}}
 {{- end -}}

@@ -18,16 +18,16 @@ whatever changes here replaces the cluster. */}}
 {{- end -}}
 
 {{- define "expertmesh.volumes" -}}
-- {{ include "expertmesh.model.volume" .root | nindent 2 | trim }}
+- {{ include "expertmesh.model.volume" (dict "root" .root "readOnly" (eq (include "expertmesh.model.source" .root) "pvc")) | nindent 2 | trim }}
 - {name: tmp, emptyDir: {}}
 - {name: state, emptyDir: {}}
 - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ .pool.shmSize }}}}
-- {name: admin, secret: {secretName: {{ include "expertmesh.adminSecret" .root }}, items: [{key: admin-token, path: admin-token}]}}
+- {name: admin, secret: {secretName: {{ include "expertmesh.adminSecret" .root | quote }}, items: [{key: admin-token, path: admin-token}]}}
 {{- if not .root.Values.apiKeys.allowNone }}
-- {name: keys, secret: {secretName: {{ include "expertmesh.keysSecret" .root }}, items: [{key: api-keys, path: api-keys}]}}
+- {name: keys, secret: {secretName: {{ include "expertmesh.keysSecret" .root | quote }}, items: [{key: api-keys, path: api-keys}]}}
 {{- end }}
 {{- if ne .root.Values.tls.mode "none" }}
-- {name: tls, secret: {secretName: {{ include "expertmesh.tlsSecret" .root }}}}
+- {name: tls, secret: {secretName: {{ include "expertmesh.tlsSecret" .root | quote }}}}
 {{- end }}
 {{- with include "expertmesh.joined" (list .root.Values.extraVolumes .pool.volumes) | fromYamlArray }}
 {{ toYaml . }}
@@ -57,7 +57,7 @@ whatever changes here replaces the cluster. */}}
 - {name: dashboard, containerPort: 8265}
 - {name: client, containerPort: 10001}
 - {name: admin, containerPort: 8100}
-{{- if and (eq .root.Values.mode "rayService") (eq .root.Values.upgrade.strategy "NewClusterWithIncrementalUpgrade") }}
+{{- if include "expertmesh.incremental" .root }}
 - {name: serve, containerPort: 8000}
 {{- end }}
 {{- else if eq .pool.role "router" }}
@@ -113,18 +113,15 @@ metadata:
     {{- end }}
     {{- mustMergeOverwrite $annotations ($pool.annotations | default dict) | toYaml | nindent 4 }}
 spec:
-  serviceAccountName: {{ include "expertmesh.serviceAccountName" $root }}{{ eq $pool.role "head" | ternary "-head" "" }}
+  serviceAccountName: "{{ include "expertmesh.serviceAccountName" $root }}{{ eq $pool.role "head" | ternary "-head" "" }}"
   {{- /* Ray's autoscaler, beside the head, asks Kubernetes for pods; KubeRay gives its account the role for that. */}}
   automountServiceAccountToken: {{ and $root.Values.autoscaling.pods (eq $pool.role "head") }}
   enableServiceLinks: false
-  terminationGracePeriodSeconds: {{ $pool.terminationGracePeriodSeconds }}
+  terminationGracePeriodSeconds: {{ int64 $pool.terminationGracePeriodSeconds }}
   securityContext:
     {{- include "expertmesh.podSecurityContext" $root | nindent 4 }}
-  {{- with $root.Values.image.pullSecrets }}
-  imagePullSecrets:
-    {{- range . }}
-    - name: {{ . }}
-    {{- end }}
+  {{- with include "expertmesh.pullSecrets" $root }}
+  {{- . | nindent 2 }}
   {{- end }}
   {{- with $pool.resourceClaims }}
   resourceClaims:
@@ -153,15 +150,13 @@ spec:
   {{- end }}
   containers:
     - name: {{ eq $pool.role "head" | ternary "ray-head" "ray-worker" }}
-      image: {{ include "expertmesh.image" $root }}
+      image: {{ include "expertmesh.image" $root | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       ports:
         {{- include "expertmesh.ports" (dict "root" $root "pool" $pool) | trim | nindent 8 }}
       env:
-        {{- include "expertmesh.podEnv" (dict "root" $root "pool" $pool) | nindent 8 }}
-        {{- with include "expertmesh.joined" (list $root.Values.extraEnv $pool.env) | fromYamlArray }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
+        {{- $own := include "expertmesh.podEnv" (dict "root" $root "pool" $pool) | fromYamlArray }}
+        {{- include "expertmesh.variables" (list $own $root.Values.extraEnv $pool.env) | nindent 8 }}
       {{- with include "expertmesh.joined" (list $root.Values.extraEnvFrom $pool.envFrom) | fromYamlArray }}
       envFrom:
         {{- toYaml . | nindent 8 }}
@@ -182,6 +177,33 @@ spec:
     {{- end }}
   volumes:
     {{- include "expertmesh.volumes" (dict "root" $root "pool" $pool) | nindent 4 }}
+{{- end -}}
+
+{{/* What the Jobs' pods and that of `helm test` have in common: they run where the head may. */}}
+{{- define "expertmesh.helperPod" -}}
+serviceAccountName: {{ include "expertmesh.serviceAccountName" . | quote }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  {{- include "expertmesh.podSecurityContext" . | nindent 2 }}
+{{- with include "expertmesh.pullSecrets" . }}
+{{- . | nindent 0 }}
+{{- end }}
+{{- range $field := list "nodeSelector" "tolerations" }}
+{{- with get $.Values.head $field }}
+{{ $field }}:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "expertmesh.pullSecrets" -}}
+{{- with .Values.image.pullSecrets -}}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . | quote }}
+  {{- end }}
+{{- end }}
 {{- end -}}
 
 {{- define "expertmesh.podSecurityContext" -}}

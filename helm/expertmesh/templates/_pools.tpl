@@ -1,10 +1,17 @@
 {{/* Pools of pods. A pool is its values, with `name` and `role` (head, router, expert). */}}
 
-{{/* `experts` and every entry of `additionalExpertGroups`, completed by the values of `experts`, as a list. */}}
+{{/* `experts` and every entry of `additionalExpertGroups`, as a list. What an entry does not say is as in `experts`; what it says stands for
+itself: labels of nodes that were merged with those of another kind of GPU would fit no node. */}}
 {{- define "expertmesh.expertPools" -}}
 {{- $pools := list (mustMergeOverwrite (dict "name" "experts" "role" "expert" "routersPerPod" 0) .Values.experts) -}}
 {{- range .Values.additionalExpertGroups | default list -}}
-{{- $pools = append $pools (mustMergeOverwrite (dict "role" "expert" "routersPerPod" 0) (deepCopy $.Values.experts) .) -}}
+{{- $pool := dict "role" "expert" "routersPerPod" 0 -}}
+{{- range $values := list $.Values.experts . -}}
+{{- range $key, $value := $values -}}
+{{- $_ := set $pool $key $value -}}
+{{- end -}}
+{{- end -}}
+{{- $pools = append $pools $pool -}}
 {{- end -}}
 {{- toYaml $pools -}}
 {{- end -}}

@@ -14,7 +14,7 @@ expert placed, an expert's pod serves its shard; `liveness`: Ray's node is well.
 {{- $readiness = $alive -}}
 {{- else if eq .pool.role "router" -}}
 {{- $readiness = $serves -}}
-{{- else if eq .root.Values.upgrade.strategy "NewClusterWithIncrementalUpgrade" -}}
+{{- else if include "expertmesh.incremental" .root -}}
 {{- /* The Services that KubeRay makes for this strategy choose by readiness alone. */ -}}
 {{- $readiness = $serves -}}
 {{- end -}}

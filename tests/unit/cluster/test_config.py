@@ -4,12 +4,14 @@ import socket
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 
 from cluster.config import Config
 from cluster.config_load import HINTS, load
 from cluster.errors import ConfigError
+from workers.weights import FORMATS
 
 
 def yaml_file(tmp_path: Path, text: str) -> Path:
@@ -23,6 +25,11 @@ def test_defaults_have_origin_default() -> None:
     assert loaded.config == Config()
     assert set(loaded.origins) == {f.name for f in fields(Config)}
     assert set(loaded.origins.values()) == {"default"}
+
+
+def test_experts_may_be_kept_in_every_format_there_is() -> None:
+    """A format that nobody can choose is none; the names are spelled out because --help must not import torch."""
+    assert get_args(HINTS["expert_dtype"]) == ("auto", *FORMATS)
 
 
 def test_nearest_wins_and_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,15 @@ def test_a_user_without_an_entry_gets_a_name(tmp_path: Path, monkeypatch: pytest
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
     settle(environ)
     assert environ["USER"] == "user-1000770000"
+
+
+def test_a_directory_without_room_is_refused(tmp_path: Path) -> None:
+    """A file without bytes can be made on a full disk too. What stands for it: no file may grow."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match="name a directory that you can write"):
+            settle({}, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

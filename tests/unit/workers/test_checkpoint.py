@@ -19,6 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from workers.checkpoint import Checkpoint, DenseWeights, ExpertWeights
 from workers.errors import CheckpointError
+from workers.weights import FORMATS, format_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -63,7 +64,7 @@ def assert_same(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
         assert torch.equal(tensor, module.weight.to(dtype))
     for layer, block in enumerate(model.model.layers):
         for number in range(checkpoint.spec.n_experts):
-            expert = checkpoint.expert(layer, number, dtype)
+            expert = checkpoint.expert(layer, number, format_of(dtype))
             w1_FD, w3_FD = block.mlp.experts.gate_up_proj[number].chunk(2)
             assert torch.equal(expert.w1_FD, w1_FD.to(dtype))
             assert torch.equal(expert.w3_FD, w3_FD.to(dtype))
@@ -74,16 +75,15 @@ def assert_same(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])
 def test_matrices_may_stay_as_stored_and_vectors_do_not(tmp_path: Path, layout: str) -> None:
     """Also where a tensor differs from the others: a gate in float32, one expert in another dtype."""
-    half, keep = torch.bfloat16, {torch.bfloat16, torch.float16}
+    half, keep = torch.bfloat16, {FORMATS["bfloat16"], FORMATS["float16"]}
     model = save(tmp_path / "all", layout, half)
     checkpoint = Checkpoint(tmp_path / "all")
     dense = checkpoint.dense(torch.float32, keep)
-    assert (
-        checkpoint.expert_dtype == dense.embed_VD.dtype == dense.head_VD.dtype == dense.layers[1].gate_ED.dtype == half
-    )
+    assert checkpoint.expert_format.dtype == half
+    assert dense.embed_VD.dtype == dense.head_VD.dtype == dense.layers[1].gate_ED.dtype == half
     assert torch.equal(dense.layers[0].q, model.model.layers[0].self_attn.q_proj.weight)
     assert dense.norm_D.dtype == dense.layers[0].input_norm_D.dtype == torch.float32
-    assert checkpoint.dense(torch.float32, {torch.float16}).embed_VD.dtype == torch.float32
+    assert checkpoint.dense(torch.float32, {FORMATS["float16"]}).embed_VD.dtype == torch.float32
     assert checkpoint.dense_bytes(torch.float32, keep) < checkpoint.dense_bytes(torch.float32)
 
     model.model.layers[1].mlp.gate.float()
@@ -91,7 +91,7 @@ def test_matrices_may_stay_as_stored_and_vectors_do_not(tmp_path: Path, layout: 
     experts.down_proj.data = experts.down_proj.data.half()
     model.save_pretrained(tmp_path / "mixed", **LAYOUTS[layout])
     mixed = Checkpoint(tmp_path / "mixed")
-    assert mixed.expert_dtype == torch.float32
+    assert mixed.expert_format == FORMATS["float32"]
     dense = mixed.dense(torch.float32, keep)
     assert (dense.layers[0].gate_ED.dtype, dense.layers[1].gate_ED.dtype) == (half, torch.float32)
     wider = 2 * dense.layers[1].gate_ED.numel()
@@ -154,7 +154,7 @@ def test_a_shard_reads_its_experts_alone(tmp_path: Path, layout: str) -> None:
     checkpoint.verify()
     assert checkpoint.bytes_read == 0
     for layer, expert in ((0, 1), (1, 2)):
-        checkpoint.expert(layer, expert, torch.bfloat16)
+        checkpoint.expert(layer, expert, FORMATS["bfloat16"])
     assert checkpoint.bytes_read == 2 * EXPERT_BYTES
 
 
@@ -180,7 +180,7 @@ def test_the_system_confirms_what_was_read(tmp_path: Path, layout: str) -> None:
     checkpoint = Checkpoint(tmp_path)
     expert_bytes = 3 * 128 * 512 * 4
     before = system_bytes_read()
-    checkpoint.expert(1, 2, torch.float32)
+    checkpoint.expert(1, 2, FORMATS["float32"])
     assert expert_bytes <= system_bytes_read() - before < expert_bytes + 8192
 
 
@@ -189,7 +189,7 @@ def test_no_mapping_of_the_file_stays(tmp_path: Path) -> None:
     """A mapped file would count as the worker's memory."""
     save(tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    kept = checkpoint.dense(torch.float32), checkpoint.expert(0, 0, torch.float32)
+    kept = checkpoint.dense(torch.float32), checkpoint.expert(0, 0, FORMATS["float32"])
     assert "model.safetensors" not in Path("/proc/self/maps").read_text()
     assert not [file for file in psutil.Process().open_files() if file.path.endswith("model.safetensors")]
     assert kept
@@ -389,7 +389,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, name: str, value: float) ->
     def read(checkpoint: Checkpoint) -> None:
         checkpoint.verify()
         checkpoint.dense(torch.float32)
-        checkpoint.expert(0, 0, torch.float32)
+        checkpoint.expert(0, 0, FORMATS["float32"])
 
     read(Checkpoint(tmp_path))
     with pytest.raises(CheckpointError, match=rf"model.safetensors: tensor {name} has NaN or infinite values"):
@@ -400,7 +400,7 @@ def test_large_weights_are_numbers(tmp_path: Path) -> None:
     """Their sum is infinite in float32, they are not."""
     save(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors[FIRST_EXPERT].fill_(3e38))
-    assert float(Checkpoint(tmp_path, finite=True).expert(0, 0, torch.float32).w1_FD[0, 0]) == pytest.approx(3e38)
+    assert float(Checkpoint(tmp_path, finite=True).expert(0, 0, FORMATS["float32"]).w1_FD[0, 0]) == pytest.approx(3e38)
 
 
 def test_git_lfs_pointer(tmp_path: Path) -> None:
@@ -440,7 +440,7 @@ def test_file_that_shrinks_after_it_was_verified(tmp_path: Path) -> None:
 def test_weights_own_their_memory(tmp_path: Path) -> None:
     """A tensor that is a view of a larger one would keep the larger one alive."""
     save(tmp_path, "fused")
-    expert: ExpertWeights = Checkpoint(tmp_path).expert(1, 1, torch.float32)
+    expert: ExpertWeights = Checkpoint(tmp_path).expert(1, 1, FORMATS["float32"])
     for field in fields(expert):
         tensor = getattr(expert, field.name)
         assert tensor.untyped_storage().nbytes() == tensor.nbytes

@@ -15,6 +15,7 @@ from workers.kernels import select
 from workers.kernels.torch.ops import TorchOps
 from workers.shard import ExpertShard
 from workers.spec import ModelSpec
+from workers.weights import FORMATS, format_of, kept_in
 
 
 def spec(hidden: int = 37, ffn: int = 53, experts: int = 5, layers: int = 2) -> ModelSpec:
@@ -108,12 +109,12 @@ def test_experts_stored_in_16_bits_give_what_they_give_in_float32(
 ) -> None:
     model = spec(hidden, ffn)
     torch.manual_seed(0)
-    stored = ExpertShard(model, dtype=torch.float32, stored=dtype)
+    stored = ExpertShard(model, dtype=torch.float32, weight_format=format_of(dtype))
     widened = ExpertShard(model, dtype=torch.float32)
-    held = [weights(model) for _ in range(model.n_experts)]
-    held = [ExpertWeights(w.w1_FD.to(dtype), w.w2_DF.to(dtype), w.w3_FD.to(dtype)) for w in held]
+    wide = [weights(model) for _ in range(model.n_experts)]
+    held = [ExpertWeights(w.w1_FD.to(dtype), w.w2_DF.to(dtype), w.w3_FD.to(dtype)) for w in wide]
     for expert, w in enumerate(held):
-        stored.load(1, expert, w)
+        stored.load(1, expert, wide[expert] if expert % 2 else w)  # made so when they are loaded, or before
         widened.load(1, expert, w)
     assert stored.weight_bytes == widened.weight_bytes // 2
 
@@ -131,8 +132,9 @@ def test_experts_stored_in_16_bits_give_what_they_give_in_float32(
 
 def test_where_the_kernels_are_not_to_be_had_weights_are_widened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "usable", lambda: False)
-    shard = ExpertShard(spec(), dtype=torch.float32, stored=torch.bfloat16)
-    assert shard.weight_dtype == torch.float32
+    kept = kept_in(FORMATS["bfloat16"], select.formats_for("cpu", torch.float32), torch.float32)
+    shard = ExpertShard(spec(), dtype=torch.float32, weight_format=kept)
+    assert shard.format == FORMATS["float32"]
     shard.load(0, 1, weights(spec()))
     assert shard.dispatch(0, torch.randn(3, 37), torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1)).shape == (3, 37)
 

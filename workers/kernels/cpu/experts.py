@@ -32,6 +32,6 @@ def expert_arguments(
     second = arguments.Experts(
         table=table, active=active, starts=starts, token_rows=token_rows, hidden=hidden,
         hidden_stride=4 * layer.ffn_size, hidden_rows=hidden_rows, y=0, d=layer.hidden_size, f=layer.ffn_size,
-        kind=kernel.KINDS[layer.format.dtype],
+        kind=kernel.kinds()[layer.format.dtype],
     )  # fmt: skip
     return first, second

@@ -18,7 +18,6 @@ from workers.kernels.cpu.library import library
 
 #: How weights are stored, as the kernels are told it.
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 #: Work on fewer bytes than this is done before another thread has woken up.
 PARALLEL_BYTES = 1 << 17
 #: What comes before a kernel's own arguments: units taken in a first and in a second phase, threads that have asked for
@@ -34,6 +33,12 @@ def widens_float16() -> bool:
     import llvmlite.binding as llvm
 
     return not llvm.get_process_triple().startswith("x86") or bool(llvm.get_host_cpu_features().get("f16c"))
+
+
+@functools.cache
+def kinds() -> dict[torch.dtype, int]:
+    """What values of weights the kernels read, and how they are told it."""
+    return {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16} | ({torch.float16: FLOAT16} if widens_float16() else {})
 
 
 def team(work_bytes: int) -> int:

@@ -22,7 +22,7 @@ from workers.kernels.experts import LayerExperts
 from workers.kernels.memory import use_huge_pages
 from workers.kernels.message import HEADER_BYTES
 from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, summed
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, WeightFormat
 
 
 class CpuOps:
@@ -33,13 +33,8 @@ class CpuOps:
     capture_rows = 32
     exact_rows = True
 
-    def __init__(self) -> None:
-        self.stored_dtypes = frozenset(
-            (torch.bfloat16, torch.float16) if kernel.widens_float16() else (torch.bfloat16,)
-        )
-
     def matrix(self, weight_ND: Tensor, bias_N: Tensor | None = None) -> Matrix:
-        if weight_ND.dtype not in self.stored_dtypes:
+        if weight_ND.dtype not in kernel.kinds():
             weight_ND = weight_ND.float()
         weight_ND = weight_ND.detach().contiguous()
         use_huge_pages(weight_ND)
@@ -58,7 +53,7 @@ class CpuOps:
             x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0), weight=weight.values_ND.data_ptr(),
             up=0 if up is None else up.values_ND.data_ptr(),
             bias=0 if weight.bias_N is None else weight.bias_N.data_ptr(), y=y_TN.data_ptr(), n_rows=n_rows, k=k,
-            n=n, kind=kernel.KINDS[weight.values_ND.dtype], rows=rows.data_ptr(),
+            n=n, kind=kernel.kinds()[weight.values_ND.dtype], rows=rows.data_ptr(),
         )  # fmt: skip
         self.run(kernel.linear, team, values)
         return y_TN
@@ -167,6 +162,9 @@ class CpuOps:
         self, n_layers: int, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
     ) -> list[LayerExperts]:
         return [LayerExperts(n_experts, hidden_size, ffn_size, weight_format) for _ in range(n_layers)]
+
+    def rows_LE(self, layers: Sequence[LayerExperts]) -> Tensor:
+        return torch.stack([layer.rows_E for layer in layers])
 
     def experts(
         self,
@@ -301,7 +299,6 @@ class _Capturing(CpuOps):
     """Notes the calls instead, and keeps what they point into."""
 
     def __init__(self, graph: CpuGraph) -> None:
-        super().__init__()
         self._graph = graph
 
     def experts_combined(self, layer: LayerExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

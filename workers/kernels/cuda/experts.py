@@ -121,13 +121,6 @@ def route(ids_TK: Tensor, slot_E: Tensor, count_E: Tensor, bm: int, n_blocks: in
     return Routed(order_P, place_P, blocks_3M)
 
 
-def to_8_bits(weight_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 with one scale per output channel: values [N, D] and float32 [N]."""
-    wide_ND = weight_ND.float()
-    scale_N = wide_ND.abs().amax(1).clamp_min(1e-12) / 448.0
-    return (wide_ND / scale_N[:, None]).to(E4M3), scale_N
-
-
 def quantized_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Rows in e4m3 [T, D] with a float32 scale each, [T]."""
     (t, d), device = x_TD.shape, x_TD.device

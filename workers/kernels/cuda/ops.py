@@ -24,7 +24,7 @@ from workers.kernels.dispatch import Plan
 from workers.kernels.experts import LayerExperts
 from workers.kernels.ops import AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, Unsummed
 from workers.kernels.torch.ops import TorchOps
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, WeightFormat
 
 
 class CudaOps(TorchOps):
@@ -131,7 +131,14 @@ class CudaOps(TorchOps):
         self, n_layers: int, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
     ) -> list[LayerExperts]:
         pool = SlotPool(hidden_size, ffn_size, weight_format, self.device)
-        return [CudaLayerExperts(n_experts, hidden_size, ffn_size, weight_format, pool) for _ in range(n_layers)]
+        count_LE = torch.zeros(n_layers, n_experts, dtype=torch.int64, device=self.device)
+        return [
+            CudaLayerExperts(index, count_LE, hidden_size, ffn_size, weight_format, pool) for index in range(n_layers)
+        ]
+
+    def rows_LE(self, layers: Sequence[LayerExperts]) -> Tensor:
+        assert isinstance(layers[0], CudaLayerExperts)
+        return layers[0].counted()
 
     def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
         """By the kernel that adds up the rows of a step in one process, which adds in the order of places."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from workers.errors import DeviceError
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, WeightFormat
 
 
 class SlotPool:

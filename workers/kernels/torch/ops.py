@@ -18,13 +18,12 @@ from workers.kernels.dispatch import Ints, Plan
 from workers.kernels.experts import LayerExperts
 from workers.kernels.message import HEADER_BYTES
 from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, summed
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, WeightFormat
 
 
 class TorchOps:
     """`Ops` of a device that has no kernels of its own."""
 
-    stored_dtypes: frozenset[torch.dtype] = frozenset()
     capture_rows = 0
     exact_rows = False
 
@@ -128,6 +127,9 @@ class TorchOps:
         self, n_layers: int, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
     ) -> list[LayerExperts]:
         return [LayerExperts(n_experts, hidden_size, ffn_size, weight_format) for _ in range(n_layers)]
+
+    def rows_LE(self, layers: Sequence[LayerExperts]) -> Tensor:
+        return torch.stack([layer.rows_E for layer in layers])
 
     def experts(
         self,

@@ -37,7 +37,7 @@ def words(shard: ExpertShard, layer: int, expert: int) -> tuple[Metadata, list[T
     Raises ExpertNotHeld, also for weights that are not as the checkpoint has them: another GPU's format is its own.
     """
     matrices = shard.weights(layer).get(expert) if layer < shard.n_layers else None
-    if matrices is None or any(matrix.format.scaled for matrix in matrices):
+    if matrices is None or any(matrix.scale_N is not None for matrix in matrices):
         raise ExpertNotHeld(layer, (expert,))
     tensors = [matrix.values_ND.cpu().contiguous() for matrix in matrices]
     what = [[str(tensor.dtype).removeprefix("torch."), *tensor.shape] for tensor in tensors]

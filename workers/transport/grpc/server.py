@@ -97,7 +97,7 @@ class ExpertServer:
     def numbers(self) -> dict[str, object]:
         """For people: experts held, bytes, rows and seconds computed, open streams."""
         return {
-            "experts": len(self._shard.slots),
+            "experts": self._shard.n_held,
             "weight_bytes": self._shard.weight_bytes,
             "rows": self._batcher.rows,
             "compute_seconds": round(self._batcher.compute_seconds, 3),

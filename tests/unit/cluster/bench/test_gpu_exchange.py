@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from cluster.bench.gpu import exchange
-from cluster.bench.gpu.exchange import Workers, all_experts, cache_of, dense_of, over_grpc, shard_of
+from cluster.bench.gpu.exchange import cache_of, over_grpc, workers_of
+from cluster.bench.gpu.random_model import all_experts, dense_of, shard_of
 from cluster.models.random import SMALL
 from workers.model.decoder import Decoder
 
@@ -21,10 +22,10 @@ SPEC = replace(SMALL, n_layers=2, dtype=torch.float32)
 def test_experts_in_other_processes_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "REPEATS", 7)
     device = torch.device("cpu")
-    with Workers.started(SPEC, 2, device) as away, torch.inference_mode():
+    with workers_of(SPEC, 2, device) as away, torch.inference_mode():
         dense, cache = dense_of(SPEC, device), cache_of(SPEC, 3, device)
-        here = Decoder(SPEC, dense, shard_of(SPEC, [*all_experts(SPEC)], device), cache)
-        with away.reached("router-0") as reached:
+        here = Decoder(SPEC, dense, shard_of(SPEC, all_experts(SPEC), device), cache)
+        with away.reached("router-0", device, SPEC.dtype) as reached:
             found = over_grpc(here, Decoder(SPEC, dense, reached, cache), 3)
             n_layers = SPEC.n_layers
             assert reached.counters.rows_LE.sum() == 7 * n_layers * 3 * SPEC.top_k, "the steps did not go over it"

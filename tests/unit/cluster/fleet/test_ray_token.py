@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,25 @@ def test_a_place_that_was_named_is_used_or_refused(tmp_path: Path) -> None:
     environ["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "new" / "token" / "x")
     with pytest.raises(StartError, match="RAY_AUTH_TOKEN_PATH"):
         ensure_token(environ)
+
+
+def test_a_full_disk_leaves_no_empty_token_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray refuses an empty one: no later start would succeed either."""
+    token = tmp_path / "token"
+    environ = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+    def full(n_bytes: int) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("secrets.token_hex", full)
+        with pytest.raises(StartError, match="No space left on device; give --state-dir"):
+            ensure_token(environ)
+    assert not list(tmp_path.iterdir())
+    token.touch()
+    assert not has_token(environ)
+    ensure_token(environ)
+    assert has_token(environ) and list(tmp_path.iterdir()) == [token]
 
 
 @pytest.mark.parametrize(

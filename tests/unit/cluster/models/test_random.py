@@ -16,6 +16,7 @@ from cluster.models.random import SMALL, of_family, write_random
 from cluster.models.tokenizer import MIN_VOCABULARY
 from workers.checkpoint import Checkpoint
 from workers.families.registry import FAMILIES
+from workers.weights import FORMATS
 
 TINY = replace(SMALL, hidden_size=16, head_dim=4, ffn_size=24, n_experts=3)
 
@@ -90,7 +91,7 @@ def test_every_expert_is_another_one(tmp_path: Path) -> None:
     """Equal experts would hide a token that went to the wrong one."""
     write_random(tmp_path, TINY)
     checkpoint = Checkpoint(tmp_path)
-    experts = [checkpoint.expert(layer, expert, torch.float32) for layer in range(2) for expert in range(3)]
+    experts = [checkpoint.expert(layer, expert, FORMATS["float32"]) for layer in range(2) for expert in range(3)]
     matrices = [getattr(expert, field.name).flatten() for expert in experts for field in fields(expert)]
     assert len({tuple(matrix.tolist()) for matrix in matrices}) == 18
 

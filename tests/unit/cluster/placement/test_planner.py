@@ -136,5 +136,10 @@ def test_two_slots_a_worker_are_filled_by_pairs() -> None:
     plan = balance(loads_LE, workers, striped(3, 256, [worker.name for worker in workers]))
     check(plan.placement, {worker.name: worker.slots for worker in workers})
     assert plan.forecast.imbalance_after < 1.2
+    drifted = balance(
+        loads_LE * np.exp(np.random.default_rng(1).normal(0, 0.25, loads_LE.shape)), workers, plan.placement
+    )
+    assert drifted.forecast.imbalance_after < 1.2
+    assert drifted.forecast.moved_replicas < 3 * 288 / 2, "a fresh plan moves nearly all of them"
     total = sum(share for experts in plan.placement.homes() for homes in experts for share in homes.values())
     assert total == pytest.approx(3 * 256)

@@ -21,6 +21,7 @@ from cluster.plan.show import chart_values, comparison
 from cluster.plan.tensor_parallel import best_on
 from tests.reference import CASES, save_random
 from workers.families.registry import read_spec
+from workers.weights import FORMATS
 
 MIXTRAL = ModelSize(spec_of_model("mistralai/Mixtral-8x7B-Instruct-v0.1"))
 H200, H100 = GPU_TYPES["h200"], GPU_TYPES["h100"]
@@ -50,7 +51,7 @@ def test_a_plan_says_what_was_measured() -> None:
     alone = Layout(MIXTRAL, H200, 1, 0)
     assert alone.tokens_per_s(Load(64, 512)) == pytest.approx(2759, rel=0.1)
     assert alone.tokens_per_s(Load(1, 512)) == pytest.approx(143.7, rel=0.1)
-    eight_bits = Layout(ModelSize(MIXTRAL.spec, 1), H200, 1, 0)
+    eight_bits = Layout(ModelSize(MIXTRAL.spec, FORMATS["fp8"]), H200, 1, 0)
     assert eight_bits.tokens_per_s(Load(64, 512)) == pytest.approx(4523, rel=0.15)
 
 
@@ -97,7 +98,7 @@ def test_values_are_for_one_pod_where_device_memory_reaches_all() -> None:
     load = Load(64, 4096)
     values = yaml.safe_load(chart_values(Layout(MIXTRAL, H100, 2, 6), load, "m"))
     assert values["routers"]["routersPerPod"] == 2 and values["routers"]["expertWorkersPerPod"] == 6
-    assert values["routers"]["resources"]["limits"] == {"nvidia.com/gpu": 8} and values["experts"]["replicas"] == 0
+    assert values["routers"]["resources"]["limits"] == {"memory": "256Gi"} and values["experts"]["replicas"] == 0
     spread = yaml.safe_load(chart_values(Layout(MIXTRAL, H100, 2, 8), load, "m"))
     assert (spread["routers"]["replicas"], spread["experts"]["replicas"]) == (2, 8)
 

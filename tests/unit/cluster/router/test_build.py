@@ -20,8 +20,9 @@ from cluster.router.params import SamplingParams
 from cluster.router.sizing import context_limit, expert_bytes, pool_blocks
 from workers.checkpoint import Checkpoint
 from workers.kernels import select
-from workers.kernels.select import ops_for
+from workers.kernels.select import formats_for
 from workers.shard import ExpertShard, load_shard
+from workers.weights import FORMATS
 
 CONFIG = Config(kv_cache_mb=1)
 
@@ -51,7 +52,7 @@ def test_the_bytes_asked_for_are_the_bytes_read(directory: Path) -> None:
     checkpoint = Checkpoint(directory)
     checkpoint.dense(torch.float32)
     assert checkpoint.bytes_read == dense_bytes(checkpoint, torch.float32)
-    checkpoint.expert(1, 3, torch.float32)
+    checkpoint.expert(1, 3, FORMATS["float32"])
     expert = expert_bytes(checkpoint, torch.float32)
     assert checkpoint.bytes_read == dense_bytes(checkpoint, torch.float32) + expert
 
@@ -66,11 +67,17 @@ def test_a_checkpoint_of_16_bits_asks_for_half_the_memory(
     spec, norms = checkpoint.spec, (2 * checkpoint.spec.n_layers + 1) * checkpoint.spec.hidden_size
     expert = 3 * spec.hidden_size * spec.ffn_size
     assert expert_bytes(checkpoint, torch.float32) == 2 * expert
-    dense = checkpoint.dense(torch.float32, ops_for("cpu", torch.float32).stored_dtypes)
+    dense = checkpoint.dense(torch.float32, formats_for("cpu", torch.float32))
     held = {id(tensor): tensor.nbytes for tensor in (dense.embed_VD, dense.norm_D, dense.head_VD)}
     parts = [getattr(layer, field.name) for layer in dense.layers for field in fields(layer)]
     held |= {id(part): part.nbytes for part in parts if part is not None}
     assert dense_bytes(checkpoint, torch.float32) == sum(held.values()) == checkpoint.bytes_read + 2 * norms
+    assert expert_bytes(checkpoint, torch.float32, "cpu", "float32") == 4 * expert
+    assert expert_bytes(checkpoint, torch.bfloat16, "cuda", "fp8") == expert + 4 * (
+        2 * spec.ffn_size + spec.hidden_size
+    )
+    with pytest.raises(StartError, match="on a cpu device keep weights in float32, bfloat16, float16; name one"):
+        expert_bytes(checkpoint, torch.float32, "cpu", "fp8")
     monkeypatch.setattr(select, "usable", lambda: False)
     assert expert_bytes(checkpoint, torch.float32) == 4 * expert
     assert dense_bytes(checkpoint, torch.float32) == 2 * checkpoint.bytes_read

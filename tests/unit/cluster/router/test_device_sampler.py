@@ -42,6 +42,8 @@ def parameters(draw: random.Random, index: int) -> SamplingParams:
     if draw.random() < 0.2:
         options["allowed_ids"] = tuple(draw.sample(range(VOCAB), 9))
     if draw.random() < 0.2:
+        options["bad_words"] = tuple((token,) for token in draw.sample(range(VOCAB), 40))
+    if draw.random() < 0.2:
         options |= {"min_tokens": 50, "stop_ids": (3, 4, 5)}
     return SamplingParams(max_tokens=64, seed=draw.getrandbits(64), logprobs=draw.choice((None, 0, 4)), **options)
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jsonschema import validate
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -24,6 +26,7 @@ from cluster.router.grammar import Grammar, GrammarCompiler
 from cluster.router.params import SamplingParams
 from cluster.router.sampler import Sampler
 from cluster.router.sequence import Sequence
+from cluster.router.token_masks import listed
 
 EOS, OTHER_EOS = 0, 1
 V = 420  # the tokenizer's 400, and rows of padding, as models have them
@@ -135,3 +138,15 @@ def test_what_is_wrong_with_a_grammar_is_said_to_its_request_alone(
     error, token = Sampler(V).sample(np.stack([_logits(broken), _logits(neighbour)]), [broken, neighbour])
     assert isinstance(error, RequestError) and said in str(error) and error.code == "invalid_grammar"
     assert isinstance(token, int)
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 200), st.lists(st.floats(0, 1), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+def test_packed_bits_are_listed(vocab_size: int, densities: list[float], seed: int) -> None:
+    """Also where the library leaves bits beyond the vocabulary set."""
+    chance = np.random.default_rng(seed)
+    flags = chance.random((len(densities), -(-vocab_size // 32) * 32)) < np.array(densities)[:, None]
+    masks = listed(np.packbits(flags, axis=1, bitorder="little").view(np.uint32), vocab_size)
+    for mask, flags_V in zip(masks, flags[:, :vocab_size], strict=True):
+        assert (np.isin(np.arange(vocab_size), mask.ids_I) == mask.allows).tolist() == flags_V.tolist()
+        assert len(mask.ids_I) <= vocab_size / 2

@@ -24,10 +24,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from cluster.errors import RequestError
 from cluster.router.logprobs import token_logprobs
 from cluster.router.params import SamplingParams
-from cluster.router.sampler import Sampler, adjust, draw, weigh
+from cluster.router.sampler import Sampler, adjust, candidates, draw, weigh
 from cluster.router.sequence import Sequence
+from cluster.router.token_mask import TokenMask
+from cluster.router.token_masks import TokenMasks
 
 V = 1000  # no multiple of the block that sums are taken over
 PROMPT, OUTPUT = (5, 6, 7, 7, 900), (7, 11, 11, 11, 42)
@@ -45,8 +48,12 @@ def sequence(*, output: Items[int] = OUTPUT, eos_ids: Items[int] = (2,), **param
 
 
 def probabilities(row_V: np.ndarray, of: Sequence) -> np.ndarray:
-    weights_V = np.empty_like(row_V)
-    weigh(adjust(row_V, of), of.params, weights_V)
+    (mask,) = TokenMasks(V).begin([of]).result()
+    assert not isinstance(mask, RequestError)
+    logits_C, ids_C = candidates(adjust(row_V, of), mask)
+    weights_C, weights_V = np.empty_like(logits_C), np.zeros_like(row_V)
+    weigh(logits_C, of.params, weights_C)
+    weights_V[slice(None) if ids_C is None else ids_C] = weights_C
     return weights_V / weights_V.sum(dtype=np.float64)
 
 
@@ -222,8 +229,33 @@ def test_bad_words_are_not_completed() -> None:
 
 
 def test_only_allowed_tokens_are_drawn() -> None:
-    of = sequence(temperature=1.0, allowed_ids=(3, 500, 999), logit_bias={7: 100.0})
+    of = sequence(temperature=1.0, allowed_ids=(999, 3, 500, 3), logit_bias={7: 100.0})
     assert set(np.nonzero(probabilities(logits()[0], of))[0]) == {3, 500, 999}
+
+
+def test_the_stages_meet() -> None:
+    """What a list allows, less bad words, less stops; stops stay where there is nothing else, and the filters see the
+    candidates alone."""
+    listed: dict[str, Any] = {"allowed_ids": (2, 3, 500, 999), "min_tokens": 99, "bad_words": ((42, 3),)}
+    row_V = np.zeros(V, np.float32)
+    row_V[[2, 500, 999]] = 5, 2, 1
+    assert set(np.nonzero(probabilities(row_V, sequence(**listed)))[0]) == {500, 999}
+    assert set(np.nonzero(probabilities(row_V, sequence(**listed, top_k=1)))[0]) == {500}
+    only_stops = listed | {"allowed_ids": (2, 3)}
+    assert set(np.nonzero(probabilities(row_V, sequence(**only_stops)))[0]) == {2}
+    (nothing,) = Sampler(V).sample(row_V[None], [sequence(**listed | {"allowed_ids": (3,)})])
+    assert isinstance(nothing, RequestError) and "no token" in str(nothing)
+
+
+@given(st.lists(st.tuples(st.sets(st.integers(0, 99)), st.booleans()), min_size=1, max_size=4))
+def test_masks_of_either_kind_are_joined(masks: list[tuple[set[int], bool]]) -> None:
+    made = [TokenMask.only(ids) if allows else TokenMask.all_but(ids) for ids, allows in masks]
+    joined = made[0]
+    for each in made[1:]:
+        joined &= each
+    want = [token for token in range(100) if all((token in ids) == allows for ids, allows in masks)]
+    assert [token for token in range(100) if (token in joined.ids_I) == joined.allows] == want
+    assert list(joined.ids_I) == sorted(set(joined.ids_I)) and joined.is_empty == (joined.allows and not want)
 
 
 @pytest.mark.parametrize("n_top", [0, 1, 5, V, V + 1])

@@ -11,6 +11,7 @@ from tests.unit.workers.test_shard import spec, weights
 from workers import wire
 from workers.kernels.cpu.library import usable
 from workers.shard import ExpertShard
+from workers.weights import format_of
 from workers.wire import Tag
 
 pytestmark = pytest.mark.skipif(not usable(), reason="the CPU kernels cannot be built here")
@@ -21,7 +22,7 @@ TAG = Tag(router=2**64 - 1, epoch=7, step=2**40, layer=1, part=3, attempt=2)
 def shard(stored: torch.dtype = torch.float32, hidden: int = 37, experts: int = 5) -> ExpertShard:
     torch.manual_seed(0)
     model = spec(hidden=hidden, experts=experts)
-    made = ExpertShard(model, "cpu", torch.float32, stored)
+    made = ExpertShard(model, "cpu", torch.float32, format_of(stored))
     for layer in range(2):
         for expert in range(experts):
             made.load(layer, expert, weights(model))

@@ -14,7 +14,7 @@ from workers.kernels.cpu.library import usable
 from workers.kernels.cpu.ops import CpuOps
 from workers.kernels.ops import AttentionMetadata, Ops, QKNorm
 from workers.kernels.torch.ops import TorchOps
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, format_of
 
 pytestmark = pytest.mark.skipif(not usable(), reason="the CPU kernels cannot be built here")
 
@@ -75,7 +75,7 @@ def test_stored_in_16_bits_equals_the_same_weights_in_float32(
     weight_ND, x_TD = (torch.randn(n_outputs, n_inputs) / n_inputs**0.5).to(dtype), torch.randn(rows, n_inputs + 3)
     x_TD = x_TD[:, :n_inputs]
     weight = CPU.matrix(weight_ND)
-    assert weight.format == WeightFormat(dtype)
+    assert weight.values_ND.dtype == dtype
     y_TN = CPU.linear(x_TD, weight)
     close(y_TN, x_TD.double() @ weight_ND.double().T)
     assert torch.equal(y_TN, CPU.linear(x_TD, CPU.matrix(weight_ND.float())))
@@ -216,7 +216,7 @@ def test_a_graph_repeats_its_calls_on_new_contents() -> None:
 
 
 def test_a_graph_says_when_an_expert_has_gone() -> None:
-    [layer] = CPU.layer_experts(1, 3, 16, 8, WeightFormat(torch.float32))
+    [layer] = CPU.layer_experts(1, 3, 16, 8, format_of(torch.float32))
     for expert in range(3):
         layer.put(expert, Matrix(torch.randn(16, 16)), Matrix(torch.randn(16, 8)))
     x_TD, ids_TK, weights_TK = torch.randn(2, 16), torch.tensor([[0, 2], [2, 1]]), torch.rand(2, 2)

@@ -19,10 +19,11 @@ pytest.importorskip("triton", reason="needs Triton")
 from tests.interpreter import quick_interpreter
 from workers.gate_spec import GateSpec
 from workers.kernels.cuda import attention, rows, sampling
-from workers.kernels.cuda.experts import E4M3, Slots, compute, quantized_rows, to_8_bits
+from workers.kernels.cuda.experts import E4M3, Slots, compute, quantized_rows
 from workers.kernels.cuda.linear import linear
 from workers.kernels.cuda.tiles import ExpertPlan, LinearPlan, Tile
 from workers.kernels.ops import Unsummed
+from workers.weights import FORMATS
 
 __all__ = ["quick_interpreter"]
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # of the interpreter
@@ -130,8 +131,9 @@ def test_experts_of_8_bits(bits8_rows: bool) -> None:
         draw = random.Random(seed)
         t, d, f = draw.choice((1, 5, 20)), 16 * draw.randint(2, 6), 16 * draw.randint(2, 12)
         slots = random_slots(draw, seed, d, f)
-        pairs = [[to_8_bits(w[s]) for s in range(len(w))] for w in (slots.w13, slots.w2)]
-        (w13, s13), (w2, s2) = ([torch.stack(part) for part in zip(*of, strict=True)] for of in pairs)
+        pairs = [[FORMATS["fp8"].make(w[s]) for s in range(len(w))] for w in (slots.w13, slots.w2)]
+        w13, w2 = (torch.stack([each.values_ND for each in of]) for of in pairs)
+        s13, s2 = (torch.stack([each.scale_N for each in of]) for of in pairs)
         slots = replace(slots, w13=w13, s13=s13, w2=w2, s2=s2, rows8=bits8_rows)
         x, ids = normal(seed, t, d), random_ids(draw, slots, t)
         given, scale = quantized_rows(x) if bits8_rows else (x, None)

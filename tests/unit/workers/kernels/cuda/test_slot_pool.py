@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from workers.errors import DeviceError
 from workers.kernels.cuda.ops import CudaOps
-from workers.kernels.weights import Matrix, WeightFormat
+from workers.weights import Matrix, format_of
 
 D, FFN, E = 16, 8, 4
 
@@ -20,7 +20,7 @@ def weights(seed: int) -> tuple[Matrix, Matrix]:
 
 
 def test_an_expert_of_any_layer_comes_to_a_free_slot_and_nothing_moves() -> None:
-    first, second = CudaOps(torch.device("cpu"), torch.float16).layer_experts(2, E, D, FFN, WeightFormat(torch.float16))
+    first, second = CudaOps(torch.device("cpu"), torch.float16).layer_experts(2, E, D, FFN, format_of(torch.float16))
     first.reserve(5)
     for expert in range(E):
         first.put(expert, *weights(expert))
@@ -43,7 +43,7 @@ def test_an_expert_of_any_layer_comes_to_a_free_slot_and_nothing_moves() -> None
 
 
 def test_without_a_reservation_it_grows_and_keeps_what_it_has() -> None:
-    [layer] = CudaOps(torch.device("cpu"), torch.float16).layer_experts(1, 40, D, FFN, WeightFormat(torch.float16))
+    [layer] = CudaOps(torch.device("cpu"), torch.float16).layer_experts(1, 40, D, FFN, format_of(torch.float16))
     for expert in range(40):
         layer.put(expert, *weights(expert))
     for expert in (0, 7, 8, 39):
