@@ -1,7 +1,8 @@
 """Faults in a running cluster, and what its clients see of them.
 
 The pause of a fault is the longest time that an open stream went without a further token, from the begin of the fault
-until all processes are ready again; what new streams waited for their first token stands beside it.
+until all processes are ready again. Beside it stand the longest one that began at once, which the fault itself made
+(later ones come of what starting a process takes from the cores), and what new streams waited for their first token.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from cluster.control.faults import Fault
 from cluster.fleet.operator_cli import ask
 from cluster.fleet.status import processes
 
+_AT_ONCE_S = 1.0
+
 Faults = Callable[[dict[str, str]], Iterator[Fault]]  # from the role of every process, by id
 
 
@@ -41,19 +44,25 @@ class Report:
 
     def result(self) -> dict[str, Any]:
         """The figures."""
-        spans = zip_longest(self.begun, self.over, fillvalue=time.monotonic())
-        waited = [longest_gaps(self.comparison.streams, begin, end) for begin, end in spans]
-        seen = list(zip(self.faults, waited, strict=True))
+        spans = list(zip_longest(self.begun, self.over, fillvalue=time.monotonic()))
+        each = [{"fault": str(fault), **self._waits(*span)} for fault, span in zip(self.faults, spans, strict=True)]
         kinds = sorted({_group(fault) for fault in self.faults})
+
+        def by_kind(wait: str) -> dict[str, dict[str, float]]:
+            seen = list(zip(self.faults, each, strict=True))
+            return {kind: figures([waits[wait] for fault, waits in seen if _group(fault) == kind]) for kind in kinds}
+
         return {
-            "faults": [
-                {"fault": str(fault), "pause_s": pause_s, "first_token_s": first_s}
-                for fault, (pause_s, first_s) in seen
-            ],
-            "pause_s": {kind: figures([pause_s for f, (pause_s, _) in seen if _group(f) == kind]) for kind in kinds},
-            "first_token_s": {kind: figures([first for f, (_, first) in seen if _group(f) == kind]) for kind in kinds},
+            "faults": each,
+            **{wait: by_kind(wait) for wait in ("pause_s", "at_once_s", "first_token_s")},
             **self.comparison.result(),
         }
+
+    def _waits(self, begin: float, end: float) -> dict[str, Any]:
+        streams = self.comparison.streams
+        pause_s, first_token_s = longest_gaps(streams, begin, end)
+        at_once_s, _ = longest_gaps(streams, begin, min(end, begin + _AT_ONCE_S))
+        return {"pause_s": pause_s, "at_once_s": at_once_s, "first_token_s": first_token_s}
 
 
 def _group(fault: Fault) -> str:

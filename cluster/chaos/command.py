@@ -163,13 +163,13 @@ def show(result: dict[str, Any]) -> None:
 
     for each in result["faults"]:
         typer.echo(
-            f"{each['fault']}: longest pause {each['pause_s']:.2f} s, first token after {each['first_token_s']:.2f} s"
+            f"{each['fault']}: longest pause at once {each['at_once_s']:.2f} s, until all were ready "
+            f"{each['pause_s']:.2f} s; first token after {each['first_token_s']:.2f} s"
         )
     for kind, pause in result["pause_s"].items():
-        first = result["first_token_s"][kind]
-        typer.echo(
-            f"{pause['count']} x {kind}: pause p50 {pause['p50']:.2f} s, p99 {pause['p99']:.2f} s, maximum "
-            f"{pause['max']:.2f} s; first token p50 {first['p50']:.2f} s, p99 {first['p99']:.2f} s"
-        )
+        waits = {"at once": result["at_once_s"], "until all were ready": result["pause_s"]}
+        waits["first token"] = result["first_token_s"]
+        said = (f"{what} p50 {by[kind]['p50']:.2f} s, p99 {by[kind]['p99']:.2f} s" for what, by in waits.items())
+        typer.echo(f"{pause['count']} x {kind}: pause {'; '.join(said)}; maximum {pause['max']:.2f} s")
     begin = f"interrupted ({result['interrupted']}): " if result["interrupted"] else ""
     typer.echo(f"{begin}{len(result['faults'])} faults: {summary(result)}")

@@ -18,7 +18,10 @@ class Watch:
         self._lost: dict[str, float] = {}
 
     def see(self, view: View) -> None:
-        """Compare with the views seen before."""
+        """Compare with the views seen before. Who is in none has left the fleet: another one of its name is new."""
+        for gone in (self._pids.keys() | self._lost.keys()) - {member.id for member in view.members}:
+            self._pids.pop(gone, None)
+            self._lost.pop(gone, None)
         for member in view.members:
             known = self._pids.get(member.id, member.pid)
             if (member.state == "lost" or known != member.pid) and member.id not in self._lost:

@@ -17,7 +17,7 @@ gateways: {{ .Values.routers.replicas }}
 
 {{/* Everything else; a change of it needs a new cluster. */}}
 {{- define "expertmesh.settings" -}}
-model: {{ include "expertmesh.model.directory" . }}
+model: {{ include "expertmesh.model.directory" . | quote }}
 served_model_name: {{ include "expertmesh.model.name" . | quote }}
 host: 0.0.0.0
 port: 8000

@@ -47,11 +47,21 @@ def test_the_report_gives_each_fault_its_pause_and_each_kind_its_figures() -> No
     report.begun, report.over = [11.5, 21.05, 21.4], [12.0, 21.15, 21.45]
     result = report.result()
     assert [fault["pause_s"] for fault in result["faults"]] == pytest.approx([2.5, 0.1, 0.3])
+    assert [fault["at_once_s"] for fault in result["faults"]] == pytest.approx([2.5, 0.1, 0.3])
     assert result["pause_s"]["kill expert"] == pytest.approx({"count": 2, "p50": 1.4, "p99": 2.478, "max": 2.5})
     assert result["pause_s"]["pause router 2 s"]["count"] == 1
     assert (result["streams"], result["changed"], result["errors"]) == (2, 0, [])
     report.comparison.streams[1].tokens[3] = "b"
     assert report.result()["changed"] == 1
+
+
+def test_what_a_fault_cost_at_once_is_told_apart_from_what_its_recovery_cost() -> None:
+    """Would catch a fail-over that is blamed for what starting a process takes from a small machine, or hides in it."""
+    arrivals = [0.0, 1.0, 1.4, 1.5, 3.0, 3.9, 4.0]
+    report = Report(Comparison([], [Stream(["a"] * 6, [9.0] * 6, arrivals, "length")]))
+    report.faults, report.begun, report.over = [Fault("kill", "expert-0")], [1.1], [4.0]
+    assert report._waits(1.1, 4.0) == pytest.approx({"pause_s": 1.5, "at_once_s": 1.5, "first_token_s": 0.0})
+    assert report._waits(0.2, 4.0) == pytest.approx({"pause_s": 1.5, "at_once_s": 0.4, "first_token_s": 1.0})
 
 
 def test_a_stream_that_hangs_until_it_is_given_up_is_a_pause() -> None:
