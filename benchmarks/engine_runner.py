@@ -29,10 +29,9 @@ class EngineRunner:
         """What is measured."""
         return self._engine
 
-    def decode(self, batch: int, traceparent: str = "", grammar: str = "") -> float:
-        """Tokens per second of `batch` sequences, from the first generated token on. `traceparent` and `grammar`: of
-        all of them; a grammar must have been followed before, so that it is compiled."""
-        self._submit(prompts(batch, DECODE_PROMPT, self._vocab_size), 1 + DECODE_STEPS, traceparent, grammar)
+    def decode(self, batch: int, traceparent: str = "") -> float:
+        """Tokens per second of `batch` sequences, from the first generated token on. `traceparent`: of all of them."""
+        self._submit(prompts(batch, DECODE_PROMPT, self._vocab_size), 1 + DECODE_STEPS, traceparent)
         self._engine.step()  # all prompts fit in one step
         start = time.perf_counter()
         n_tokens = sum(self._step() for _ in range(DECODE_STEPS))
@@ -40,12 +39,6 @@ class EngineRunner:
         if n_tokens != batch * DECODE_STEPS or self._engine.has_work():
             raise RuntimeError(f"{n_tokens} tokens in {DECODE_STEPS} steps of {batch} sequences")
         return n_tokens / elapsed
-
-    def follow(self, grammar: str) -> None:
-        """Generate one token that follows `grammar`, waiting for it to be compiled."""
-        self._submit(prompts(1, DECODE_PROMPT, self._vocab_size), 1, grammar=grammar)
-        while self._engine.has_work():
-            self._engine.step()
 
     def prefill(self, n_tokens: int) -> float:
         """Prompt tokens per second, up to the first generated token."""
@@ -56,8 +49,8 @@ class EngineRunner:
             self._engine.step()
         return n_tokens / (time.perf_counter() - start)
 
-    def _submit(self, prompt_ids: list[list[int]], n_new: int, traceparent: str = "", grammar: str = "") -> None:
-        params = SamplingParams(n_new, temperature=0.0, ignore_eos=True, traceparent=traceparent, grammar=grammar)
+    def _submit(self, prompt_ids: list[list[int]], n_new: int, traceparent: str = "") -> None:
+        params = SamplingParams(n_new, temperature=0.0, ignore_eos=True, traceparent=traceparent)
         for index, ids in enumerate(prompt_ids):
             self._engine.submit(str(index), ids, params)
 

@@ -2,177 +2,129 @@
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import median
+from typing import Annotated
 
-import numpy as np
-import tokenizers
 import typer
-from llguidance.numpy import fill_next_token_bitmask
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from benchmarks.command import run
 from benchmarks.engine import random_model
-from benchmarks.engine_runner import EngineRunner
-from cluster.bench.common import alternate, cache_directory, console, print_table
-from cluster.gateway.tokenizer import Tokenizer
+from benchmarks.engine_runner import CONFIG
+from benchmarks.grammar_libraries import SCHEMA, compare
+from benchmarks.workload import DECODE_PROMPT, prompts
+from cluster.bench.common import print_table
+from cluster.errors import ExpertMeshError
 from cluster.router import grammar
+from cluster.router.build import build_model
+from cluster.router.compute import Computed, Draw, Drawn, Experts, HostCompute, Logits
+from cluster.router.engine import Engine
 from cluster.router.grammar import GrammarCompiler
+from cluster.router.params import SamplingParams
+from cluster.router.sequence import Sequence
+from workers.model.batch import Batch
+from workers.model.decoder import Decoder
 
 BATCH = 16
-VOCABULARIES = (32_000, 150_000)
-_CORPUS_BYTES = 40_000_000
-_ITEM: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "integer", "minimum": 0},
-        "name": {"type": "string", "minLength": 1, "maxLength": 80},
-        "kind": {"enum": ["book", "tool", "food"]},
-        "price": {"type": "number"},
-        "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 8},
-    },
-    "required": ["id", "name", "kind", "price", "tags"],
-    "additionalProperties": False,
-}
-SCHEMA: dict[str, Any] = {"type": "array", "items": _ITEM, "minItems": 1000}
-_ANSWER = json.dumps(
-    [{"id": i, "name": f"The {i}th thing, with a name", "kind": "tool", "price": i / 7, "tags": ["new", "old"]}
-     for i in range(8)]
-)  # fmt: skip
-_CHOICES = [f"answer number {i} of many" for i in range(1000)]
-_REGEX, _DATED = r"([A-Z][a-z]+ ){1,4}on [0-9]{4}-[0-9]{2}-[0-9]{2}(, [a-z ]{1,60})*", "The Thing on 2024-05-17, of old"
+_STEPS = 64  # of a run
 
 
 def grammars(
-    repeats: Annotated[int, typer.Option(min=1, help="runs per figure, of which the median counts")] = 7,
+    model: Annotated[
+        Path | None, typer.Option(help="checkpoint directory; default: a random one of 200 million parameters")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of 64 steps, of all of which the median counts")] = 9,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token")] = 0.0,
     masks: Annotated[bool, typer.Option(help="the libraries' masks instead of the step loop")] = False,
 ) -> None:
-    """Decoding of 16 sequences with and without a JSON schema, in turns; with --masks the time for one mask."""
+    """Decoding of 16 sequences that follow a JSON schema: what every other step takes, in which nothing is masked, and
+    what those between take; with --masks what libraries take."""
     if masks:
-        rows = [row for size in VOCABULARIES for row in _masks(_vocabulary(size))]
-        print_table("masks", ("vocabulary, grammar", "library", "compile ms", "mask us, median", "mask us, p99"), rows)
+        print_table("grammars", ("vocabulary, grammar", "library", "compile ms", "mask us", "p99", "MB"), compare())
         return
-    runner = EngineRunner("expertmesh", random_model())
-    schema = grammar.from_json_schema(SCHEMA)
-    runner.follow(schema)
-    runs = {"free": lambda: runner.decode(BATCH), "grammar": lambda: runner.decode(BATCH, grammar=schema)}
-    figures = alternate(runs, repeats)
-    cost = figures["free"] / figures["grammar"] - 1
-    print(f"free {figures['free']:.1f} tokens/s, with a grammar {figures['grammar']:.1f}: it costs {cost:.1%}")
+    directory = model or random_model()
+    decoder = build_model(CONFIG, directory)
+    compute = EveryOther(decoder)
+    spec = decoder.spec
+    engine = Engine(decoder, CONFIG, GrammarCompiler(directory, spec.vocab_size, spec.eos_ids), compute)
+    wanted = SamplingParams(1 + _STEPS, temperature=temperature, grammar=grammar.from_json_schema(SCHEMA))
+    compute.record, _ = _run(engine, wanted, compute)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(repeats):
+        tokens, took = _run(engine, wanted, compute)
+        if tokens != compute.record:
+            raise ExpertMeshError("the tokens are not those of the first run")
+        for follows, each in took:
+            seconds[follows].append(each)
+    free, followed = median(seconds[False]), median(seconds[True])
+    print(f"a step of {BATCH} takes {free * 1e3:.2f} ms, with a grammar {followed * 1e3:.2f} ms: "
+          f"it costs {1 - free / followed:.1%} of the throughput")  # fmt: skip
 
 
-def _vocabulary(size: int) -> Path:
-    """A checkpoint directory with a byte-level BPE of `size` tokens, learnt once from what is installed here."""
-    directory = cache_directory() / "bench" / f"vocabulary-{size}"
-    if not (directory / "tokenizer.json").is_file():
-        console.print(f"training a tokenizer of {size} tokens", style="dim")
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=size, show_progress=False, special_tokens=["</s>"], max_token_length=32,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )  # fmt: skip
-        tokenizer.train_from_iterator(_texts(), trainer)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-        tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
+Answers = dict[str, list[int]]
 
 
-def _texts() -> Iterator[str]:
-    left = _CORPUS_BYTES
-    for root in map(Path, sys.path):
-        for file in sorted(root.rglob("*.py")) if root.is_dir() else ():
-            text = file.read_text(encoding="utf-8", errors="replace")
-            yield text
-            if (left := left - len(text)) < 0:
-                return
+def _run(engine: Engine, wanted: SamplingParams, compute: EveryOther) -> tuple[Answers, list[tuple[bool, float]]]:
+    """The answers, and of each decoding step whether it followed the grammar and the seconds that it took."""
+    answers: Answers = {}
+    took: list[tuple[bool, float]] = []
+    for i, ids in enumerate(prompts(BATCH, DECODE_PROMPT, engine.model.spec.vocab_size)):
+        engine.submit(str(i), ids, replace(wanted, seed=i))
+    while engine.has_work():
+        start = time.perf_counter()
+        outputs = engine.step()
+        elapsed = time.perf_counter() - start
+        for output in outputs:
+            answers.setdefault(output.request_id, []).extend(output.token_ids)
+        if len(outputs) == BATCH and len(answers["0"]) > 1:
+            took.append((compute.follows, elapsed))
+    return answers, took
 
 
-Mask = Callable[[Any], Callable[[int], None]]  # of a grammar: makes the mask before a token, then takes the token
+class EveryOther(HostCompute):
+    """Follows grammars in every other step. In those between tokens are drawn without, and a record's are given: which
+    experts compute, and so what a step takes, depends on the tokens."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model)
+        self.record: Answers = {}  # empty: there is none yet, and every step follows
+        self.follows = True  # the last step
+        self._free: dict[str, Sequence] = {}
+
+    def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:
+        """As `HostCompute`."""
+        known = all(sequence.request_id in self.record and sequence.n_emitted for _, sequence in draws)
+        self.follows = not (self.follows and known)
+        if self.follows:
+            return super().start(step, batch, seats, draws)
+        given = [self.record[sequence.request_id][sequence.n_emitted] for _, sequence in draws]
+        return _Given(super().start(step, batch, seats, [Draw(row, self._twin(of)) for row, of in draws]), given)
+
+    def _twin(self, sequence: Sequence) -> Sequence:
+        """The sequence without its grammar, as it was when it was first asked for."""
+        if sequence.request_id not in self._free:
+            self._free[sequence.request_id] = Sequence(
+                sequence.request_id, sequence.tokens, replace(sequence.params, grammar="")
+            )
+        return self._free[sequence.request_id]
 
 
-def _masks(directory: Path) -> Iterator[tuple[str, ...]]:
-    tokenizer = Tokenizer(directory)
-    libraries = {"llguidance": _llguidance(directory, tokenizer)}
-    try:
-        libraries["xgrammar"] = _xgrammar(tokenizer)
-    except ImportError:
-        console.print("xgrammar is not installed")
-    asked = {
-        "any JSON": ({"type": "object"}, json.dumps({"a": json.loads(_ANSWER)})),
-        "a JSON schema": (SCHEMA | {"minItems": 1}, _ANSWER),
-        "a regex": (_REGEX, _DATED),
-        "1000 choices": (_CHOICES, _CHOICES[-1]),
-    }
-    for name, (what, answer) in asked.items():
-        ids = tokenizer.encode(answer, add_special_tokens=False)
-        for library, start in libraries.items():
-            began = time.perf_counter()
-            step = start(what)
-            compiled = time.perf_counter() - began
-            times = []
-            for _ in range(3):
-                step = start(what)
-                for token in ids:
-                    began = time.perf_counter()
-                    step(token)
-                    times.append((time.perf_counter() - began) * 1e6)
-            p99 = sorted(times)[int(len(times) * 0.99)]
-            yield (f"{tokenizer.vocab_size}, {name}", library, f"{compiled * 1e3:.1f}",
-                   f"{statistics.median(times):.0f}", f"{p99:.0f}")  # fmt: skip
+class _Given:
+    def __init__(self, computed: Computed, tokens: Items[int]) -> None:
+        self._computed = computed
+        self._tokens = tokens
 
+    def drawn(self) -> list[Drawn]:
+        return [each._replace(token=token) for each, token in zip(self._computed.drawn(), self._tokens, strict=True)]
 
-def _llguidance(directory: Path, tokenizer: Tokenizer) -> Mask:
-    compiler = GrammarCompiler(directory, tokenizer.vocab_size, tokenizer.eos_ids)
-    compiler.compile(grammar.from_choice(["a"])).result()  # reads the tokenizer
-    masks = np.zeros((1, -(-tokenizer.vocab_size // 32)), np.int32)
+    def logits(self, begin: int, end: int) -> Logits:
+        return self._computed.logits(begin, end)
 
-    def start(what: Any) -> Callable[[int], None]:
-        make: Callable[[Any], str] = grammar.from_choice
-        if not isinstance(what, list):
-            make = grammar.from_json_schema if isinstance(what, dict) else grammar.from_regex
-        matcher = compiler.compile(make(what)).result().deep_copy()
-
-        def step(token: int) -> None:
-            fill_next_token_bitmask(matcher, masks)
-            assert matcher.consume_token(token)
-
-        return step
-
-    return start
-
-
-def _xgrammar(tokenizer: Tokenizer) -> Mask:
-    import xgrammar  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-    pieces = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-    information = xgrammar.TokenizerInfo(pieces, xgrammar.VocabType.RAW, stop_token_ids=sorted(tokenizer.eos_ids))
-    compiler = xgrammar.GrammarCompiler(information)
-    masks = np.zeros((1, -(-tokenizer.vocab_size // 32)), np.int32)
-
-    def start(what: Any) -> Callable[[int], None]:
-        if isinstance(what, dict):
-            compiled = compiler.compile_json_schema(json.dumps(what), any_whitespace=True)
-        elif isinstance(what, str):
-            compiled = compiler.compile_regex(what)
-        else:
-            compiled = compiler.compile_grammar("root ::= " + " | ".join(map(json.dumps, what)))
-        matcher = xgrammar.GrammarMatcher(compiled)
-
-        def step(token: int) -> None:
-            matcher.fill_next_token_bitmask(masks)
-            assert matcher.accept_token(token)
-
-        return step
-
-    return start
+    def routing(self, begin: int, end: int) -> Experts:
+        return self._computed.routing(begin, end)
 
 
 if __name__ == "__main__":

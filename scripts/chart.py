@@ -1,8 +1,8 @@
 """Write what the Helm chart has from elsewhere: its README's table, options in its schema, rules and dashboards.
 
-The table is made of the lines `# --` in values.yaml, the schema's `config` of `cluster.config`, and the files are
-copies of deploy/prometheus and deploy/grafana, since a chart reads nothing outside of itself. With --check only say
-what is not current.
+The table is made of the lines `# --` in values.yaml, the schema's `config` of `cluster.config`, what the schema says of
+parts of pods of Kubernetes' own schemas (`kubernetes-validate`), and the files are copies of deploy/prometheus and
+deploy/grafana, since a chart reads nothing outside of itself. With --check only say what is not current.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import kubernetes_validate
 import yaml
 
 from cluster.config_load import FIELDS, HINTS
@@ -24,6 +25,8 @@ CHART = ROOT / "helm" / "expertmesh"
 BEGIN, END = "<!-- values: scripts/chart.py writes this -->\n", "<!-- values end -->"
 _COPIES = {"prometheus": ("rules.yml", "alerts.yml"), "grafana": ("*.json",)}
 _WIDTH = 112  # of a line of the schema
+_KUBERNETES = "1.36"  # whose parts of pods the schema takes; what KubeRay's own has is a part of them
+_PREFIX = "#/$defs/io.k8s."
 _KEY = re.compile(r"( *)([A-Za-z_][\w.-]*):(?: (.*))?$")
 
 
@@ -108,8 +111,51 @@ def schema(text: str, values: dict[str, Any]) -> str:
     """The schema with `config`, and what cannot be left out, made anew."""
     content = json.loads(text)
     content["$defs"]["config"] = options()
+    _define(content)
     _require(content, values)
     return _compact(content) + "\n"
+
+
+def _define(content: dict[str, Any]) -> None:
+    """Kubernetes' own definitions of what is referred to: an API server would drop a misspelt field without a word."""
+    own = {name: part for name, part in content["$defs"].items() if not name.startswith("io.k8s.")}
+    known = _kubernetes()
+    found: dict[str, Any] = {}
+    left = list(_references({**content, "$defs": own}))
+    while left:
+        if (name := left.pop()) not in found:
+            found[name] = _plain(known[name])
+            left += _references(found[name])
+    content["$defs"] = own | dict(sorted(found.items()))
+
+
+def _kubernetes() -> dict[str, Any]:
+    directory = next(Path(kubernetes_validate.__file__).parent.glob(f"*/v{_KUBERNETES}.*-local-strict"))
+    definitions: dict[str, Any] = json.loads((directory / "_definitions.json").read_text(encoding="utf-8"))["$defs"]
+    return definitions
+
+
+def _references(part: Any) -> Iterator[str]:
+    """Definitions of Kubernetes that `part` of a schema refers to."""
+    if isinstance(part, dict):
+        for key, value in part.items():
+            if key == "$ref" and value.startswith(_PREFIX):
+                yield value.removeprefix("#/$defs/")
+            yield from _references(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from _references(value)
+
+
+def _plain(part: Any) -> Any:
+    """Without descriptions and what only API servers understand."""
+    if isinstance(part, dict):
+        return {
+            key: _plain(value)
+            for key, value in part.items()
+            if isinstance(value, dict) or not (key in ("description", "format") or key.startswith("x-kubernetes-"))
+        }
+    return [_plain(value) for value in part] if isinstance(part, list) else part
 
 
 def _require(rule: dict[str, Any], values: dict[str, Any]) -> None:

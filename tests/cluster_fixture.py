@@ -24,6 +24,9 @@ from tests.waiting import wait_until
 from workers.kernels.cpu.library import object_file
 
 START_TIMEOUT_S = 180.0
+_SCRIPT = Path(sys.executable).with_name("expertmesh")
+#: The command; of a checkout that is not installed, by the interpreter.
+EXPERTMESH = (str(_SCRIPT),) if _SCRIPT.exists() else (sys.executable, "-c", "from cluster.cli import app; app()")
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 
 
@@ -69,7 +72,7 @@ def run(
     *arguments: str, environ: dict[str, str] | None = None, timeout_s: float = 120
 ) -> subprocess.CompletedProcess[str]:
     """`expertmesh ARGUMENTS` to its end."""
-    command = [str(Path(sys.executable).with_name("expertmesh")), *arguments]
+    command = [*EXPERTMESH, *arguments]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
@@ -103,7 +106,7 @@ def starting_cluster(directory: Path, model: str | Path, *options: str) -> Itera
     port = free_port()
     environ = private_environ(directory / "run")
     log = directory / "serve.log"
-    command = [str(Path(sys.executable).with_name("expertmesh")), "serve", str(model), "--port", str(port), *options]
+    command = [*EXPERTMESH, "serve", str(model), "--port", str(port), *options]
     with log.open("w") as file:
         process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ, start_new_session=True)
     cluster = RunningCluster(process, f"http://127.0.0.1:{port}", port, Path(model).name, log, environ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import torch
 
 from workers.errors import DeviceError
 from workers.weights import FORMATS
+
+_log = logging.getLogger(__name__)
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
@@ -36,6 +39,7 @@ class Gpu:
     bytes_per_s: int  # what its memory gives by its clock and width
     host: str = ""
     strangers: tuple[int, ...] = ()  # GPUs of the host whose memory it does not reach directly
+    capability: tuple[int, int] = (0, 0)  # of its processors: (9, 0) is an H100's; (0, 0): not known
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -184,7 +188,23 @@ def _gpu(index: int, handle: object, handles: Sequence[object]) -> Gpu:
     # Two transfers a cycle: NVML states HBM's and GDDR's clocks so that this holds for both.
     bytes_per_s = 2 * clock_mhz * 10**6 * width_bits // 8
     strangers = tuple(other for other, peer in enumerate(handles) if other != index and not reaches(peer))
-    return Gpu(index, name, memory.total, memory.free, bytes_per_s, socket.gethostname(), strangers)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Gpu(index, name, memory.total, memory.free, bytes_per_s, socket.gethostname(), strangers, (major, minor))
+
+
+def end_if_lost(device: torch.device, error: BaseException) -> None:
+    """End this process if what raised `error` left its GPU of no use: everything that is computed there from then on
+    raises too. Whoever waits for it then goes elsewhere, and Ray starts another process."""
+    if device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as lost:
+        if "captur" in str(lost):  # another thread captures a step, and that alone is wrong
+            return
+        _log.critical("%s is lost, and this process ends: %s", device, str(lost).partition("\n")[0], exc_info=error)
+        logging.shutdown()
+        os._exit(1)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

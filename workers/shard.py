@@ -21,6 +21,7 @@ from workers.kernels.memory import empty_weights, give_back
 from workers.kernels.mutex import Mutex
 from workers.kernels.ops import Delta, Ops, RingLoop, Rings, unsummed
 from workers.kernels.select import formats_for, ops_for
+from workers.kernels.sizes import powers_up_to
 from workers.weights import Matrix, WeightFormat, format_of, kept_in
 
 if TYPE_CHECKING:
@@ -75,15 +76,21 @@ class ExpertShard:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """Every slot, ascending by (layer, expert)."""
+        rows_LE = self.rows_LE()
         return tuple(
-            Slot(index, expert, self.expert_bytes, int(layer.rows_E[expert]))
-            for index, layer in enumerate(self._layers)
-            for expert in sorted(layer.held)
+            Slot(layer, expert, self.expert_bytes, int(rows_LE[layer, expert])) for layer, expert in sorted(self.held)
         )
 
+    @property
+    def held(self) -> frozenset[tuple[int, int]]:
+        """The (layer, expert) pairs that have a slot. Known on the host."""
+        return frozenset((index, expert) for index, layer in enumerate(self._layers) for expert in layer.held)
+
     def rows_LE(self) -> NDArray[np.int64]:
-        """Rows that each expert computed since it was loaded, [layers, experts]; 0 for those that are not held."""
-        return np.stack([layer.rows_E.numpy() for layer in self._layers])
+        """Rows that each expert computed since it was loaded, [layers, experts]; 0 for those that are not held. From
+        any thread; waits for nothing that is computed."""
+        counted: NDArray[np.int64] = self._ops.rows_LE(self._layers).numpy()
+        return counted
 
     @property
     def expert_bytes(self) -> int:
@@ -104,6 +111,14 @@ class ExpertShard:
         """Say how many experts are to be held at most, over all layers, so that their memory is taken once."""
         with self._lock:
             self._layers[0].reserve(n_experts)
+
+    def warm_up(self, most_pairs: int) -> None:
+        """Compile what requests of up to so many pairs take, where that is done when it is first used: the first
+        request of every size would wait for it. Nothing is counted."""
+        with torch.inference_mode():
+            for n in powers_up_to(most_pairs) if self.only_launches else ():
+                x_ND = torch.zeros(n, self.hidden_size, dtype=self.dtype, device=self.device)
+                self.fixed(self.layers[0], x_ND, torch.full((n, 1), -1, dtype=torch.int64, device=self.device))
 
     def load(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         """Put a replica of `(layer, expert)` on the device, in the shard's format; replaces one that is there."""

@@ -43,14 +43,14 @@ def _is_shown(file: Path, root: Path) -> bool:
 
 def _read(file: Path) -> Iterator[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # which some editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise TextError(f"{file}: {reason}") from error
     if file.suffix != ".jsonl":
         yield text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may have other separators of lines within a text
         if not line.strip():
             continue
         try:

@@ -1,12 +1,14 @@
 """`expertmesh bench rebalance`: tokens per second of a running cluster before and after, and what the plan forecast.
 
 With `--skew` the busiest experts of every layer are gathered on one worker first, as when traffic turns to what one
-worker holds.
+worker holds. With `--prompt-tokens` the traffic is long prompts, each a new one: then experts compute many rows at a
+time, and who has more of them takes longer. A few rows take as long as one, the time of reading an expert's weights.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import statistics
 import time
 from contextlib import suppress
@@ -19,6 +21,7 @@ import typer
 from cluster.bench.chaos_stream import Stream, follow, requests
 from cluster.bench.common import console, print_json
 from cluster.bench.gateway import DEFAULT_URL, AsJson, Client, Key, Url, connect
+from cluster.bench.load import make_prompts
 from cluster.errors import ExpertMeshError
 from cluster.fleet.operator_cli import ask
 
@@ -50,11 +53,13 @@ def skewed(shown: dict[str, Any]) -> Homes:
 
 
 class Traffic:
-    """The same requests over and over, from as many clients."""
+    """The same requests over and over, from as many clients; each with a new prompt of `prompt_tokens`, if any."""
 
-    def __init__(self, client: Client, todo: list[dict[str, Any]]) -> None:
+    def __init__(self, client: Client, todo: list[dict[str, Any]], prompt_tokens: int = 0) -> None:
         self._client = client
         self._todo = todo
+        self._prompt_tokens = prompt_tokens
+        self._seeds = random.Random(0)
         self._arrivals: list[list[float]] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -68,18 +73,26 @@ class Traffic:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def rate(self, seconds: float) -> float:
-        """Tokens per second of the next `seconds`. Raises what ended a stream."""
+        """Tokens per second of the next `seconds`, those of long prompts too. Raises what ended a stream."""
         begin = time.monotonic()
         await asyncio.wait(self._tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
         for task in self._tasks:
             if task.done():
                 task.result()
         end = time.monotonic()
-        return sum(begin <= at < end for arrivals in self._arrivals for at in arrivals) / (end - begin)
+        done = sum(self._tokens(arrivals, begin, end) for arrivals in self._arrivals)
+        return done / (end - begin)
+
+    def _tokens(self, arrivals: list[float], begin: float, end: float) -> int:
+        """Of one request, what was done from `begin` on and before `end`: a prompt when its first token comes."""
+        inside = [begin <= at < end for at in arrivals[1:]]  # the start of the request comes first
+        return sum(inside) + self._prompt_tokens * sum(inside[:1])
 
     async def _ask(self, request: dict[str, Any]) -> None:
         while True:
             stream = Stream()
+            if self._prompt_tokens:
+                request = request | {"prompt": make_prompts(1, self._prompt_tokens, self._seeds.getrandbits(32))[0]}
             self._arrivals.append(stream.arrivals)
             with suppress(asyncio.IncompleteReadError):
                 await follow(self._client, request, stream)
@@ -89,6 +102,7 @@ def rebalance(
     skew: Annotated[bool, typer.Option("--skew", help="gather the busiest experts on one worker first")] = False,
     streams: Annotated[int, typer.Option(min=1, help="concurrent streams")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="tokens of each stream")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="of each prompt; 0: a short sentence, always the same")] = 0,
     seconds: Annotated[float, typer.Option(min=1, help="of each measurement")] = 15.0,
     repeats: Annotated[int, typer.Option(min=1, help="more than one need --skew")] = 1,
     url: Url = DEFAULT_URL,
@@ -98,18 +112,21 @@ def rebalance(
     """Tokens per second before and after a rebalance, beside its receipt."""
     if repeats > 1 and not skew:
         raise ExpertMeshError("only what is skewed again can be rebalanced again: --repeats needs --skew")
-    result = asyncio.run(_measure(url, key, requests(streams, tokens), seconds, repeats if skew else 0))
+    todo = requests(streams, tokens)
+    result = asyncio.run(_measure(url, key, todo, prompt_tokens, seconds, repeats if skew else 0))
     if as_json:
         print_json(result)
     else:
         show(result)
 
 
-async def _measure(url: str, key: str | None, todo: list[dict[str, Any]], seconds: float, skews: int) -> dict[str, Any]:
+async def _measure(
+    url: str, key: str | None, todo: list[dict[str, Any]], prompt_tokens: int, seconds: float, skews: int
+) -> dict[str, Any]:
     port = urlsplit(url).port
     rates: dict[str, list[float]] = {"before": [], "after": []}
     receipt: dict[str, Any] = {}
-    async with Traffic(await connect(url, key), todo) as traffic:
+    async with Traffic(await connect(url, key), todo, prompt_tokens) as traffic:
         with console.status("") as status:
             await traffic.rate(seconds)  # so that the load is known
             for turn in range(max(1, skews)):

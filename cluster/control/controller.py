@@ -76,6 +76,8 @@ class Controller:
             self._serve_admin(options.admin),
         )  # fmt: skip
         self._tasks = [asyncio.get_event_loop().create_task(task) for task in tasks]
+        for task in self._tasks:
+            task.add_done_callback(_end_with)
 
     async def sync(self, member: Member, known_version: int, heard: View | None = None) -> View | None:
         """Register, live, acknowledge `member.epoch`, and hear of the others.
@@ -232,6 +234,14 @@ class Controller:
     def _is_dead(self, member: Member) -> bool:
         """Whether a process of this node is gone; those of other nodes are judged by their silence."""
         return member.node == self._node and not psutil.pid_exists(member.pid)
+
+
+def _end_with(task: asyncio.Task[None]) -> None:
+    """A controller that lacks one of its tasks is half alive: it ends, and Ray starts another."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.critical("a task of the controller failed; its process ends", exc_info=error)
+        logging.shutdown()
+        os._exit(1)
 
 
 def _host(given: str) -> str:

@@ -13,6 +13,7 @@ from cluster.router.sizing import CPU_KV_MIB
 from workers.device import CONTEXT_BYTES, Gpu
 
 _CPU_WORKERS = 2
+_OLDEST, _FIRST_WITH_8_BITS = (8, 0), (8, 9)  # compute capabilities
 _SHARES = 10_000  # Ray counts GPUs in steps of 0.0001
 
 
@@ -25,6 +26,7 @@ class Needs:
     dense: int  # of a router
     work: int  # a router's step: activations, logits
     kv_block: int
+    experts_8: int = 0  # those of all layers in 8 bits, where they may be kept so
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +48,38 @@ class Use:
 
 
 def kinds(config: Config, gpus: Sequence[Gpu]) -> Config:
-    """`config` with "cpu" or "cuda" for each role. Raises StartError when a GPU is asked for and there is none."""
+    """`config` with "cpu" or "cuda" for each role. Raises StartError when a GPU is asked for and there is none, or is
+    to do what it cannot."""
     found: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     for name in ("router_device", "expert_device"):
         if getattr(config, name) == "cuda" and not gpus:
             raise StartError(f"{name} is cuda, but this machine shows no GPU (nvidia-smi lists them; torch needs CUDA)")
-    return replace(
+    config = replace(
         config,
         router_device=found if config.router_device == "auto" else config.router_device,
         expert_device=found if config.expert_device == "auto" else config.expert_device,
     )
+    if "cuda" in (config.router_device, config.expert_device):
+        _check_cards(config, [gpu for gpu in gpus if gpu.capability != (0, 0)])
+    return config
+
+
+def _check_cards(config: Config, gpus: Sequence[Gpu]) -> None:
+    """Whether there are kernels for the GPUs."""
+    for gpu in gpus:
+        has = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+        if gpu.capability < _OLDEST:
+            change = "hide it with CUDA_VISIBLE_DEVICES, or ask for --router-device cpu --expert-device cpu"
+            raise StartError(f"{has}, and kernels need 8.0 (A100 and later): {change}")
+        if config.expert_device == "cuda" and config.expert_dtype.startswith("fp8") and not has_8_bits(gpu):
+            raise StartError(
+                f"--expert-dtype {config.expert_dtype}: {has}, and products of 8 bits need 8.9 (L40S, H100)"
+            )
+
+
+def has_8_bits(gpu: Gpu) -> bool:
+    """Whether its matrix units take 8 bits, as far as that is known."""
+    return gpu.capability == (0, 0) or gpu.capability >= _FIRST_WITH_8_BITS
 
 
 def arrange(config: Config, gpus: Sequence[Gpu], needs: Needs) -> tuple[Config, tuple[Use, ...]]:
@@ -65,11 +89,14 @@ def arrange(config: Config, gpus: Sequence[Gpu], needs: Needs) -> tuple[Config, 
     Raises StartError, naming the smallest change that helps, when weights or one KV cache do not fit.
     """
     on_gpu = [config.router_device == "cuda", config.expert_device == "cuda"]
-    config = replace(config, expert_workers=_n_workers(config, len(gpus), needs))
-    n_workers = int(config.expert_workers or 0)
     if not any(on_gpu):
+        config = replace(config, expert_workers=_n_workers(config, len(gpus), needs))
         return replace(config, kv_cache_mb=config.kv_cache_mb or CPU_KV_MIB), ()
     gpu_bytes = min(_usable(gpu, config.gpu_memory_utilization) for gpu in gpus)
+    n_workers = _n_workers(config, len(gpus), needs)
+    if all(on_gpu) and n_workers and needs.experts / n_workers + CONTEXT_BYTES > gpu_bytes and _is_open(config):
+        n_workers = max(n_workers, min(len(gpus), needs.n_experts))  # routers move in with them
+    config = replace(config, expert_workers=n_workers)
     shard = math.ceil(needs.experts / n_workers) if n_workers else 0
     least_router = needs.dense + needs.work + CONTEXT_BYTES + (0 if n_workers else needs.experts)
     router_share, worker_share = _shares(config, len(gpus), n_workers, least_router, shard + CONTEXT_BYTES, gpu_bytes)
@@ -111,6 +138,11 @@ def _n_workers(config: Config, n_gpus: int, needs: Needs) -> int:
     return max(most, 0 if alone else 1)
 
 
+def _is_open(config: Config) -> bool:
+    """Whether nothing was said of how many expert workers there are, and who gets how much of a GPU."""
+    return config.expert_workers is None and not config.gpus_per_router and not config.gpus_per_expert_worker
+
+
 def _usable(gpu: Gpu, utilization: float) -> int:
     """What ours may take of a GPU: its share of the whole, less what others have taken."""
     return max(0, int(gpu.total_bytes * utilization) - (gpu.total_bytes - gpu.free_bytes))
@@ -128,10 +160,12 @@ def _shares(
         return router, worker
     if processes <= n_gpus:
         even = 1.0
-    elif n_gpus == 1 and not router and not worker:
-        # Weights get what they need and a tenth more, what is left is shared by the routers for their KV caches.
-        worker = _floor(min(1 / max(1, n_workers), worker_bytes * 1.1 / max(1, gpu_bytes)))
-        return _floor((1 - n_workers * worker) / max(1, n_routers)), worker
+    elif (n_gpus == 1 or n_routers <= n_workers == n_gpus) and not router and not worker:
+        # Weights get what they need and a tenth more, what is left is shared by the routers for their KV caches: of the
+        # one GPU, or each router of another that has a worker too.
+        beside = n_workers if n_gpus == 1 else 1
+        worker = _floor(min(1 / max(1, beside), worker_bytes * 1.1 / max(1, gpu_bytes)))
+        return _floor((1 - beside * worker) / max(1, n_routers if n_gpus == 1 else 1)), worker
     else:
         even = _floor(1 / math.ceil(processes / n_gpus))
     return router or even, worker or even
@@ -149,6 +183,8 @@ def _check_experts(use: Use, needs: Needs, n_free: int) -> None:
         change = "fewer processes on each GPU, larger --gpus-per-expert-worker, or more GPUs"
     else:
         change = f"{wanted} GPUs like these for the experts ({max(n_free, 0)} are free for them), or larger ones"
+    if 0 < math.ceil(needs.experts_8 / use.count) <= room:
+        change = f"--expert-dtype fp8, which halves them; or {change}"
     raise StartError(
         f"the experts do not fit: each of {use.count} expert workers holds {_gib(use.weights)} of weights and has room "
         f"for {_gib(max(0, room))}; the smallest change: {change}"
@@ -165,6 +201,8 @@ def _check_router(use: Use, needs: Needs, left: int, n_gpus: int, n_workers: int
             if not n_workers and n_gpus > use.count
             else "a larger --gpu-memory-utilization, or a GPU with more memory"
         )
+        if not n_workers and needs.experts_8 and left + needs.experts - needs.experts_8 >= needs.kv_block:
+            change = f"--expert-dtype fp8, which halves the experts; or {change}"
         what = f"{_gib(use.weights)} of weights leave no room for a KV cache in {_gib(use.budget)}"
     else:
         change = f"--kv-cache-mb {left // 2**20}"

@@ -121,6 +121,7 @@ class ExpertWorker:
         self._capacity = capacity(device, share, replica, n_slots)
         shard = load_shard(source, placement.shard(self._worker), dtype, made, self._capacity.slots)
         self._loads.add(shard.n_held, time.perf_counter() - began)
+        shard.warm_up(config.max_batch_tokens * source.spec.top_k)
         return shard, source
 
     def _make_server(self, shard: ExpertShard, source: Checkpoint) -> ExpertServer | CollectiveServer:
@@ -160,8 +161,7 @@ class ExpertWorker:
             return (ShmAcceptor,)
         if self._config.transport != "device" or not shard.only_launches:
             return ()
-        server = DeviceServer(shard, STEP_LIMIT_S)
-        return (lambda batcher: DeviceAcceptor(server, StreamRows()),)
+        return (lambda batcher: DeviceAcceptor(DeviceServer(shard, STEP_LIMIT_S, batcher.stepped), StreamRows()),)
 
     def _on_view(self, view: View) -> None:
         self._group, self._view = view.group, view

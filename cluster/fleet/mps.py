@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
+
+from workers.device import ENVIRONMENT
 
 _COMMAND = "nvidia-cuda-mps-control"
 _LIMIT_S = 10.0
@@ -17,7 +18,7 @@ class Mps:
 
     def __init__(self, run_dir: Path) -> None:
         pipes, logs = run_dir / "mps", run_dir / "mps-log"
-        self.variables: Mapping[str, str] = {
+        self.variables = {
             "CUDA_MPS_PIPE_DIRECTORY": str(pipes),
             "CUDA_MPS_LOG_DIRECTORY": str(logs),
         }
@@ -49,4 +50,6 @@ class Mps:
 
     @property
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, **self.variables}
+        # A service that is shown some of the GPUs numbers them anew, and its processes would not find theirs.
+        seen = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        return seen | ENVIRONMENT | self.variables

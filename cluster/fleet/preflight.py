@@ -12,7 +12,7 @@ import psutil
 from cluster.config import Config
 from cluster.errors import StartError
 from cluster.fleet.choose import Choice, choose
-from cluster.fleet.devices import Needs, Use, arrange, kinds
+from cluster.fleet.devices import Needs, Use, arrange, has_8_bits, kinds
 from cluster.gateway.defaults import SamplingDefaults, read_defaults
 from cluster.gateway.keys import ApiKeys
 from cluster.gateway.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ from workers.device import Gpu, gpus
 from workers.kernels.threads import worker_threads
 from workers.model.kv_cache import bytes_per_block
 from workers.spec import ModelSpec
+from workers.weights import FORMATS
 
 _PROCESS_BYTES = 256 * 2**20  # Python, torch and gRPC in each of our processes
 _RAY_BYTES = 1024 * 2**20  # Ray, Serve and the gateways
@@ -80,7 +81,13 @@ def plan(config: Config, checkpoint: Path, found: tuple[Gpu, ...] | None = None)
     dense = dense_bytes(opened, dtype, config.router_device)
     block = bytes_per_block(spec, config.block_size, dtype)
     work = step_bytes(config, spec, dtype) if config.router_device == "cuda" else _STEP_BYTES
-    needs = Needs(experts=experts, n_experts=spec.n_experts, dense=dense, work=work, kv_block=block)
+    in_8 = 0
+    if config.expert_device == "cuda" and config.expert_dtype == "auto" and all(map(has_8_bits, found)):
+        in_8 = n_replicas * FORMATS["fp8"].expert_bytes(spec.hidden_size, spec.ffn_size)
+    needs = Needs(
+        experts=experts, n_experts=spec.n_experts, dense=dense, work=work, kv_block=block,
+        experts_8=in_8 if in_8 < experts else 0,
+    )  # fmt: skip
     config, uses = arrange(config, found, needs)
     transport = choose(config, has_experts=bool(spec.experts), gpus=found)
     n_workers = config.expert_workers if config.expert_workers and transport.transport != "local" else 0

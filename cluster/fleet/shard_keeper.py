@@ -56,7 +56,7 @@ class ShardKeeper:
     @property
     def held(self) -> frozenset[tuple[int, int]]:
         """The (layer, expert) pairs that are here."""
-        return frozenset((slot.layer, slot.expert) for slot in self._shard.slots)
+        return self._shard.held
 
     async def _run(self) -> None:
         while True:

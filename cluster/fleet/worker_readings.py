@@ -39,7 +39,7 @@ class WorkerReadings:
         yield Reading(series.COMPUTE, batcher.compute_seconds)
         yield Reading(series.WAITED, batcher.waited_seconds)
         calls = Distribution(series.CALL_ROWS.buckets)
-        calls.counts, calls.total = list(batcher.calls), float(batcher.rows)
+        calls.counts, calls.total = list(batcher.calls), float(batcher.call_rows)
         yield Reading(series.CALL_ROWS, calls)
         yield Reading(series.SLOTS, self.slots())
         yield Reading(series.SLOTS_USED, shard.n_held)

@@ -21,6 +21,12 @@ KNOWN = {
                       "num_attention_heads": 48, "vocab_size": 32768, "max_position_embeddings": 65536},
 }  # fmt: skip
 
+# What such a name alone stands for on the hub.
+HUB_IDS = {
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-Instruct-v0.1",
+    "mixtral-8x22b": "mistralai/Mixtral-8x22B-Instruct-v0.1",
+}
+
 
 def spec_of_model(model: str) -> ModelSpec:
     """The sizes of `model`: a checkpoint directory, a `config.json`, a name in `KNOWN`, or a hub id.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from cluster.plan.known_models import HUB_IDS
 from cluster.plan.ours import Layout, Load
 from cluster.plan.tensor_parallel import TensorParallel, best_on
 
@@ -90,27 +92,43 @@ def _verdict(ours: float, theirs: float) -> str:
 
 
 def chart_values(layout: Layout, load: Load, model: str) -> str:
-    """A values file for helm/expertmesh."""
+    """A values file for helm/expertmesh. Of a model on this machine it is open on which claim it lies."""
 
-    def gpus(n: int) -> dict[str, Any]:
-        return {"limits": {layout.gpu.resource: n}}
+    def resources(n_processes: int) -> dict[str, Any]:
+        """As much for each process as the chart gives a pod of one."""
+        memory = {"requests": f"{16 * n_processes}Gi", "limits": f"{32 * n_processes}Gi"}
+        return {
+            "requests": {"cpu": str(4 * n_processes), "memory": memory["requests"]},
+            "limits": {"memory": memory["limits"]},
+        }
 
     config: dict[str, Any] = {"max_sequences": -(-load.sequences // layout.n_routers)}
     if layout.size.expert_format.scaled:
         config["expert_dtype"] = layout.size.expert_format.name
     if layout.one_host:  # one pod, in which rows go through device memory
         routers = {"replicas": 1, "routersPerPod": layout.n_routers, "expertWorkersPerPod": layout.n_workers}
-        pools = {"routers": {**routers, "resources": gpus(layout.n_gpus)}, "experts": {"replicas": 0}}
+        pools = {"routers": {**routers, "resources": resources(layout.n_gpus)}, "experts": {"replicas": 0}}
     else:
         pools = {
-            "routers": {"replicas": layout.n_routers, "resources": gpus(1)},
-            "experts": {"replicas": layout.n_workers, "resources": gpus(1)},
+            "routers": {"replicas": layout.n_routers, "resources": resources(1)},
+            "experts": {"replicas": layout.n_workers, "resources": resources(1)},
         }
-    values = {"model": {"id": model}, "image": {"variant": "cuda"}, **pools, "config": config}
+    gpu = {} if layout.gpu.resource == "nvidia.com/gpu" else {"gpu": {"resource": layout.gpu.resource}}
+    values = {"model": _chart_model(layout, model), "image": {"variant": "cuda"}, **gpu, **pools, "config": config}
     note = (
         f"# expertmesh plan: {layout.n_gpus} x {layout.gpu.name}, {layout.tokens_per_s(load):,.0f} tokens/s expected\n"
     )
     return note + yaml.safe_dump(values, sort_keys=False)
+
+
+def _chart_model(layout: Layout, model: str) -> dict[str, Any]:
+    path = Path(model).expanduser()
+    if path.exists():
+        path = path.resolve()
+        name = path.name if path.is_dir() else path.parent.name
+        return {"id": name, "source": "pvc", "path": name, "storage": {"type": "pvc", "existingClaim": "models"}}
+    room = -(-2 * layout.size.parameters * 5 // 4 // (10 * 2**30)) * 10  # of 16-bit weights, and a quarter more
+    return {"id": HUB_IDS.get(model.lower(), model), "storage": {"size": f"{room}Gi"}}
 
 
 def _count(layout: Layout) -> str:

@@ -91,14 +91,16 @@ def compute_on(model: Decoder, config: Config, trace: RoutingTrace | None = None
         from cluster.router.device_compute import DeviceCompute
 
         limit = context_limit(config, model.spec, model.cache.n_blocks)
-        return DeviceCompute(model, config.max_sequences, limit, progress, trace)
+        return DeviceCompute(model, config.max_sequences, limit, config.max_batch_tokens, progress, trace)
     if isinstance(model.experts, Exchange) and model.experts.captures_steps:
         if model.cache.device.type == "cpu":
             return HostStepCompute(model, model.experts, trace)
         from cluster.router.exchange.step_compute import ExchangeCompute
 
         limit = context_limit(config, model.spec, model.cache.n_blocks)
-        return ExchangeCompute(model, model.experts, config.max_sequences, limit, progress, trace)
+        return ExchangeCompute(
+            model, model.experts, config.max_sequences, limit, config.max_batch_tokens, progress, trace
+        )
     return HostCompute(model, trace)
 
 

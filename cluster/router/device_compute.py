@@ -22,6 +22,7 @@ from workers.device import to_device, to_host
 from workers.model.batch import Batch
 from workers.model.decode_graphs import DecodeGraphs
 from workers.model.decoder import Decoder
+from workers.model.warm_up import warm_up
 
 
 class DeviceCompute:
@@ -34,15 +35,18 @@ class DeviceCompute:
         model: Decoder,
         max_sequences: int,
         max_context: int,
+        most_rows: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
         trace: RoutingTrace | None = None,
     ) -> None:
-        """Captures the decoding steps; `progress` is told how many of how many are done."""
+        """Captures the decoding steps, and compiles what prompts take in steps of up to `most_rows`; `progress` is told
+        how many of how many captures are done."""
         self._model = model
         self._trace = trace
         self._n_seats = max_sequences
         self._graphs = DecodeGraphs(model, max_sequences, max_context)
         self._graphs.capture(max_sequences, progress)
+        warm_up(model, most_rows)
         self._sampler = DeviceSampler(model.spec.vocab_size, self._graphs.last_N)
 
     def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:

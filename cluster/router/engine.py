@@ -27,6 +27,7 @@ from cluster.router.sequence import Sequence, State
 from cluster.router.sizing import context_limit
 from cluster.router.spans import RouterSpans
 from cluster.router.step_counters import StepCounters
+from workers.device import end_if_lost
 from workers.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -213,6 +214,7 @@ class Engine:
                 flight.computed = self._compute.start(number, batch, seats, flight.draws)
             return flight
         except Exception as error:
+            end_if_lost(self.model.cache.device, error)
             with self._lock:
                 outputs += self._fail([chunk.sequence for chunk in chunks] or list(self._open.values()), error)
             return None
@@ -241,6 +243,7 @@ class Engine:
             with self._lock:
                 self._commit(flight, flight.computed, drawn, outputs)
         except Exception as error:
+            end_if_lost(self.model.cache.device, error)
             with self._lock:
                 for chunk in flight.chunks:  # what they were to hold may not be there
                     self._blocks.forget(chunk.sequence.blocks)

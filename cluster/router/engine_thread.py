@@ -12,6 +12,7 @@ from typing import Protocol
 from cluster.errors import RequestError
 from cluster.router.codec import internal_error
 from cluster.router.params import SamplingParams, StepOutput
+from workers.transport.threads import serve_thread
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +59,18 @@ class EngineThread:
         self._commands: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._refused: list[Refused] = []
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._thread = serve_thread(self._run, "engine")
 
     def stop(self, timeout_s: float) -> bool:
         """End after the step in progress; False when that step is still blocked after `timeout_s`."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
+        if self._thread is None:
+            return True
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,11 +21,12 @@ from tests.contract.harness import MODEL_NAME, ShmWorkers, start_all
 from tests.contract.model import Model, batch
 from tests.contract.test_results import run
 from tests.credentials import CREDENTIALS, PATIENT_S
-from workers.transport.base import Declined
+from workers.transport.base import Declined, Rows, Tag
 from workers.transport.batcher import Batcher
 from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.server import ExpertServer
 from workers.transport.shm.router import ShmWay
-from workers.transport.shm.worker import ShmAcceptor
+from workers.transport.shm.worker import Lane, ShmAcceptor
 
 MODEL, GIVEN = Model(), batch(Model(), 9)
 TWICE = Placement(1, ("a", "b"), tuple(tuple((e % 2, (e + 1) % 2) for e in range(6)) for _ in range(2)))
@@ -135,3 +137,39 @@ def test_where_memory_cannot_be_shared_rows_go_over_grpc_and_that_is_said_once(
 def test_a_lane_declines_a_ring_that_is_not_there() -> None:
     with pytest.raises(Declined, match="cannot be opened"):
         ShmAcceptor(Batcher(MODEL.shard([]))).accept("1 999 00", "router", print)
+
+
+def test_a_server_that_stops_ends_every_lane_whatever_else_is_being_done() -> None:
+    """Catches a lane that waits in line to be closed when the server's threads end, and answers for ever."""
+    open_again, is_asked = threading.Event(), threading.Event()
+
+    class Slow(ShmAcceptor):
+        def accept(self, offer: str, router: str, end: Callable[[str], None]) -> Lane:
+            if router == "router-2":
+                is_asked.set()
+                open_again.wait(60)
+            return super().accept(offer, router, end)
+
+    server = ExpertServer(
+        MODEL.shard([(0, 0)]), "a", "127.0.0.1", model=MODEL_NAME, credentials=CREDENTIALS, ways=[Slow]
+    )
+    server.start()
+    first, second = (
+        GrpcTransport(f"router-{n}", MODEL_NAME, CREDENTIALS, ways=(ShmWay(),), silent_after_s=PATIENT_S)
+        for n in (1, 2)
+    )
+    tag, one_P = Tag(1, 1, 1, 0, 0, 0), torch.zeros(1, dtype=torch.int32)
+    first.connect("a", server.address)
+    first.send("a", Rows(tag, torch.ones(1, 32), one_P, one_P))
+    first.receive("a", tag, 20, torch.empty(1, 32))
+    assert first.way("a") == "shm"
+    second.connect("a", server.address)
+    assert is_asked.wait(20)
+    server.stop(0)
+    deadline = time.monotonic() + 20
+    while any(thread.name == "shm-router-1" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "a lane goes on"
+        time.sleep(0.02)
+    open_again.set()
+    for transport in (first, second):
+        transport.close()

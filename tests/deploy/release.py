@@ -31,6 +31,7 @@ class Release:
         self.rendered, self.pods, self.api = rendered, dict[str, Pod](), api
         self._net, self._directory, self._sources = net, directory, sources
         self._numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)  # a pod's name is never another's
+        self._pending: dict[str, Object] = {}  # manifests of pods that there are to be, by name
         net.policies = rendered.all("NetworkPolicy")
         self.client = net.add({"app": "client"})
         self.stranger = net.add({"app": "stranger"})
@@ -44,6 +45,9 @@ class Release:
         return pod
 
     def start_head(self) -> Pod:
+        """The operator makes all pods at once; the others start with the next `reconcile`."""
+        self._make_pods()  # before Ray's autoscaler looks: it would ask for those that it misses
+        self._tell_api_server()
         spec = self.api.cluster["spec"]
         often = {"env": [{"name": "AUTOSCALER_UPDATE_INTERVAL_S", "value": "1"}]}  # it looks every five seconds else
         manifest = kuberay.head_pod(spec | {"autoscalerOptions": spec["autoscalerOptions"] | often})
@@ -58,15 +62,21 @@ class Release:
             for name in group.get("scaleStrategy", {}).get("workersToDelete", []):
                 if name in self.pods:
                     self.end(name)
-            while sum(self._of(group, pod) for pod in self.pods.values()) < group["replicas"]:
-                manifest = kuberay.with_token(kuberay.worker_pod(group), "raycluster")
-                manifest["metadata"]["name"] = name = f"{group['groupName']}-{next(self._numbers[group['groupName']])}"
-                self.pods[name] = self.start(manifest)
+        self._make_pods()
+        while self._pending:
+            name, manifest = self._pending.popitem()
+            self.pods[name] = self.start(manifest)
         self._tell_api_server()
 
-    @staticmethod
-    def _of(group: Object, pod: Pod) -> bool:
-        return bool(pod.labels["ray.io/group"] == group["groupName"])
+    def _make_pods(self) -> None:
+        for group in self.api.cluster["spec"]["workerGroupSpecs"]:
+            name = group["groupName"]
+            there = [pod.labels for pod in self.pods.values()]
+            there += [manifest["metadata"]["labels"] for manifest in self._pending.values()]
+            for _ in range(group["replicas"] - sum(labels["ray.io/group"] == name for labels in there)):
+                manifest = kuberay.with_token(kuberay.worker_pod(group), "raycluster")
+                manifest["metadata"]["name"] = pod = f"{name}-{next(self._numbers[name])}"
+                self._pending[pod] = manifest
 
     def end(self, name: str) -> str:
         """As kubelet ends a pod, and Kubernetes forgets it. What its hook said."""
@@ -76,12 +86,16 @@ class Release:
         return said
 
     def _tell_api_server(self) -> None:
-        self.api.pods = [
+        running = [
             {"metadata": {"name": name, "namespace": "default", "labels": pod.labels, "resourceVersion": "1"},
              "spec": pod.spec,
              "status": {"podIP": pod.host.address, "containerStatuses": [{"state": {"running": {}}}]}}
             for name, pod in self.pods.items()
         ]  # fmt: skip
+        self.api.pods = running + [
+            {**manifest, "metadata": {**manifest["metadata"], "resourceVersion": "1"}, "status": {}}
+            for manifest in self._pending.values()
+        ]
 
     def until(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
         """Reconcile until `condition` holds."""

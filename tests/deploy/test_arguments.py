@@ -10,9 +10,15 @@ import pytest
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.config_load import FIELDS, load
+from cluster.plan.gpu_types import GPU_TYPES
+from cluster.plan.known_models import spec_of_model
+from cluster.plan.model_size import ModelSize
+from cluster.plan.ours import Layout, Load
+from cluster.plan.show import chart_values
 from tests.certificates import Authority
 from tests.deploy import kuberay
-from tests.deploy.rendering import CASES, case
+from tests.deploy.rendering import CASES, case, render
+from tests.reference import save_random
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -44,6 +50,23 @@ def test_arguments_are_options_that_fit_together(name: str, tmp_path: Path) -> N
         for kind, number in _resources(text).items():
             held[kind] += number * pods
     assert (config.routers, config.expert_workers, config.gateways) == tuple(held.values())
+
+
+def test_values_of_a_plan_are_values_of_the_chart(tmp_path: Path) -> None:
+    """For a short name, a hub id and a directory, in one pod and in many: taken as they are, a GPU for each process."""
+    save_random(tmp_path / "mine")
+    local = str(tmp_path / "mine")
+    for model in ("mixtral-8x7b", "mistralai/Mixtral-8x22B-v0.1", local):
+        size = ModelSize(spec_of_model(model))
+        for layout in (Layout(size, GPU_TYPES["h100"], 2, 6), Layout(size, GPU_TYPES["a10g"], 2, 5)):
+            file = tmp_path / "values.yaml"
+            file.write_text(chart_values(layout, Load(64, 4096), model))
+            rendered = render("-f", file)
+            assert (rendered.arguments["routers"], rendered.arguments["expert_workers"]) == (2, layout.n_workers)
+            groups = rendered.cluster["workerGroupSpecs"]
+            limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in groups]
+            gpus = [limit["nvidia.com/gpu"] * group["replicas"] for limit, group in zip(limits, groups, strict=True)]
+            assert sum(gpus) == layout.n_gpus
 
 
 def _resources(text: str) -> dict[str, int]:

@@ -98,7 +98,7 @@ def test_the_project_s_own_step_runs_in_a_clean_environment(tmp_path: Path) -> N
     )
     assert result.returncode == 0, result.stdout + result.stderr
     packages = next((venv / "lib").glob("python*/site-packages"))
-    for file in ("cluster/fleet/pod_drain.py", "workers/kernels/cuda/__init__.py"):
+    for file in ("cluster/fleet/pod_drain.py", "cluster/fleet/serve_deploy.py", "workers/kernels/cuda/__init__.py"):
         assert (packages / file).is_file()
     ours = [path.relative_to(ROOT) for folder in ("cluster", "workers") for path in (ROOT / folder).rglob("*.py")]
     assert not [path for path in ours if not (packages / path).is_file()], "modules that the package leaves out"

@@ -220,6 +220,8 @@ def test_the_schema_knows_every_value_and_no_other() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
 
     def compare(value: Any, rule: Any, path: str) -> None:
+        if "io.k8s" in rule.get("$ref", ""):
+            return
         if "$ref" in rule:
             rule = schema["$defs"][rule["$ref"].rpartition("/")[2]]
         if "properties" in rule and path != "config":

@@ -109,7 +109,7 @@ def test_the_same_tokens_drawn_on_the_device_a_step_ahead() -> None:
     for i in range(36):
         ids = torch.randint(SPEC.vocab_size, ((3, 40, 300, 700)[i % 4],), generator=draw).tolist()
         jobs.append((ids, SamplingParams(max_tokens=20 + i % 7, seed=i, **options[i % 9])))  # type: ignore[arg-type]
-    device = DeviceCompute(model.decoder, 64, 1024)
+    device = DeviceCompute(model.decoder, 64, 1024, 512)
     together = run(model, device, jobs)
     assert together == run(model, HostCompute(model.decoder), jobs)
     for i in (0, 1, 2, 5, 17):

@@ -203,6 +203,10 @@ class Ops(Protocol):
     ) -> list[LayerExperts]:
         """Room for the experts of so many layers, none held; where it is taken beforehand they share it."""
 
+    def rows_LE(self, layers: Sequence[LayerExperts]) -> Tensor:
+        """int64 [L, E] on the host, of all layers that were made together: the rows that each expert computed since its
+        weights came. From any thread; waits for nothing that is computed."""
+
     def experts(
         self,
         layer: LayerExperts,

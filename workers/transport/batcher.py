@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from workers import wire
-from workers.device import on_host, to_device
+from workers.device import end_if_lost, on_host, to_device
 from workers.errors import ExpertMeshError, WireError
 from workers.kernels.mutex import Mutex
 from workers.kernels.ops import RingLoop, Rings
@@ -53,22 +53,33 @@ class Batcher:
         self._computing = Mutex()
         self._waiting: list[Job] = []
         self.waited_seconds = 0.0  # of all requests together since start, until they were computed
+        self._step_pairs = self._step_ns = 0
         self._counts = array("q", bytes(8 * (2 + _SIZES + 2)))  # kernels add to it too
 
     @property
     def rows(self) -> int:
         """Pairs computed since start."""
-        return self._counts[0]
+        return self._counts[0] + self._step_pairs
 
     @property
     def compute_seconds(self) -> float:
         """Since start."""
-        return self._counts[1] / 1e9
+        return (self._counts[1] + self._step_ns) / 1e9
+
+    @property
+    def call_rows(self) -> int:
+        """Those of `calls`: the rest are of captured steps."""
+        return self._counts[0]
 
     @property
     def calls(self) -> list[int]:
         """Since start, by their pairs: at most 1, 2, 4, ... 2 ** 14, and more."""
         return self._counts[2:].tolist()
+
+    def stepped(self, n_pairs: int, spent_ns: int) -> None:
+        """A captured step computed so many pairs, beside the requests. One thread says so."""
+        self._step_pairs += n_pairs
+        self._step_ns += spent_ns
 
     def respond(
         self, header: Header, request: Request, is_wanted: Callable[[], bool], out_PD: Tensor | None = None
@@ -133,6 +144,7 @@ class Batcher:
         try:
             replies = self._forward(layer, jobs)
         except Exception as error:
+            end_if_lost(self.shard.device, error)
             # One router's rows must not fail another's: alone, each gets its own answer.
             if len(jobs) > 1:
                 return [self._compute(layer, [job])[0] for job in jobs]

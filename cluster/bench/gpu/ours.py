@@ -26,7 +26,7 @@ class OurEngine:
         self._vocab_size = model.spec.vocab_size
         self._n_submitted = 0
         began = time.perf_counter()
-        compute = DeviceCompute(model.decoder, max_sequences, max_batch_tokens)
+        compute = DeviceCompute(model.decoder, max_sequences, max_batch_tokens, max_batch_tokens)
         self.capture_seconds = time.perf_counter() - began
         self._engine = Engine(model.decoder, config, compute=compute)
 

@@ -106,8 +106,7 @@ def serve(
     ways = []
     if shard.device.type == "cuda":
         torch.cuda.set_device(shard.device)
-        steps = DeviceServer(shard, LIMIT_S)
-        ways.append(lambda batcher: DeviceAcceptor(steps, StreamRows()))
+        ways.append(lambda batcher: DeviceAcceptor(DeviceServer(shard, LIMIT_S, batcher.stepped), StreamRows()))
     server = ExpertServer(shard, name, "127.0.0.1", model=model, credentials=credentials, ways=ways)
     server.start()
     pipe.send(server.address)

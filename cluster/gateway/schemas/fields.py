@@ -96,7 +96,7 @@ Small = BeforeValidator(_small)
 JsonObject = Annotated[dict[str, Any], Small]
 FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
 MAX_MESSAGES = 4096
-MAX_PARTS = 4096
+MAX_PARTS = 2048
 MAX_TOOLS = 256
 
 
@@ -105,8 +105,8 @@ class CheckedIds(list[int]):
 
     @staticmethod
     def can_be(values: list[Any]) -> bool:
-        """Whether all `values` are what a TokenId may be."""
-        return all(type(value) is int and 0 <= value <= MAX_TOKEN_ID for value in values)
+        """Whether all `values`, of which there must be one, are what a TokenId may be."""
+        return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_TOKEN_ID
 
 
 def _unless_checked(value: Any, check: Callable[[Any], Any]) -> Any:

@@ -15,6 +15,7 @@ from workers.device import to_host
 from workers.model.batch import Batch
 from workers.model.decode_graphs import DecodeGraphs
 from workers.model.decoder import Decoder
+from workers.model.warm_up import warm_up
 
 
 class ExchangeCompute(HostCompute):
@@ -27,10 +28,12 @@ class ExchangeCompute(HostCompute):
         exchange: Exchange,
         max_sequences: int,
         max_context: int,
+        most_rows: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
         trace: RoutingTrace | None = None,
     ) -> None:
         """Captures the decoding steps, where what they are captured with is there; else each size when it is first run.
+        Compiles what prompts take in steps of up to `most_rows`.
 
         `exchange` captures steps.
         """
@@ -42,6 +45,7 @@ class ExchangeCompute(HostCompute):
             self._graphs.allow(max_sequences)
         else:
             self._graphs.capture(max_sequences, progress, exchange.steps, exchange.steps_key)
+        warm_up(model, most_rows)
         self._device_sampler = DeviceSampler(model.spec.vocab_size, self._graphs.last_N)
 
     def start(self, step: int, batch: Batch, seats: Items[int], draws: Items[Draw]) -> Computed:

@@ -6,14 +6,14 @@ rayVersion: {{ .Values.rayVersion | quote }}
 authOptions:
   mode: token
   {{- with .Values.rayAuth.existingSecret }}
-  secretName: {{ . }}
+  secretName: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- if .Values.autoscaling.pods }}
 enableInTreeAutoscaling: true
 autoscalerOptions:
   version: {{ .Values.autoscaling.version }}
-  idleTimeoutSeconds: {{ .Values.autoscaling.idleTimeoutSeconds }}
+  idleTimeoutSeconds: {{ int64 .Values.autoscaling.idleTimeoutSeconds }}
   upscalingMode: Default
   imagePullPolicy: {{ .Values.image.pullPolicy }}
   resources:
@@ -28,7 +28,7 @@ gcsFaultToleranceOptions:
   {{- with .redisPasswordSecret }}
   {{- if .name }}
   redisPassword:
-    valueFrom: {secretKeyRef: {name: {{ .name }}, key: {{ .key }}}}
+    valueFrom: {secretKeyRef: {name: {{ .name | quote }}, key: {{ .key | quote }}}}
   {{- end }}
   {{- end }}
 {{- else if eq .backend "rocksdb" }}
@@ -36,11 +36,11 @@ gcsFaultToleranceOptions:
   backend: rocksdb
   storage:
     {{- if .storage.claimName }}
-    claimName: {{ .storage.claimName }}
+    claimName: {{ .storage.claimName | quote }}
     {{- else }}
     size: {{ .storage.size }}
     {{- with .storage.className }}
-    storageClassName: {{ . }}
+    storageClassName: {{ . | quote }}
     {{- end }}
     {{- end }}
 {{- end }}
@@ -56,14 +56,14 @@ headGroupSpec:
 workerGroupSpecs:
   {{- range $pool := include "expertmesh.pools" . | fromYamlArray }}
   {{- $arguments := dict "root" $root "pool" $pool }}
-  - groupName: {{ $pool.name }}
-    replicas: {{ $pool.replicas }}
+  - groupName: {{ $pool.name | quote }}
+    replicas: {{ int64 $pool.replicas }}
     {{- if $root.Values.autoscaling.pods }}
-    minReplicas: {{ $pool.minReplicas }}
-    maxReplicas: {{ $pool.maxReplicas }}
+    minReplicas: {{ int64 $pool.minReplicas }}
+    maxReplicas: {{ int64 $pool.maxReplicas }}
     {{- else }}
-    minReplicas: {{ $pool.replicas }}
-    maxReplicas: {{ $pool.replicas }}
+    minReplicas: {{ int64 $pool.replicas }}
+    maxReplicas: {{ int64 $pool.replicas }}
     {{- end }}
     rayStartParams:
       {{- include "expertmesh.pool.rayStartParams" $arguments | nindent 6 }}

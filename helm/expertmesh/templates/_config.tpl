@@ -17,7 +17,7 @@ gateways: {{ .Values.routers.replicas }}
 
 {{/* Everything else; a change of it needs a new cluster. */}}
 {{- define "expertmesh.settings" -}}
-model: {{ include "expertmesh.model.directory" . }}
+model: {{ include "expertmesh.model.directory" . | quote }}
 served_model_name: {{ include "expertmesh.model.name" . | quote }}
 host: 0.0.0.0
 port: 8000
@@ -26,6 +26,7 @@ admin_port: 8100
 admin_token_file: /etc/expertmesh/admin/admin-token
 metrics_port: 9400
 require_node_roles: true
+cluster_name: {{ include "expertmesh.clusterName" . | quote }}
 rebalance: auto
 {{- if .Values.apiKeys.allowNone }}
 allow_no_keys: true

@@ -30,7 +30,7 @@
 name: models
 {{- with .root.Values.model.storage }}
 {{- if eq .type "pvc" }}
-persistentVolumeClaim: {claimName: {{ include "expertmesh.model.claim" $.root }}{{ $.readOnly | ternary ", readOnly: true" "" }}}
+persistentVolumeClaim: {claimName: {{ include "expertmesh.model.claim" $.root | quote }}{{ $.readOnly | ternary ", readOnly: true" "" }}}
 {{- else if .size }}
 emptyDir: {sizeLimit: {{ .size }}}
 {{- else }}
@@ -49,7 +49,7 @@ emptyDir: {}
 {{- $directory := include "expertmesh.model.directory" . -}}
 name: model
 {{- if eq (include "expertmesh.model.source" .) "objectStorage" }}
-image: {{ .Values.model.download.image }}
+image: {{ .Values.model.download.image | quote }}
 command: ["/bin/sh", "-c"]
 args:
   - |
@@ -59,19 +59,19 @@ args:
     rclone copy --stats-one-line --stats 10s --log-level INFO "$@" "$to"
     touch "$to/.expertmesh-complete"
   - fetch
-  - {{ $directory }}
+  - {{ $directory | quote }}
   {{- range .Values.model.download.args }}
   - {{ . | quote }}
   {{- end }}
   - {{ include "expertmesh.model.remote" . | quote }}
 {{- else }}
-image: {{ include "expertmesh.image" . }}
+image: {{ include "expertmesh.image" . | quote }}
 command: [expertmesh, model, fetch]
 args:
-  - {{ eq (include "expertmesh.model.source" .) "default" | ternary "default" .Values.model.id }}
-  - {{ $directory }}
+  - {{ eq (include "expertmesh.model.source" .) "default" | ternary "default" .Values.model.id | quote }}
+  - {{ $directory | quote }}
   {{- with .Values.model.revision }}
-  - --revision={{ . }}
+  - {{ printf "--revision=%s" . | quote }}
   {{- end }}
 {{- end }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -106,12 +106,12 @@ volumeMounts:
 {{- if ne (include "expertmesh.model.source" .) "pvc" }}
 {{- if eq .Values.model.storage.type "pvc" }}
 - name: model
-  image: {{ include "expertmesh.image" . }}
+  image: {{ include "expertmesh.image" . | quote }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
   command: ["/bin/sh", "-c"]
   args:
     - 'until [ -e "$0/.expertmesh-complete" ]; do echo "waiting for the Job that fetches $0"; sleep 5; done'
-    - {{ include "expertmesh.model.directory" . }}
+    - {{ include "expertmesh.model.directory" . | quote }}
   resources:
     requests: {cpu: 10m, memory: 16Mi}
     limits: {cpu: 100m, memory: 64Mi}

@@ -63,7 +63,7 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 
 {{/* Call with (dict "root" $ "name" NAME [and "annotations", "labels"]). */}}
 {{- define "expertmesh.metadata" -}}
-name: {{ .name }}
+name: {{ .name | quote }}
 namespace: {{ .root.Release.Namespace | quote }}
 labels:
   {{- mustMergeOverwrite (include "expertmesh.labels" .root | fromYaml) (.labels | default dict) | toYaml | nindent 2 }}
@@ -101,6 +101,11 @@ annotations:
 
 {{- define "expertmesh.tlsSecret" -}}
 {{ default (printf "%s-tls" (include "expertmesh.fullname" .)) .Values.tls.existingSecret }}
+{{- end -}}
+
+{{/* By which series and traces tell releases apart. */}}
+{{- define "expertmesh.clusterName" -}}
+{{ .Release.Namespace }}/{{ include "expertmesh.fullname" . }}
 {{- end -}}
 
 {{/* Not empty where KubeRay moves the traffic in steps, over Services and a Gateway that it makes itself. */}}

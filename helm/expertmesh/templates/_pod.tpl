@@ -22,12 +22,12 @@ whatever changes here replaces the cluster. */}}
 - {name: tmp, emptyDir: {}}
 - {name: state, emptyDir: {}}
 - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ .pool.shmSize }}}}
-- {name: admin, secret: {secretName: {{ include "expertmesh.adminSecret" .root }}, items: [{key: admin-token, path: admin-token}]}}
+- {name: admin, secret: {secretName: {{ include "expertmesh.adminSecret" .root | quote }}, items: [{key: admin-token, path: admin-token}]}}
 {{- if not .root.Values.apiKeys.allowNone }}
-- {name: keys, secret: {secretName: {{ include "expertmesh.keysSecret" .root }}, items: [{key: api-keys, path: api-keys}]}}
+- {name: keys, secret: {secretName: {{ include "expertmesh.keysSecret" .root | quote }}, items: [{key: api-keys, path: api-keys}]}}
 {{- end }}
 {{- if ne .root.Values.tls.mode "none" }}
-- {name: tls, secret: {secretName: {{ include "expertmesh.tlsSecret" .root }}}}
+- {name: tls, secret: {secretName: {{ include "expertmesh.tlsSecret" .root | quote }}}}
 {{- end }}
 {{- with include "expertmesh.joined" (list .root.Values.extraVolumes .pool.volumes) | fromYamlArray }}
 {{ toYaml . }}
@@ -113,11 +113,11 @@ metadata:
     {{- end }}
     {{- mustMergeOverwrite $annotations ($pool.annotations | default dict) | toYaml | nindent 4 }}
 spec:
-  serviceAccountName: {{ include "expertmesh.serviceAccountName" $root }}{{ eq $pool.role "head" | ternary "-head" "" }}
+  serviceAccountName: "{{ include "expertmesh.serviceAccountName" $root }}{{ eq $pool.role "head" | ternary "-head" "" }}"
   {{- /* Ray's autoscaler, beside the head, asks Kubernetes for pods; KubeRay gives its account the role for that. */}}
   automountServiceAccountToken: {{ and $root.Values.autoscaling.pods (eq $pool.role "head") }}
   enableServiceLinks: false
-  terminationGracePeriodSeconds: {{ $pool.terminationGracePeriodSeconds }}
+  terminationGracePeriodSeconds: {{ int64 $pool.terminationGracePeriodSeconds }}
   securityContext:
     {{- include "expertmesh.podSecurityContext" $root | nindent 4 }}
   {{- with include "expertmesh.pullSecrets" $root }}
@@ -150,7 +150,7 @@ spec:
   {{- end }}
   containers:
     - name: {{ eq $pool.role "head" | ternary "ray-head" "ray-worker" }}
-      image: {{ include "expertmesh.image" $root }}
+      image: {{ include "expertmesh.image" $root | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       ports:
         {{- include "expertmesh.ports" (dict "root" $root "pool" $pool) | trim | nindent 8 }}
@@ -181,7 +181,7 @@ spec:
 
 {{/* What the Jobs' pods and that of `helm test` have in common: they run where the head may. */}}
 {{- define "expertmesh.helperPod" -}}
-serviceAccountName: {{ include "expertmesh.serviceAccountName" . }}
+serviceAccountName: {{ include "expertmesh.serviceAccountName" . | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 securityContext:
@@ -201,7 +201,7 @@ securityContext:
 {{- with .Values.image.pullSecrets -}}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- end -}}

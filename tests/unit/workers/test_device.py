@@ -83,3 +83,24 @@ def test_rows_of_a_gpu_come_to_the_host_with_one_wait(monkeypatch: pytest.Monkey
     here = torch.zeros(2)
     assert device.on_host(here)[0] is here
     assert not device.host_rows(2, 3, torch.float16, torch.device("cpu")).is_pinned()
+
+
+def test_a_process_whose_gpu_is_lost_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it says that it is ready and fails whatever it is given."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def raises(text: str) -> None:
+        def synchronize(where: torch.device) -> None:
+            if text:
+                raise RuntimeError(text)
+
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        device.end_if_lost(torch.device("cuda", 0), ValueError("what was computed"))
+
+    raises("")
+    raises("operation not permitted when stream is capturing")
+    device.end_if_lost(torch.device("cpu"), ValueError())
+    assert ended == []
+    raises("CUDA error: an illegal memory access was encountered")
+    assert ended == [1]

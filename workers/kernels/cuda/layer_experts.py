@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from workers.device import on_host
 from workers.kernels.cuda.experts import Slots
 from workers.kernels.cuda.slot_pool import SlotPool
 from workers.kernels.experts import LayerExperts
@@ -21,12 +23,14 @@ class CudaLayerExperts(LayerExperts):
     """
 
     def __init__(
-        self, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat, pool: SlotPool
+        self, index: int, count_LE: Tensor, hidden_size: int, ffn_size: int, weight_format: WeightFormat, pool: SlotPool
     ) -> None:
+        """index: of the layer. count_LE: int64 on the device, what kernels count rows in, of all layers of the pool."""
+        n_experts = count_LE.shape[1]
         super().__init__(n_experts, hidden_size, ffn_size, weight_format)
         self.device = pool.device
         self._pool = pool
-        self._count_E = torch.zeros(n_experts, dtype=torch.int64, device=pool.device)
+        self._count_LE, self._count_E = count_LE, count_LE[index]
         self._slot_E = torch.full((n_experts,), -1, dtype=torch.int32, device=pool.device)
         self._slot_of: dict[int, int] = {}
         self._viewed: Tensor | None = None  # the memory that the views are of
@@ -35,6 +39,14 @@ class CudaLayerExperts(LayerExperts):
     def rows_E(self) -> Tensor:
         """int64 [E], on the host: the rows each expert computed since its weights came."""
         return self._count_E.cpu()
+
+    def counted(self) -> Tensor:
+        """`rows_E` of all layers, [L, E]: one copy, on a stream of its own. Whoever asks may have to answer others, and
+        a copy after what the step loop has launched would keep it for a step."""
+        if self.device.type != "cuda":
+            return self._count_LE.clone()
+        with torch.cuda.stream(_reading(self.device)):
+            return on_host(self._count_LE)[0]
 
     @property
     def empty(self) -> bool:
@@ -86,3 +98,10 @@ class CudaLayerExperts(LayerExperts):
         self._slot_E[expert] = -1
         self._weights.pop(expert, None)
         self._pool.give(self._slot_of.pop(expert))
+
+
+@cache
+def _reading(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which counts come to the host. Of a priority that nobody else asks for: torch hands its streams out
+    in turn, and one on which a step is being captured may not be waited for."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

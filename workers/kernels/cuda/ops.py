@@ -131,7 +131,14 @@ class CudaOps(TorchOps):
         self, n_layers: int, n_experts: int, hidden_size: int, ffn_size: int, weight_format: WeightFormat
     ) -> list[LayerExperts]:
         pool = SlotPool(hidden_size, ffn_size, weight_format, self.device)
-        return [CudaLayerExperts(n_experts, hidden_size, ffn_size, weight_format, pool) for _ in range(n_layers)]
+        count_LE = torch.zeros(n_layers, n_experts, dtype=torch.int64, device=self.device)
+        return [
+            CudaLayerExperts(index, count_LE, hidden_size, ffn_size, weight_format, pool) for index in range(n_layers)
+        ]
+
+    def rows_LE(self, layers: Sequence[LayerExperts]) -> Tensor:
+        assert isinstance(layers[0], CudaLayerExperts)
+        return layers[0].counted()
 
     def weighted_sum(self, parts: Sequence[Tensor], plan: Plan) -> Tensor:
         """By the kernel that adds up the rows of a step in one process, which adds in the order of places."""

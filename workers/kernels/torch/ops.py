@@ -128,6 +128,9 @@ class TorchOps:
     ) -> list[LayerExperts]:
         return [LayerExperts(n_experts, hidden_size, ffn_size, weight_format) for _ in range(n_layers)]
 
+    def rows_LE(self, layers: Sequence[LayerExperts]) -> Tensor:
+        return torch.stack([layer.rows_E for layer in layers])
+
     def experts(
         self,
         layer: LayerExperts,

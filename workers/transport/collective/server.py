@@ -84,7 +84,7 @@ class CollectiveServer:
     def numbers(self) -> dict[str, object]:
         """For people: experts held, bytes, rows and seconds computed, the group and its routers."""
         return {
-            "experts": len(self._shard.slots),
+            "experts": self._shard.n_held,
             "weight_bytes": self._shard.weight_bytes,
             "rows": self._work.batcher.rows,
             "compute_seconds": round(self._work.batcher.compute_seconds, 3),

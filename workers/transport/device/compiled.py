@@ -23,19 +23,23 @@ def signal_kernel(flag_ptr, step_ptr, status_ptr, layer):
 
 
 @triton.jit(do_not_specialize=["layer", "limit_ns"])
-def wait_kernel(flag_ptr, step_ptr, status_ptr, layer, limit_ns, STRIDE: tl.constexpr):
+def wait_kernel(flag_ptr, step_ptr, status_ptr, layer, waited_ptr, limit_ns, STRIDE: tl.constexpr):
     """One program a flag: until it says `layer` of the step. Whoever waited too long says so in the status, and from
-    then on nobody waits in this step."""
+    then on nobody waits in this step. waited: int64, the nanoseconds that each program waited are added."""
     step = tl.load(step_ptr)
     if step >= 0:
         flag = flag_ptr + tl.program_id(0) * STRIDE
+        waited = waited_ptr + tl.program_id(0)
+        before = tl.load(waited)
+        began = globaltimer()
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
         if tl.load(status_ptr) == 0:
-            end = globaltimer() + limit_ns
+            end = began + limit_ns
             while (seen < step + layer) & (globaltimer() < end):
                 seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
         if seen < step + layer:
             tl.atomic_xchg(status_ptr, 1)
+        tl.store(waited, before + (globaltimer() - began))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -47,6 +51,7 @@ def ask_kernel(
     word_ptr,  # out int32 [P]: expert and worker, ascending by expert within a row; -1: nobody's
     place_ptr,  # out int32 [P]: where each choice is in `word`, which is where its row will be; -1: nobody's
     count_ptr,  # int64 [E]: the pairs of each expert are added to it
+    sent_ptr,  # int64 [workers]: the rows that each worker is to take are added to it
     n_rows,  # of x; programs beyond it say that there is no row
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -64,6 +69,8 @@ def ask_kernel(
     at = t * K + tl.sum(before.to(tl.int32), 1)
     tl.store(word_ptr + at, tl.where(is_held, (owner << 16) | ids, -1), mask=k < K)
     tl.atomic_add(count_ptr + ids, 1, mask=is_held)
+    again = (owner[None, :] == owner[:, None]) & (k[None, :] < k[:, None])
+    tl.atomic_add(sent_ptr + owner, 1, mask=is_held & (tl.sum(again.to(tl.int32), 1) == 0))
     if t < n_rows:
         tl.store(place_ptr + t * K + k, tl.where(is_held, at, -1), mask=k < K)
         for first in range(0, D, BD):
@@ -78,6 +85,7 @@ def take_kernel(
     word_ptr,  # int32 [P], the router's
     step_ptr,  # int64: below 0, the router takes no part in this step
     status_ptr,  # int64: above 0, the step is void
+    pairs_ptr,  # int64: the pairs that are ours are added to it
     out_ptr,  # out [T, D]: the rows that have a choice here
     ids_ptr,  # out int32 [P]: the expert of each pair that is ours, -1: not ours
     me,
@@ -93,7 +101,9 @@ def take_kernel(
     word = tl.load(word_ptr + t * K + k, mask=(k < K) & is_on, other=-1)
     ours = (word >= 0) & ((word >> 16) == me)
     tl.store(ids_ptr + t * K + k, tl.where(ours, word & 0xFFFF, -1), mask=k < K)
-    if tl.max(ours.to(tl.int32), 0) > 0:
+    n_ours = tl.sum(ours.to(tl.int32), 0)
+    if n_ours > 0:
+        tl.atomic_add(pairs_ptr, n_ours.to(tl.int64))
         for first in range(0, D, BD):
             d = first + tl.arange(0, BD)
             row = t.to(tl.int64) * D + d

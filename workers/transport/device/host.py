@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.errors import DeviceError
-from workers.transport.device.launch import STRIDE, Turn
+from workers.transport.device.launch import STRIDE, Asked, Taken, Turn
 from workers.transport.device.rows import StepRows
 
 _NAME = "expertmesh-rows"
@@ -66,8 +66,9 @@ class HostLaunch:
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
 
-    def ask(self, rows: StepRows, turn: Turn, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor, count_E: Tensor) -> Tensor:
-        n_rows, top_k = ids_TK.shape
+    def ask(self, rows: StepRows, turn: Turn, x_TD: Tensor, ids_TK: Tensor, owner_LE: Tensor, counts: Asked) -> Tensor:
+        (n_rows, top_k), layer = ids_TK.shape, turn.layer - 1
+        owner_E, count_E = owner_LE[layer], counts.count_LE[layer]
         ids_TK = ids_TK.to(torch.int32)
         order_TK = ids_TK.argsort(dim=1, stable=True)
         sorted_TK = ids_TK.gather(1, order_TK)
@@ -76,21 +77,24 @@ class HostLaunch:
         at_TK = torch.arange(n_rows * top_k, dtype=torch.int32).view(n_rows, top_k)
         place_TK = torch.empty_like(at_TK).scatter_(1, order_TK, torch.where(owner_TK >= 0, at_TK, -1))
         count_E += sorted_TK[owner_TK >= 0].bincount(minlength=len(count_E))
+        for worker in range(len(counts.rows_N)):
+            counts.rows_N[worker] += (owner_TK == worker).any(1).sum()
         rows.x_TD[:n_rows] = x_TD
         rows.word_P.fill_(-1)
         rows.word_P[: n_rows * top_k] = word_TK.flatten()
         _signal(rows.asked[0], turn)
         return place_TK
 
-    def await_done(self, rows: StepRows, turn: Turn) -> None:
-        for flag in rows.done[:, 0]:
-            self._wait(flag, turn)
+    def await_done(self, rows: StepRows, turn: Turn, counts: Asked) -> None:
+        for flag, waited in zip(rows.done[:, 0], counts.waited_N, strict=True):
+            self._wait(flag, turn, waited)
 
-    def take(self, rows: StepRows, turn: Turn, worker: int, x_TD: Tensor, ids_TK: Tensor) -> None:
-        self._wait(rows.asked[0], turn)
+    def take(self, rows: StepRows, turn: Turn, worker: int, x_TD: Tensor, ids_TK: Tensor, counts: Taken) -> None:
+        self._wait(rows.asked[0], turn, counts.waited)
         word_TK = rows.word_P[: ids_TK.numel()].view(ids_TK.shape)
         is_on = int(turn.step) >= 0 and int(turn.status) == 0
         ids_TK.copy_(torch.where((word_TK >> 16 == worker) & (word_TK >= 0) & is_on, word_TK & 0xFFFF, -1))
+        counts.pairs.add_((ids_TK >= 0).sum())
         x_TD.copy_(rows.x_TD[: len(x_TD)])
 
     def give(self, rows: StepRows, turn: Turn, worker: int, y_PD: Tensor, place_P: Tensor, ids_P: Tensor) -> None:
@@ -100,13 +104,15 @@ class HostLaunch:
         rows.y_PD[: len(place_P)][here_P] = y_PD[place_P[here_P].long()]
         _signal(rows.done[worker, 0], turn)
 
-    def _wait(self, flag: Tensor, turn: Turn) -> None:
+    def _wait(self, flag: Tensor, turn: Turn, waited: Tensor) -> None:
         if int(turn.step) < 0:
             return
         wanted = int(turn.step) + turn.layer
-        end = time.monotonic() + (self._limit_s if int(turn.status) == 0 else 0)
+        began = time.monotonic()
+        end = began + (self._limit_s if int(turn.status) == 0 else 0)
         while int(flag) < wanted and time.monotonic() < end:
             time.sleep(_SPIN_S)
+        waited += int(1e9 * (time.monotonic() - began))
         if int(flag) < wanted:
             turn.status.fill_(1)
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.kernels.ops import Delta, Ops, Unsummed
-from workers.transport.device.launch import STRIDE, Launch, Turn
+from workers.transport.device.launch import STRIDE, Asked, Launch, Turn
 from workers.transport.device.rows import StepRows
 
 
@@ -23,12 +25,20 @@ class Sent(NamedTuple):
     weights_TK: Tensor
 
 
+class Report(NamedTuple):
+    """Of a step. Legend: N workers, by the numbers that the router gave them."""
+
+    is_void: bool  # a worker did not answer in time: what the step gave is worth nothing
+    pairs_LE: NDArray[np.int64]
+    rows_N: NDArray[np.int64]  # that the worker took
+    waited_ns_N: NDArray[np.int64]
+
+
 class StepExperts:
     """Every layer of a step in order, none left out. Whoever launches, or replays, calls `begin_step` before.
 
     `owner_LE`, int32 on the device, is the number of the worker that computes each expert. It may be written to between
-    two steps: a captured step follows. `report`, int64 [1 + L * E] on the device, says of the step: first whether it is
-    void, because a worker did not answer in time, and what it gave is worth nothing; then the pairs of each expert.
+    two steps: a captured step follows. `report`, int64 on the device, is what `read` reads.
     """
 
     only_launches = True
@@ -36,8 +46,10 @@ class StepExperts:
     def __init__(self, rows: StepRows, owner_LE: Tensor, launch: Launch) -> None:
         device = rows.x_TD.device
         self.owner_LE = owner_LE
-        self.report = torch.zeros(1 + owner_LE.numel(), dtype=torch.int64, device=device)
-        self._status, self._count_LE = self.report[:1], self.report[1:].view(owner_LE.shape)
+        n_workers = rows.layout.n_workers
+        self.report = torch.zeros(1 + 2 * n_workers + owner_LE.numel(), dtype=torch.int64, device=device)
+        self._status, both_2N = self.report[:1], self.report[1 : 1 + 2 * n_workers].view(2, n_workers)
+        self._counts = Asked(self.report[1 + 2 * n_workers :].view(owner_LE.shape), *both_2N)
         self._step = torch.full((1,), -1, dtype=torch.int64, device=device)  # before the first, nobody is asked
         self._rows = rows
         self._launch = launch
@@ -49,16 +61,22 @@ class StepExperts:
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Sent:
         """Let the workers have the rows; see `workers.model.experts.Experts`. An id below 0 is nobody's."""
-        owner_E, count_E = self.owner_LE[layer], self._count_LE[layer]
-        place_TK = self._launch.ask(self._rows, self._turn(layer), x_TD, expert_ids_TK, owner_E, count_E)
+        place_TK = self._launch.ask(self._rows, self._turn(layer), x_TD, expert_ids_TK, self.owner_LE, self._counts)
         return Sent(layer, place_TK, weights_TK)
 
     def combine(self, handle: Sent) -> Delta:
         """What the workers gave: on a GPU not added up yet, elsewhere y_TD, in the dtype of the rows."""
-        self._launch.await_done(self._rows, self._turn(handle.layer))
+        self._launch.await_done(self._rows, self._turn(handle.layer), self._counts)
         rows_PD = self._rows.y_PD[: handle.place_TK.numel()]
         unsummed = Unsummed(rows_PD, handle.place_TK, handle.weights_TK)
         return unsummed if rows_PD.is_cuda else added_up(unsummed)
+
+    def read(self) -> Report:
+        """What the step was; waits for its end."""
+        said: NDArray[np.int64] = self.report.cpu().numpy()
+        n_workers = self._rows.layout.n_workers
+        status, rows_N, waited_N, count_P = np.split(said, (1, 1 + n_workers, 1 + 2 * n_workers))
+        return Report(bool(status[0]), count_P.reshape(self.owner_LE.shape), rows_N, waited_N)
 
     def by(self, ops: Ops) -> None:
         """Nothing: nobody else's operations capture what is computed elsewhere."""

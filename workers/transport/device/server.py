@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from workers.device import end_if_lost
 from workers.errors import DeviceError
 from workers.kernels.cuda.graphs import capture
+from workers.kernels.sizes import powers_up_to
 from workers.transport.device import memory
 from workers.transport.device.agreement import PAGE_BYTES, Step, Words, WorkerSide
 from workers.transport.device.offer import Offer, Shape
@@ -22,11 +24,16 @@ from workers.transport.device.rows import StepRows
 from workers.transport.device.way import words
 from workers.transport.device.worker import Shard, StepWorker
 from workers.transport.shm.memory import NotShared, OwnMemory, PeerMemory
+from workers.transport.threads import serve_thread
 
 _log = logging.getLogger(__name__)
 
 _SPINS = 20_000  # looks at the pages before the thread begins to sleep between them
 _NAP_S = 0.0005
+
+
+#: Pairs of a step, and the nanoseconds in which they were computed: those in which no router was waited for.
+Computed = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,9 +57,11 @@ class DeviceServer:
 
     name = "device"
 
-    def __init__(self, shard: Shard, limit_s: float) -> None:
-        """limit_s: how long a step waits for a router before it is void. Raises NotShared."""
+    def __init__(self, shard: Shard, limit_s: float, computed: Computed = lambda n_pairs, spent_ns: None) -> None:
+        """limit_s: how long a step waits for a router before it is void. computed: is told of each step. Raises
+        NotShared."""
         self._shard = shard
+        self._computed = computed
         self._limit_s = limit_s
         self._page = OwnMemory(PAGE_BYTES)
         self._side = WorkerSide(words(self._page))
@@ -60,8 +69,7 @@ class DeviceServer:
         self._lock = threading.Lock()
         self._changed = False
         self._stopping = False
-        self._thread = threading.Thread(target=self._serve, name="device steps", daemon=True)
-        self._thread.start()
+        self._thread = serve_thread(self._serve, "device steps")
 
     def accept(self, offer: str, router: str) -> Joining:
         """Map the rows of `router`. Raises DeviceError saying why not."""
@@ -133,7 +141,12 @@ class DeviceServer:
                 self._side.joined(number, router.words)
         if not routers:
             return None
-        steps = _Steps(self._shard, routers, self._limit_s)
+        try:
+            steps = _Steps(self._shard, routers, self._limit_s, self._computed)
+        except Exception as error:  # of the card or its driver: rows come over the stream then
+            end_if_lost(self._shard.device, error)
+            _log.exception("steps of %d routers cannot be captured; their rows come over gRPC", len(routers))
+            return None
         self._side.ready(routers)
         return steps
 
@@ -162,20 +175,24 @@ class Joining:
 class _Steps:
     """The steps of a set of routers: on a GPU captured, one graph for each number of rows."""
 
-    def __init__(self, shard: Shard, routers: dict[int, Joined], limit_s: float) -> None:
+    def __init__(self, shard: Shard, routers: dict[int, Joined], limit_s: float, computed: Computed) -> None:
         self.routers = routers
+        self._computed = computed
         shape = next(iter(routers.values())).rows.layout
         most = max(router.rows.layout.n_rows for router in routers.values())
         self._at = {number: at for at, number in enumerate(routers)}
         self._worker = StepWorker(shard, memory.launch(shard.device, limit_s), len(routers), most, shape.top_k)
-        self._runs = {n_rows: self._make(n_rows) for n_rows in buckets(most)}
+        self._runs = {n_rows: self._make(n_rows) for n_rows in powers_up_to(most)}
 
     def run(self, step: Step) -> bool:
         """One step; whether it was void."""
         n_rows = next(n for n in self._runs if n >= min(step.n_rows, max(self._runs)))
         self._worker.begin_step(step.number, [self._at[number] for number in step.routers if number in self._at])
+        began = time.perf_counter_ns()
         self._runs[n_rows]()
-        return bool(int(self._worker.status))  # waits for the end
+        report = self._worker.read()
+        self._computed(report.n_pairs, max(0, time.perf_counter_ns() - began - report.waited_ns))
+        return report.is_void
 
     def _make(self, n_rows: int) -> Callable[[], None]:
         parts = {self._at[number]: (router.rows, router.me) for number, router in self.routers.items()}
@@ -184,11 +201,6 @@ class _Steps:
             self._worker.run(parts, n_rows)
 
         return captured(run, lambda: self._worker.begin_step(0, ())) if self._worker.on_gpu else run
-
-
-def buckets(most: int) -> list[int]:
-    """Numbers of rows for which steps are captured: powers of two up to `most`, and that."""
-    return [*(1 << n for n in range(most.bit_length()) if 1 << n < most), most]
 
 
 def captured(run: Callable[[], None], begin: Callable[[], None]) -> Callable[[], None]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from workers.transport.base import FastWay, Offered, Pair, StepReport, Tag
+from workers.transport.base import FastWay, Offered, Pair, StepReport, StepTraffic, Tag
 from workers.transport.device import memory
 from workers.transport.device.agreement import PAGE_BYTES, RouterSide, Words
 from workers.transport.device.offer import MAX_WORKERS, Offer, Shape
@@ -48,6 +48,7 @@ class DeviceWay:
         self._joined: dict[str, PeerMemory] = {}
         self._workers: tuple[str, ...] = ()
         self._owners: NDArray[np.int32] | None = None
+        self._place_P = np.empty(0, np.int32)  # of each expert: its worker, by its place in `_workers`
         self._was_void = False
         self._lock = threading.Lock()
         owner_LE = torch.full((shape.n_layers, shape.n_experts), -1, dtype=torch.int32, device=device)
@@ -81,6 +82,7 @@ class DeviceWay:
         owners: NDArray[np.int32] = numbers[owner_LE]
         if workers != self._workers or self._owners is None or not np.array_equal(owners, self._owners):
             self._put_owners(owners, numbers.tolist())
+            self._place_P = owner_LE.ravel()
             self._workers = workers
             self._side.conducts(int(numbers[0]))
         return True
@@ -98,9 +100,19 @@ class DeviceWay:
     def end_step(self) -> StepReport | None:
         """Wait for the end of the step; None when it is void, because a worker did not answer in time. Then none begins
         before its workers rest."""
-        report = self.experts.report.cpu().numpy()
-        self._was_void = bool(report[0])
-        return None if self._was_void else StepReport(report[1:].reshape(self.shape.n_layers, self.shape.n_experts))
+        report = self.experts.read()
+        self._was_void = report.is_void
+        if report.is_void:
+            return None
+        numbers = [self._numbers[worker] for worker in self._workers]
+        pairs_N = np.bincount(self._place_P, report.pairs_LE.ravel(), len(numbers)).astype(np.int64)
+        traffic = zip(report.rows_N[numbers], pairs_N, report.waited_ns_N[numbers], strict=True)
+        return StepReport(report.pairs_LE, tuple(self._traffic(*map(int, each)) for each in traffic))
+
+    def _traffic(self, n_rows: int, n_pairs: int, waited_ns: int) -> StepTraffic:
+        """What a worker computes it counts itself: nothing of it comes back with the rows."""
+        row_bytes = self.shape.layout.row_bytes
+        return StepTraffic(n_rows * row_bytes, n_pairs * row_bytes, waited_ns / 1e9, 0.0)
 
     def joined(self, worker: str, page: PeerMemory) -> None:
         """`worker` has mapped the rows; its page."""

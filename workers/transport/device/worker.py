@@ -7,12 +7,12 @@ Legend: M routers, T token rows of each, K experts a token, P = M * T * K pairs,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from workers.transport.device.launch import STRIDE, Launch, Turn
+from workers.transport.device.launch import STRIDE, Launch, Taken, Turn
 from workers.transport.device.rows import StepRows
 
 _NO_PART = -(1 << 62)
@@ -31,13 +31,23 @@ class Shard(Protocol):
     def fixed(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class Report(NamedTuple):
+    """Of a step."""
+
+    is_void: bool
+    n_pairs: int
+    waited_ns: int  # for routers
+
+
 class StepWorker:
     """All layers of a step for the routers whose memory this worker has mapped. `run` only launches."""
 
     def __init__(self, shard: Shard, launch: Launch, n_routers: int, n_rows: int, top_k: int) -> None:
         """n_rows: T, the most rows of a router in a step."""
         device = shard.device
-        self.status = torch.zeros(1, dtype=torch.int64, device=device)
+        self._report = torch.zeros(3, dtype=torch.int64, device=device)
+        self._status = self._report[:1]
+        self._counts = Taken(self._report[1:2], self._report[2:])
         self._shard, self._launch, self._top_k = shard, launch, top_k
         self._step_M = torch.full((n_routers,), _NO_PART, dtype=torch.int64, device=device)
         self._x = torch.zeros(n_routers * n_rows, shard.hidden_size, dtype=shard.dtype, device=device)
@@ -46,11 +56,11 @@ class StepWorker:
     @property
     def on_gpu(self) -> bool:
         """Whether launches can be captured."""
-        return self.status.is_cuda
+        return self._report.is_cuda
 
     def begin_step(self, step: int, taking_part: Sequence[int]) -> None:
         """Number the step that follows, and name the routers that have rows in it."""
-        self.status.zero_()
+        self._report.zero_()
         steps = torch.full((len(self._step_M),), _NO_PART, dtype=torch.int64)
         steps[list(taking_part)] = step * STRIDE
         self._step_M.copy_(steps, non_blocking=False)
@@ -67,7 +77,7 @@ class StepWorker:
             for at, number in enumerate(numbers):
                 rows, me = routers[number]
                 part = slice(at * n_rows, (at + 1) * n_rows)
-                self._launch.take(rows, self._turn(number, layer), me, x_TD[part], ids_TK[part])
+                self._launch.take(rows, self._turn(number, layer), me, x_TD[part], ids_TK[part], self._counts)
             y_PD, place_P = self._shard.fixed(layer, x_TD, ids_TK)
             for at, number in enumerate(numbers):
                 rows, me = routers[number]
@@ -76,5 +86,10 @@ class StepWorker:
                 ids_P = ids_TK[part].flatten()
                 self._launch.give(rows, self._turn(number, layer), me, y_PD, place_P[pairs], ids_P)
 
+    def read(self) -> Report:
+        """What the step was; waits for its end."""
+        status, n_pairs, waited_ns = self._report.tolist()
+        return Report(bool(status), n_pairs, waited_ns)
+
     def _turn(self, router: int, layer: int) -> Turn:
-        return Turn(self._step_M[router : router + 1], self.status, layer + 1)
+        return Turn(self._step_M[router : router + 1], self._status, layer + 1)

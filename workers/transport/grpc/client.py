@@ -16,6 +16,7 @@ from workers.transport.grpc.handshake import Hello
 from workers.transport.grpc.link import Link
 from workers.transport.grpc.pulse import SILENT_AFTER_S, Pulse
 from workers.transport.grpc.stream import StreamBroken
+from workers.transport.threads import serve_thread
 
 _WATCH_S = 0.05
 _OVERDUE_S = 0.1  # a reply that takes longer is reason enough to ask whether its worker lives
@@ -58,7 +59,7 @@ class GrpcTransport:
         self._pulses: dict[str, Pulse] = {}
         self._failed: dict[str, str] = {}  # workers to whom no stream could be opened, and why
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="exchange-watchdog", daemon=True).start()
+        serve_thread(self._watch, "exchange-watchdog")
 
     def connect(self, worker: str, address: str) -> None:
         """Open the way to `worker`; reopen it if it broke or the address changed. Returns before it is usable."""
@@ -173,7 +174,7 @@ class GrpcTransport:
                 continue
             changed = True
             link = self._links.get(worker)
-            if pulse.answers is False and link is not None:
+            if pulse.answers is False and link is not None and link.stream.address == pulse.address:
                 link.stream.cancel("its process does not answer")
         if changed:
             self._on_reach()

@@ -137,6 +137,9 @@ class Link:
             words = self.stream.greeting()
         except StreamBroken as broken:
             self._words.set_exception(broken)
+        except Exception as error:  # of ours; the step loop would wait for these words for ever
+            _log.exception("greeting of worker %s", self._worker)
+            self._words.set_exception(StreamBroken(f"its greeting failed: {error}"))
         else:
             self.stream.deadline = math.inf
             self._words.set_result(words)

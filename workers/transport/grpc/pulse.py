@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import grpc
@@ -20,7 +21,8 @@ _RETRY = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backo
 
 
 class Pulse:
-    """The health checks of one worker, over a connection of their own. One thread calls `look`, again and again.
+    """The health checks of one worker, over a connection of their own. One thread calls `look`, again and again; any
+    thread may `close`.
 
     A process that is stopped or stuck keeps its connections: only its silence tells. What is computed needs no Python
     lock, so a worker that computes for long answers.
@@ -33,6 +35,8 @@ class Pulse:
         self.answers: bool | None = None  # None: not known yet. For any thread.
         self._channel = open_channel(address, credentials, [*channel_options(_MESSAGE_BYTES), *_RETRY])
         self._check = health_pb2_grpc.HealthStub(self._channel).Check
+        self._lock = threading.Lock()
+        self._closed = False
         self._question: Any = None
         self._asked = 0.0
         self._next = 0.0
@@ -46,6 +50,16 @@ class Pulse:
 
         now: time.monotonic(). lag_s: how long this process stood still meanwhile, which is not the other's silence.
         """
+        with self._lock:  # nobody is asked over a connection that is closed
+            return not self._closed and self._look(now, lag_s)
+
+    def close(self) -> None:
+        """Ask no more."""
+        with self._lock:
+            self._closed = True
+            self._channel.close()
+
+    def _look(self, now: float, lag_s: float) -> bool:
         before, question = self.answers, self._question
         self._asked += lag_s
         if question is not None and question.done():
@@ -58,7 +72,3 @@ class Pulse:
         elif question is None and now >= self._next:
             self._question, self._asked = self._check.future(health_pb2.HealthCheckRequest()), now
         return self.answers is not before
-
-    def close(self) -> None:
-        """Ask no more."""
-        self._channel.close()

@@ -63,7 +63,7 @@ class ExpertServer:
         self._ways = [make(self._batcher) for make in ways]
         self._credentials = credentials
         self._streams = 0
-        self._fast = 0  # of them, those that take a faster way
+        self._accepted: set[Accepted] = set()  # their faster ways
         self._in_hand = 0  # messages that came and are not answered
         self._loop = LoopThread("expert-server")
         try:
@@ -91,17 +91,19 @@ class ExpertServer:
             return
         self._loop.run(self._stop(grace_s))
         self._loop.close()
+        while self._accepted:  # of streams that ended too late to close them
+            self._accepted.pop().close()
 
     def numbers(self) -> dict[str, object]:
         """For people: experts held, bytes, rows and seconds computed, open streams."""
         return {
-            "experts": len(self._shard.slots),
+            "experts": self._shard.n_held,
             "weight_bytes": self._shard.weight_bytes,
             "rows": self._batcher.rows,
             "compute_seconds": round(self._batcher.compute_seconds, 3),
             "waited_seconds": round(self._batcher.waited_seconds, 3),
             "streams": self._streams,
-            "streams_over_shared_memory": self._fast,
+            "streams_over_shared_memory": len(self._accepted),
         }
 
     async def _listen(self, host: str, port: int) -> str:
@@ -137,7 +139,6 @@ class ExpertServer:
         self._streams += 1
         try:
             if accepted is not None:
-                self._fast += 1
                 accepted.start()
             while (first := await _read(context, nonsense)) is not grpc.aio.EOF:
                 self._take_in_hand(1)
@@ -151,8 +152,8 @@ class ExpertServer:
             ended.set()
             self._streams -= 1
             if accepted is not None:
-                self._fast -= 1
                 await self._loop.off_loop(accepted.close)
+                self._accepted.discard(accepted)
 
     async def _greet(self, context: Context, nonsense: asyncio.Future[str]) -> Accepted | None:
         """Refuse whoever awaits another worker or model; else say who this is, and which faster way it takes.
@@ -179,6 +180,7 @@ class ExpertServer:
                 continue
             try:
                 accepted = await self._loop.off_loop(way.accept, offer, asked.router, end)
+                self._accepted.add(accepted)
                 words.append((key(way.name, "accept"), accepted.text))
             except Declined as declined:
                 words.append((key(way.name, "declined"), str(declined)))

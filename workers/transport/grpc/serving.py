@@ -7,6 +7,7 @@ come too often, connections without a call and handshakes that do not end are cl
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -27,6 +28,9 @@ _WINDOW_BYTES = 16 << 20
 _HTTP2_FRAME_BYTES = (1 << 24) - 1  # the most that HTTP/2 allows
 _MOST_WATCHES = 64  # of the health service, which asks for no token
 _HEALTH = "/grpc.health.v1.Health/"
+# gRPC's limit on a header block counts once the peer has acknowledged it. Until then half a million entries may become
+# Python objects at once, of which by default each 700 start a garbage collection: most of the time it would take.
+_OBJECTS_BEFORE_COLLECTION = 100_000
 
 
 def _options(message_bytes: int) -> list[Option]:
@@ -113,6 +117,7 @@ class Server:
 
     async def start(self) -> None:
         """Take calls from now on."""
+        gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
         await self.grpc.start()
 
     async def set_serving(self, is_serving: bool) -> None:

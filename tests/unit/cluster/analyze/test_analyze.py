@@ -174,3 +174,10 @@ def test_texts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(TextError, match=said):
             read_domains([tmp_path / name for name in names])
+
+
+def test_lines_of_json_may_have_other_separators_in_them(tmp_path: Path) -> None:
+    """U+2028 ends no line of JSON, and a mark at the beginning of a file is none of its text."""
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "one\u2028two"}\r\n{"text": "three"}\n', newline="")
+    (domain,) = read_domains([tmp_path / "a.jsonl"])
+    assert domain.documents == ("one\u2028two", "three")

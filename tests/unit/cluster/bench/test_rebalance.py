@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 
 import pytest
 
+from cluster.bench import rebalance
+from cluster.bench.chaos_stream import Stream
+from cluster.bench.gateway import Client
 from cluster.bench.rebalance import show, skewed
 from cluster.errors import ExpertMeshError
 
@@ -38,3 +43,23 @@ def test_forecast_and_measurement_stand_side_by_side(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "forecast: imbalance 2.000 -> 1.010, experts' time -49.5%, 7 replicas to load"
     assert said[1].startswith("measured: imbalance 2.100 -> 1.050, 100.0 -> 125.0 tokens/s (+25.0%)")
+
+
+@pytest.mark.anyio
+async def test_prompts_are_new_ones_and_count_as_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch prompts that a router finds in its cache, and a rate that tells of answers alone."""
+    prompts = []
+
+    async def follow(_: Any, request: dict[str, Any], seen: Stream) -> None:
+        prompts.append(tuple(request["prompt"]))
+        seen.arrivals += [time.monotonic()] * 3
+        if len(prompts) < 4:
+            return
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(rebalance, "follow", follow)
+    async with rebalance.Traffic(Client("", None, ""), [{"prompt": "a sentence"}] * 2, prompt_tokens=10) as traffic:
+        begin = time.monotonic()
+        tokens = await traffic.rate(0.2) * (time.monotonic() - begin)
+    assert len(set(prompts)) == len(prompts) == 5 and {len(prompt) for prompt in prompts} == {10}
+    assert tokens > 40, "each of the prompts counts ten, and its answer two"

@@ -28,7 +28,7 @@ async def test_a_process_that_is_stopped_is_ended_and_that_of_another_node_is_no
             patch.setattr(module, "_SWEEP_S", 0.01)
             patch.setattr(membership, "HUNG_AFTER_S", 0.2)
             options = Options(AdminOptions("127.0.0.1", 0, "t"), MetricsOptions("127.0.0.1", 0, False))
-            launcher: Any = SimpleNamespace(present=lambda: frozenset(["expert-0"]))
+            launcher: Any = SimpleNamespace(present=lambda: frozenset(["expert-0"]), n_gateways=0)
             controller = Controller(striped(1, 1, ["expert-0"]), Processes(), launcher, options)
             await controller.sync(Member("expert", "expert-1", other.pid, "elsewhere", "ready", ""), 0)
             await controller.sync(Member("expert", "expert-0", mine.pid, "here", "ready", ""), 0)

@@ -9,7 +9,7 @@ import pytest
 from cluster.fleet.mps import Mps
 
 CONTROL = """#!/bin/sh
-if [ "$1" = -d ]; then echo up > "$CUDA_MPS_PIPE_DIRECTORY/state"; exit %d; fi
+if [ "$1" = -d ]; then echo "sees ${CUDA_VISIBLE_DEVICES-all}" > "$CUDA_MPS_PIPE_DIRECTORY/state"; exit %d; fi
 read word; [ "$word" = quit ] && rm "$CUDA_MPS_PIPE_DIRECTORY/state"
 """
 
@@ -23,10 +23,11 @@ def installed(directory: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> 
 
 def test_it_lives_as_long_as_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(tmp_path, monkeypatch, status=0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")  # it would call them 0 and 1, and its processes 2 and 3
     mps = Mps(tmp_path)
     assert mps.start() == ""
     state = Path(mps.variables["CUDA_MPS_PIPE_DIRECTORY"], "state")
-    assert state.exists()
+    assert state.read_text() == "sees all\n"
     mps.stop()
     assert not state.exists()
     mps.stop()

@@ -1,7 +1,7 @@
-"""Steps as a GPU takes them, on a CPU: the kernels in Triton's interpreter, graphs that run their launches again.
+"""Steps of a router on a GPU over a group, on a CPU: the kernels in Triton's interpreter, graphs that compute anew.
 
-Catches what only a GPU would show otherwise: a step ahead that reads another token, a captured step that keeps a row or
-a choice of the one before, a group that ends with tokens lost or changed. Capturing itself a GPU has to show.
+Catches a captured step that keeps a row or a choice of the one before, and a group that ends with tokens lost or
+changed. Capturing itself a GPU has to show.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -26,7 +25,6 @@ from cluster.models.random import SMALL, write_random
 from cluster.placement.placement import striped
 from cluster.router.build import build_model
 from cluster.router.compute import Compute, HostCompute
-from cluster.router.device_compute import DeviceCompute
 from cluster.router.engine import Engine
 from cluster.router.exchange.exchange import Exchange
 from cluster.router.exchange.step_compute import ExchangeCompute
@@ -34,18 +32,19 @@ from cluster.router.params import SamplingParams, StepOutput
 from tests.contract.collective_harness import CollectiveWorkers
 from tests.contract.harness import start_all
 from tests.contract.test_same_bits import OnDisk
+from tests.fake_gpu import captures
 from tests.interpreter import quick_interpreter
 from workers.checkpoint import Checkpoint
 from workers.kernels.cuda.ops import CudaOps
 from workers.kernels.ops import Ops
-from workers.model.decode_graphs import DecodeGraphs, size_of
+from workers.model.decode_graphs import size_of
 from workers.model.decoder import Decoder
 from workers.shard import ExpertShard
 from workers.transport.collective.client import CollectiveTransport
 from workers.transport.collective.steps import CollectiveSteps
 from workers.weights import FORMATS
 
-__all__ = ["quick_interpreter"]
+__all__ = ["captures", "quick_interpreter"]
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # of the interpreter
 SPEC = replace(
     SMALL, hidden_size=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=64, ffn_size=64, n_experts=4, vocab_size=96,
@@ -55,41 +54,15 @@ CONFIG = Config(dtype="float16", kv_cache_mb=1, block_size=16, max_sequences=3, 
 Result = dict[str, tuple[list[int], list[list[list[int]]]]]
 
 
-class Graph:
-    """What was captured: run again, with the results where the first ones are."""
-
-    def __init__(self, function: Callable[[Ops], Tensor], ops: Callable[[], Ops], result: Tensor) -> None:
-        self._function, self._ops, self._result = function, ops, result
-
-    def replay(self) -> None:
-        self._result.copy_(self._function(self._ops()))
-
-
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operations of a GPU on this CPU; what is captured is what was computed last."""
-    computed: list[Tensor] = []
-    compute = DecodeGraphs._compute
-
-    def computes(self: DecodeGraphs, *args: Any) -> Tensor:
-        computed[:] = [compute(self, *args)]
-        return computed[0]
-
-    def capture(self: CudaOps, function: Callable[[Ops], Tensor]) -> tuple[Graph, Tensor]:
-        def fresh() -> CudaOps:  # what operations keep of a step is computed anew by a replay
-            return CudaOps(self.device, self.dtype, self._live, self._most_items)
-
-        return Graph(function, fresh, computed[0]), computed[0]
+def gpu(monkeypatch: pytest.MonkeyPatch, captures: None) -> None:
+    """Operations of a GPU on this CPU."""
 
     def ops_for(device: torch.device | str, dtype: torch.dtype) -> Ops:
         return CudaOps(torch.device(device), dtype)
 
     for module in (decoder_module, shard_module, exchange_module):
         monkeypatch.setattr(module, "ops_for", ops_for)
-    monkeypatch.setattr(DecodeGraphs, "_compute", computes)
-    monkeypatch.setattr(CudaOps, "capture", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +98,6 @@ def take(given: Result, output: StepOutput) -> None:
     tokens, routing = given[output.request_id]
     tokens += output.token_ids
     routing += [] if output.routing is None else output.routing.experts_NLK.tolist()
-
-
-def test_a_step_ahead_gives_the_tokens_of_steps_at_once(checkpoint: Path) -> None:
-    model = build_model(CONFIG, checkpoint)
-    assert isinstance(model.ops, CudaOps)
-    at_once = run(model, HostCompute(model))
-    assert at_once["0"][1], "nothing was said of the routing"
-    assert run(model, DeviceCompute(model, CONFIG.max_sequences, 64)) == at_once
 
 
 class Shards(OnDisk):
@@ -172,7 +137,7 @@ def test_steps_over_a_group_give_the_tokens_of_one_process_also_when_a_worker_di
         step_way=steps,
     )  # fmt: skip
     model = build_model(CONFIG, checkpoint, exchange)
-    compute = ExchangeCompute(model, exchange, CONFIG.max_sequences, 64)
+    compute = ExchangeCompute(model, exchange, CONFIG.max_sequences, 64, 8)
     assert run(model, compute) == want
     counters = exchange.counters
     assert counters.captured_steps >= 3

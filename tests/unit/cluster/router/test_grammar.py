@@ -73,8 +73,9 @@ def started(compiler: GrammarCompiler, source: str, emitted: Items[int] = (), **
 def run(sampler: Sampler, sequences: Items[Sequence]) -> None:
     """Until all have ended, on logits that are a function of the sequence alone."""
     while rows := [sequence for sequence in sequences if sequence.finish() is None]:
+        begun = sampler.begin(rows)
         logits_SV = np.stack([_logits(sequence) for sequence in rows])
-        for sequence, token in zip(rows, sampler.sample(logits_SV, rows), strict=True):
+        for sequence, token in zip(rows, sampler.sample(logits_SV, rows, begun), strict=True):
             assert isinstance(token, int), token
             sequence.append(token)
 

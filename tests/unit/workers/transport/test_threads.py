@@ -15,14 +15,27 @@ import asyncio
 async def stop(): asyncio.get_running_loop().stop()
 LoopThread('experts').run(stop())
 """
+_WATCHDOG = """
+from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.credentials import Credentials
+GrpcTransport._look = lambda *arguments: 1 / 0
+GrpcTransport("router-0", "m", Credentials("t"))
+"""
+_ENGINE = """
+from cluster.router.engine_thread import EngineThread
+class Engine:
+    has_work = staticmethod(lambda: True)
+    step = staticmethod(lambda: 1 / 0)
+EngineThread(Engine(), print).start()
+"""
 
 
-@pytest.mark.parametrize("end", [_RAISES, _STOPS])
+@pytest.mark.parametrize("end", [_RAISES, _STOPS, _WATCHDOG, _ENGINE])
 def test_its_process_ends_with_it(end: str) -> None:
     code = f"import time\nfrom workers.transport.threads import *\n{end}\ntime.sleep(30)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25, check=False)
     assert done.returncode == 1
-    assert "experts" in done.stderr
+    assert "its process ends" in done.stderr
 
 
 def test_a_loop_that_is_closed_leaves_the_process_alone() -> None:

@@ -21,6 +21,8 @@ from workers.kernels.cuda import attention, launch, rows, sampling, tiles
 from workers.kernels.cuda.experts import E4M3, Slots, compute, quantized_rows
 from workers.kernels.cuda.linear import linear
 from workers.kernels.ops import Unsummed
+from workers.transport.device.launch import Asked, CudaLaunch, Taken, Turn
+from workers.transport.device.rows import Layout, StepRows
 
 TARGETS = {"sm_80": ((8, 0), ("A100",)), "sm_89": ((8, 9), ("L40S", "")), "sm_90": ((9, 0), ("H200",)),
            "sm_100": ((10, 0), ("B200",))}  # fmt: skip
@@ -115,6 +117,20 @@ def everything(name: str, capability: tuple[int, int]) -> None:
     doubles = on(4, dtype=torch.float64)
     how = sampling.Draws(longs, longs, doubles, longs, doubles, doubles, longs, longs)
     sampling.draw(on(4, 151936, dtype=torch.float32), how, n)
+    steps(4096, 2)
+    steps(2880, 6)
+
+
+def steps(hidden: int, k: int) -> None:
+    """Both ends of a layer through device memory."""
+    layout = Layout(8, k, hidden, torch.bfloat16, 32)
+    shared, one = StepRows(ints(layout.n_bytes, dtype=torch.uint8), layout), ints(1, dtype=torch.int64)
+    n, turn, launched = ints(32, dtype=torch.int64), Turn(one, one, 1), CudaLaunch(1.0)
+    asked, ids_TK = Asked(ints(2, 8, dtype=torch.int64), n, n), ints(4, k, dtype=torch.int64)
+    launched.ask(shared, turn, on(4, hidden), ids_TK, ints(2, 8), asked)
+    launched.await_done(shared, turn, asked)
+    launched.take(shared, turn, 1, on(4, hidden), ints(4, k), Taken(one, one))
+    launched.give(shared, turn, 1, on(4 * k, hidden), ints(4 * k), ints(4 * k))
 
 
 def main(target: str) -> None:

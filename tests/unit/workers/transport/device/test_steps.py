@@ -23,13 +23,13 @@ from torch import Tensor
 
 from cluster.placement.placement import Placement, striped
 from cluster.router.exchange.exchange import Exchange
+from tests.contract.local_transport import LocalTransport
 from tests.contract.model import Batch, Model, batch
 from tests.unit.workers.transport.device.device_worker import LIMIT_S, serve
 from workers.transport.base import Tag
 from workers.transport.device.offer import Offer, Shape
 from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import DeviceWay
-from workers.transport.local import LocalTransport
 
 MODEL = Model(n_layers=3)
 CPU = torch.device("cpu")
@@ -251,6 +251,20 @@ def test_an_exchange_counts_the_rows_of_whole_steps_and_says_which_were_void(wor
     chosen_E = given.ids_TK.flatten().bincount(minlength=MODEL.n_experts).numpy()
     assert (exchange.counters.rows_LE == chosen_E).all()
     assert sum(exchange.counters.worker_rows().values()) == MODEL.n_layers * given.ids_TK.numel()
+    width = given.x_TD[0].nbytes
+    for index, worker in enumerate(placement.workers):  # a row travels once, its pairs come back
+        wanted_LTK = (owners(placement) == index)[:, given.ids_TK.numpy()]
+        traffic = exchange.counters.traffic[worker, "device"]
+        assert traffic.sent_bytes == wanted_LTK.any(2).sum() * width
+        assert traffic.received_bytes == wanted_LTK.sum() * width
+        assert 0 < traffic.wait_seconds < 20
+        end = time.monotonic() + 20
+        while True:  # it counts a step a moment after the router has it
+            workers.pipes[worker].send(("computed", ""))
+            n_pairs, seconds = workers.pipes[worker].recv()
+            if n_pairs or time.monotonic() > end:
+                break
+        assert (n_pairs, 0 < seconds < 20) == (wanted_LTK.sum(), True), "the controller would take it for idle"
     assert exchange.begin_steps(6)
     workers.kill("g")
     assert not whole_step()
