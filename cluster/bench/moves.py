@@ -81,6 +81,8 @@ class Moves:
         try:
             while self._report.done.total() < self._report.planned:
                 await self._one()
+                if watching.done():
+                    watching.result()  # it ends only by an error, and then nobody looks any more
         finally:
             watching.cancel()
         await self._settle()

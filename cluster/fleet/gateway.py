@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -31,6 +32,9 @@ from workers.transport.grpc.credentials import Credentials
 DEPLOYMENT = "gateway"  # its name in the application
 _LEAVING_S = 600.0  # for the requests of a gateway that leaves
 _POLL_S = 0.05
+# For how long a thread keeps the interpreter that another waits for. The loop gives it away with every message it reads
+# or writes, and would get it back 5 ms later, Python's default, as often as that while a large body is read beside it.
+_TURN_S = 0.0005
 
 
 class Gateway:
@@ -59,6 +63,7 @@ class Gateway:
         self._metrics.cluster = config.cluster_name or ""
         self._epoch = 0
         app = create_app(config, model, tokenizer, self._session, self._metrics, ControllerSource(controller))
+        sys.setswitchinterval(_TURN_S)
         gc.freeze()  # garbage collections, in which nothing else runs, need not look at what stays
         self._drain = Drain(app, lambda: self._membership.tell())
         collector, state = self._metrics.collector, lambda: self._state

@@ -182,9 +182,10 @@ class CompletionForm:
         }
 
     def _top(self, token_id: int, entry: TokenLogprobs) -> dict[str, float]:
-        """The likeliest tokens, and the one that was sampled."""
+        """The token that is there, first, as with vLLM, and the likeliest."""
         top = {self._names.name(other): finite(logprob) for other, logprob in reversed(entry.top[: self._logprobs])}
-        return dict(reversed(top.items())) | {self._names.name(token_id): finite(entry.logprob)}
+        own = {self._names.name(token_id): finite(entry.logprob)}
+        return own | dict(reversed(top.items())) | own
 
 
 def _echoed(choice: Choice) -> int:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cluster.errors import RequestError
@@ -13,12 +14,13 @@ from cluster.gateway import sampling
 from cluster.gateway.call_grammar import answer_or_calls, required_calls
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Choice
-from cluster.gateway.prompts import check_length, encode, give_way
+from cluster.gateway.prompts import aside, check_length, encode, give_way
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.schemas.messages import FunctionCall, Message
 from cluster.gateway.structured import check_alone, grammar_of
 from cluster.gateway.tools import Toolbox, format_of, marks, parser, taught, toolbox
 
+_MESSAGE_SIZE = 40  # characters that take as long to encode as a message, or a call in it, to render
 _OURS = frozenset({"messages", "tools", "template", "self"})  # names that a template gets from other fields
 
 
@@ -76,7 +78,8 @@ def _call(call: FunctionCall, id_: str | None) -> dict[str, Any]:
 
 async def render(gateway: Gateway, request: ChatRequest, tools: Toolbox) -> str:
     """The prompt of a conversation. Raises RequestError where the template refuses it."""
-    messages = plain_messages(request.messages)
+    size = _MESSAGE_SIZE * sum(1 + len(message.tool_calls or ()) for message in request.messages)
+    messages = await aside(plain_messages, request.messages, size)
     await give_way()
     described = tools.described
     more = dict(request.chat_template_kwargs or {})
@@ -97,13 +100,15 @@ async def render(gateway: Gateway, request: ChatRequest, tools: Toolbox) -> str:
         extra = {"add_generation_prompt": add_generation_prompt, "tools": described, **more}
         if is_foreign:
             return await gateway.templates.render(template or "", messages, **extra)
-        return gateway.tokenizer.apply_chat_template(messages, template, **extra)
+        apply = partial(gateway.tokenizer.apply_chat_template, template=template, **extra)
+        return await aside(apply, messages, size)
 
     knows_tools = gateway.tokenizer.tool_format if not is_foreign else "tools" in (template or "")
     if described is not None and not knows_tools:
         form = format_of(gateway, tools)
         assert form is not None
-        messages, described = taught(messages, described, form), None
+        messages = await aside(partial(taught, tools=described, form=form), messages, size)
+        described = None
     if not request.continue_final_message:
         return await rendered(add_generation_prompt=generate)
     last = messages[-1]["content"].strip()

@@ -21,7 +21,7 @@ from fastapi.routing import APIRoute
 from cluster.gateway.schemas.fields import CheckedIds
 
 _LARGE = 128 * 1024  # bytes; less takes milliseconds at most
-_MAX_SIZE = 100_000  # lists, objects and their keys in a body
+_MAX_SIZE = 50_000  # lists, objects and their keys in a body
 _MANY_IDS = 1000
 # Plain values of a list, each with the comma after it: as many as the reader in C reads in less than a millisecond.
 # Nothing here is tried in two ways (`+` after a quantifier), so that the time is linear in the length.

@@ -38,18 +38,19 @@ async def encode(gateway: Gateway, text: str, *, add_special_tokens: bool) -> li
 
 async def decode(gateway: Gateway, ids: list[int]) -> str:
     """The text of `ids`, special tokens by their names; beside the event loop where they are many."""
-    return await _off_loop(lambda ids: gateway.tokenizer.decode(ids, skip_special_tokens=False), ids, len(ids))
+    return await aside(lambda ids: gateway.tokenizer.decode(ids, skip_special_tokens=False), ids, len(ids))
 
 
 async def echo_of(gateway: Gateway, text: str | None, prompt_ids: list[int]) -> Echo:
     """The prompt as a part of the answer: as it was sent, or, if as token ids, as those are spelt."""
     if text is None:
-        return Echo(*await _off_loop(gateway.tokenizer.spell, prompt_ids, len(prompt_ids)))
-    offsets = await _off_loop(gateway.tokenizer.offsets, text, len(text))
+        return Echo(*await aside(gateway.tokenizer.spell, prompt_ids, len(prompt_ids)))
+    offsets = await aside(gateway.tokenizer.offsets, text, len(text))
     return Echo(text, offsets or [0] * len(prompt_ids))  # an empty text has its first token only
 
 
-async def _off_loop(function: Callable[[_In], _Out], value: _In, size: int) -> _Out:
+async def aside(function: Callable[[_In], _Out], value: _In, size: int) -> _Out:
+    """`function(value)`; beside the event loop where that is as much work as a text of `size` characters, if long."""
     return function(value) if size < _LONG else await asyncio.to_thread(function, value)
 
 

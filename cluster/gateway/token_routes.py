@@ -42,7 +42,7 @@ def token_routes(gateway: Gateway) -> APIRouter:
         """The text of token ids, special tokens by their names."""
         gateway.check_model(request.model)
         if max(request.tokens, default=0) >= gateway.model.vocab_size:
-            message = f"'tokens' has an id outside 0..{gateway.model.vocab_size - 1}"
+            message = f"'tokens' has an id out of vocabulary (0..{gateway.model.vocab_size - 1})"
             raise RequestError(message, code="invalid_value", param="tokens")
         return response_bodies.Detokenized(prompt=await decode(gateway, request.tokens))
 

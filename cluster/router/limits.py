@@ -33,7 +33,7 @@ def check(prompt_ids: Sequence[int], params: SamplingParams, *, vocab_size: int,
             code="context_length_exceeded",
         )
     if max(prompt_ids) >= vocab_size or min(prompt_ids) < 0:  # after their number, which bounds the time it takes
-        raise _invalid("prompt", f"has a token id outside 0..{vocab_size - 1}")
+        raise _invalid("prompt", f"has a token id out of vocabulary (0..{vocab_size - 1})")
     scores_only = params.prompt_logprobs is not None  # then an empty answer makes sense
     _check_range("max_tokens", params.max_tokens, 0 if scores_only else 1, max_context)
     _check_range("min_tokens", params.min_tokens, 0, params.max_tokens)
@@ -74,7 +74,7 @@ def _check_ids(param: str, ids: Sequence[int], most: int, vocab_size: int) -> No
     if len(ids) > most:
         raise _invalid(param, f"has {len(ids)} entries; at most {most} are allowed")
     if any(not 0 <= token_id < vocab_size for token_id in ids):
-        raise _invalid(param, f"has a token id outside 0..{vocab_size - 1}")
+        raise _invalid(param, f"has a token id out of vocabulary (0..{vocab_size - 1})")
 
 
 def _invalid(param: str, what: str) -> RequestError:

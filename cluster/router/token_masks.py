@@ -74,7 +74,10 @@ class Begun:
     def result(self) -> list[TokenMask | RequestError | None]:
         """For each sequence what may come next, or why nothing may; None: any token. Waits for what is not complete."""
         followed = iter(() if self._followed is None else self._followed.result())
-        return [_next(each, None if each.sampling.grammar is None else next(followed)) for each in self._sequences]
+        return [
+            None if each.sampling.plain else _next(each, next(followed) if each.sampling.grammar is not None else None)
+            for each in self._sequences
+        ]
 
 
 def _next(sequence: Sequence, mask: TokenMask | RequestError | None) -> TokenMask | RequestError | None:

@@ -128,6 +128,9 @@ def test_ports_meet(name: str) -> None:
     for monitor in rendered.all("PodMonitor"):
         named = {port for found in ports.values() for port in found}
         assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= named
+        (cluster,) = [rule["replacement"] for rule in monitor["spec"]["podMetricsEndpoints"][0]["relabelings"]
+                      if rule["targetLabel"] == "cluster"]  # fmt: skip
+        assert cluster == rendered.arguments["cluster_name"], "traces have it too"
     assert rendered.arguments["metrics_port"] == ports["routers"]["process-0"]
     assert rendered.arguments["admin_port"] == ports["head"]["admin"]
 

@@ -96,7 +96,7 @@ Small = BeforeValidator(_small)
 JsonObject = Annotated[dict[str, Any], Small]
 FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
 MAX_MESSAGES = 4096
-MAX_PARTS = 4096
+MAX_PARTS = 2048
 MAX_TOOLS = 256
 
 

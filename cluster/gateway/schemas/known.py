@@ -15,7 +15,7 @@ _OPENAI = """
 """
 _OTHERS = """
     early_stopping ebnf guided_decoding_backend json_schema kv_transfer_params length_penalty
-    logits_processors lora_path mm_processor_kwargs prompt_embeds regex stop_regex
+    logits_processors logprob_token_ids lora_path mm_processor_kwargs prompt_embeds regex stop_regex
     thinking_token_budget use_beam_search vllm_xargs
 """
 NEUTRAL = frozenset(_NEUTRAL.split())

@@ -26,6 +26,7 @@ admin_port: 8100
 admin_token_file: /etc/expertmesh/admin/admin-token
 metrics_port: 9400
 require_node_roles: true
+cluster_name: {{ include "expertmesh.clusterName" . | quote }}
 rebalance: auto
 {{- if .Values.apiKeys.allowNone }}
 allow_no_keys: true

@@ -103,6 +103,11 @@ annotations:
 {{ default (printf "%s-tls" (include "expertmesh.fullname" .)) .Values.tls.existingSecret }}
 {{- end -}}
 
+{{/* By which series and traces tell releases apart. */}}
+{{- define "expertmesh.clusterName" -}}
+{{ .Release.Namespace }}/{{ include "expertmesh.fullname" . }}
+{{- end -}}
+
 {{/* Not empty where KubeRay moves the traffic in steps, over Services and a Gateway that it makes itself. */}}
 {{- define "expertmesh.incremental" -}}
 {{- if eq .Values.upgrade.strategy "NewClusterWithIncrementalUpgrade" -}}true{{- end -}}

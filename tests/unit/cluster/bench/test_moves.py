@@ -101,3 +101,17 @@ def test_a_router_that_keeps_an_old_epoch_shows(monkeypatch: pytest.MonkeyPatch)
     numbers = Numbers()
     numbers.behind = 1
     assert result(numbers, monkeypatch)["oldest_epoch_s"] > 0.0
+
+
+def test_a_watch_that_failed_has_not_seen_that_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Blind(Numbers):
+        looks = 0
+
+        def processes(self, port: int | None) -> list[dict[str, Any]]:
+            self.looks += 1
+            if self.looks == 2:  # the first one of the watch
+                raise PlacementError("no snapshot")
+            return super().processes(port)
+
+    with pytest.raises(PlacementError, match="no snapshot"):
+        result(Blind(), monkeypatch)
