@@ -37,16 +37,16 @@ class Nobody:
 
 
 def warm_up(model: Decoder, most_rows: int) -> None:
-    """Steps of every size up to `most_rows`, of a prompt and one row that decodes, all of them padding: nothing is
-    written or counted."""
+    """Steps of every size up to `most_rows`, of a prompt and one row that decodes. They read block 0 of the cache for
+    every block, whatever lies there; nothing is written, no expert is asked, nothing is counted."""
     ops, device = model.ops, model.cache.device
     assert isinstance(ops, CudaOps)
     nobody = torch.zeros(1, dtype=torch.int32, device=device)
     experts = model.experts if model.experts.only_launches else Nobody()
     for n in powers_up_to(most_rows)[2:]:
         nowhere_T = torch.full((n,), -1, dtype=torch.int64, device=device)
-        sequence_T = torch.zeros(n, dtype=torch.int64, device=device)
-        table_SB = torch.zeros(2, 1, dtype=torch.int32, device=device)
-        metadata = AttentionMetadata(table_SB, sequence_T, nowhere_T, nowhere_T, (0, n - 1, n))
-        last_R = torch.full((1,), n - 1, dtype=torch.int64, device=device)
-        model.compute(ops.padded(nobody, 0), sequence_T, metadata, last_R, experts)
+        token_T, position_T = torch.zeros(n, dtype=torch.int64, device=device), torch.arange(n, device=device)
+        sequence_T = (position_T == n - 1).long()
+        table_SB = torch.zeros(2, -(-n // model.cache.block_size), dtype=torch.int32, device=device)
+        metadata = AttentionMetadata(table_SB, sequence_T, position_T, nowhere_T, (0, n - 1, n))
+        model.compute(ops.padded(nobody, 0), token_T, metadata, position_T[-1:], experts)
