@@ -1,7 +1,7 @@
 """Find the fastest tiles of this card for a model, and write them to the table: `python -m benchmarks.gpu_tune`.
 
-Tiles never change bits, so the table can be written at any time. Products that do not fit the card's shared memory are
-passed over.
+Tiles never change bits, so the table can be written at any time, and is after each kind of weights. Products that do
+not fit the card's shared memory, or that its compiler refuses, are passed over.
 """
 
 from __future__ import annotations
@@ -13,17 +13,24 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from triton.runtime.errors import OutOfResources
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from cluster.bench.common import console
 from cluster.bench.gpu.timing import graph_us
 from workers.kernels.cuda import tiles
-from workers.kernels.cuda.experts import Slots, compute
+from workers.kernels.cuda.experts import E4M3, Slots, compute, quantized_rows
 from workers.kernels.cuda.launch import capability
 from workers.kernels.cuda.linear import linear
-from workers.kernels.cuda.tiles import ExpertPlan, LinearPlan, Tile
+from workers.kernels.cuda.tiles import ExpertPlan, LinearPlan, Tile, Weights
 
-_PAIRS = ((8, 16), (20, 32), (44, 64), (256, 128), (None, 128))  # pairs of an expert up to, rows a block
+#: Pairs of an expert up to, rows a block; by the weights.
+_PAIRS: dict[Weights, tuple[tuple[int | None, int], ...]] = {
+    "16": ((8, 16), (20, 32), (44, 64), (256, 128), (None, 128)),
+    "8": ((8, 16), (44, 32), (None, 64)),
+    "8-rows": ((8, 16), (20, 32), (44, 64), (None, 128)),
+}
 _ROWS = ((16, 16), (32, 32), (64, 64), (1024, 128), (None, 128))  # rows up to, rows a block
 _MANY = 1024  # pairs or rows that stand for any larger number
 
@@ -36,21 +43,25 @@ def tune(
     outputs: Annotated[int, typer.Option(help="outputs of a projection")] = 6144,
     write: Annotated[bool, typer.Option(help="write the table; else only print")] = True,
 ) -> None:
-    """Tiles of experts of 16 bits and of a projection."""
+    """Tiles of a projection and of experts of 16 bits, and of 8 where the card has such products."""
     device = torch.device("cuda", 0)
-    name = torch.cuda.get_device_name(device)
-    known = tiles.card(device) or name.removeprefix("NVIDIA ").split()[0]
+    known = tiles.card(device) or torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
     content = json.loads(tiles.TABLE.read_text(encoding="utf-8"))
     if known not in content["cards"]:
         content["cards"].append(known)
     content["alike"].setdefault(known, "")
-    rows = [expert_row(hidden, ffn, experts, top_k, *size) for size in _PAIRS]
-    content["experts 16"].setdefault(known, {"any": rows})[f"{hidden}x{ffn}"] = rows
-    rows = [linear_row(outputs, hidden, *size) for size in _ROWS]
-    content["linear"].setdefault(known, {"any": rows})[f"{outputs}x{hidden}"] = rows
-    if write:
-        tiles.TABLE.write_text(written(content), encoding="utf-8")
-        console.print(f"written: {tiles.TABLE}")
+
+    def keep(kind: str, shape: str, rows: list[dict[str, Any]]) -> None:
+        content[kind].setdefault(known, {"any": rows})[shape] = rows
+        if write:
+            tiles.TABLE.write_text(written(content), encoding="utf-8")
+            console.print(f"written: {tiles.TABLE}, {kind} of {known}")
+
+    keep("linear", f"{outputs}x{hidden}", [linear_row(outputs, hidden, *size) for size in _ROWS])
+    for weights, sizes in _PAIRS.items():
+        if weights == "16" or capability(device) >= (8, 9):
+            rows = [expert_row(weights, hidden, ffn, experts, top_k, *size) for size in sizes]
+            keep(f"experts {weights}", f"{hidden}x{ffn}", rows)
 
 
 def candidates(bm: int) -> Iterator[Tile]:
@@ -63,36 +74,49 @@ def candidates(bm: int) -> Iterator[Tile]:
             yield Tile(bn, bk, warps, stages, swap, tma, 16 if bm >= 128 else 0)
 
 
-def fastest(bm: int, time_us: Callable[[Tile], float]) -> Tile:
-    """Of the candidates."""
+def fastest(bm: int, time_us: Callable[[Tile], float], fits: Callable[[Tile], bool] = lambda tile: True) -> Tile:
+    """Of the candidates that fit."""
     found: dict[Tile, float] = {}
-    for tile in candidates(bm):
+    for tile in filter(fits, candidates(bm)):
         try:
             found[tile] = time_us(tile)
-        except OutOfResources:
+        except (OutOfResources, PTXASError, CompilationError):
             continue
+        except RuntimeError as error:
+            if "PassManager" not in str(error):  # how the compiler says that it cannot
+                raise
     best = min(found, key=found.__getitem__)
     console.print(f"  {found[best]:.1f} us: {tuple(best)} of {len(found)}", highlight=False)
     return best
 
 
-def expert_row(hidden: int, ffn: int, n_experts: int, top_k: int, most: int | None, bm: int) -> dict[str, Any]:
+def expert_row(
+    weights: Weights, hidden: int, ffn: int, n_experts: int, top_k: int, most: int | None, bm: int
+) -> dict[str, Any]:
     """The row of the table for up to `most` pairs of an expert."""
-    console.print(f"experts {hidden} x {ffn}, up to {most or 'any number of'} pairs of each", highlight=False)
+    console.print(
+        f"experts {weights}, {hidden} x {ffn}, up to {most or 'any number of'} pairs of each", highlight=False
+    )
     n_tokens = max(1, (most or _MANY) * n_experts // top_k)
     w13 = torch.empty(n_experts, 2 * ffn, hidden, dtype=torch.bfloat16, device="cuda").normal_(0, hidden**-0.5)
     w2 = torch.empty(n_experts, hidden, ffn, dtype=torch.bfloat16, device="cuda").normal_(0, ffn**-0.5)
+    scales: tuple[Tensor | None, Tensor | None] = (None, None)
+    if weights != "16":
+        w13, w2 = (each.to(E4M3) for each in (w13, w2))
+        scales = torch.ones(n_experts, 2 * ffn, device="cuda"), torch.ones(n_experts, hidden, device="cuda")
     slots = Slots(w13, w2, torch.arange(n_experts, dtype=torch.int32, device="cuda"),
-                  torch.zeros(n_experts, dtype=torch.int64, device="cuda"))  # fmt: skip
+                  torch.zeros(n_experts, dtype=torch.int64, device="cuda"), *scales, weights == "8-rows")  # fmt: skip
     x_TD = torch.randn(n_tokens, hidden, device="cuda", dtype=torch.bfloat16)
+    given_TD, scale_T = quantized_rows(x_TD) if slots.rows8 else (x_TD, None)
     ids_TK = torch.rand(n_tokens, n_experts, device="cuda").argsort(1)[:, :top_k].contiguous()
 
     def time_us(up: Tile, down: Tile) -> float:
-        return graph_us(lambda i: compute(x_TD, ids_TK, slots, None, ExpertPlan(bm, up, down)), 3, 3)
+        return graph_us(lambda i: compute(given_TD, ids_TK, slots, scale_T, ExpertPlan(bm, up, down)), 3, 3)
 
-    start = tiles.expert_plan(tiles.card(x_TD.device), "16", hidden, ffn, most or _MANY)
-    up = fastest(bm, lambda tile: time_us(tile, start.down))
-    down = fastest(bm, lambda tile: time_us(up, tile))
+    start = tiles.expert_plan(tiles.card(x_TD.device), weights, hidden, ffn, most or _MANY)
+    whole = weights == "8-rows"  # a scale goes with 128 columns of h: its tiles are as wide, or divide it
+    up = fastest(bm, lambda tile: time_us(tile, start.down), lambda tile: not whole or tile.bn == 128)
+    down = fastest(bm, lambda tile: time_us(up, tile), lambda tile: not whole or 128 % tile.bk == 0)
     return {"rows": most, "bm": bm, "up": list(up), "down": list(down)}
 
 

@@ -96,12 +96,12 @@ def _step_loop(directory: Path, batch: int, repeats: int, n_threads: int) -> tup
         placement, addresses = exchange._views.published
         runner = EngineRunner("cluster", directory, exchange)
         for turn in range(repeats + 1):
-            console.print(f"  pair {turn} of {repeats}", style="dim", highlight=False)
             for is_ready in (True, False) if turn % 2 else (False, True):
                 exchange.publish(_first_homes(placement, exchange.epoch + 1, 2 if is_ready else 1), addresses)
                 with _heartbeats(exchange) if is_ready else _nothing_kept():
                     figures = [runner.decode(batch) for _ in range(_RUNS)]
                 (ready if is_ready else bare).append(statistics.mean(figures))
+            _tell(turn, repeats, ready, bare)
     return ready[1:], bare[1:]
 
 
@@ -177,7 +177,6 @@ async def _controller(
     async with Traffic(client, requests(batch, 128)) as traffic:
         await traffic.rate(seconds)
         for turn in range(repeats):
-            console.print(f"  pair {turn + 1} of {repeats}", style="dim", highlight=False)
             for is_ready in (True, False) if turn % 2 else (False, True):
                 if is_ready:
                     ready.append(await traffic.rate(seconds))
@@ -188,7 +187,13 @@ async def _controller(
                 finally:
                     controller.send_signal(signal.SIGCONT)
                 await traffic.rate(_SETTLE_S)
+            _tell(turn + 1, repeats, ready, bare)
     return ready, bare
+
+
+def _tell(turn: int, repeats: int, ready: list[float], bare: list[float]) -> None:
+    said = f"  pair {turn} of {repeats}: {ready[-1]:.1f} tokens/s ready, {bare[-1]:.1f} without"
+    console.print(said, style="dim", highlight=False)
 
 
 if __name__ == "__main__":

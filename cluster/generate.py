@@ -48,7 +48,7 @@ def generate(
 ) -> None:
     """Answer one prompt in this process: no cluster, no server."""
     from cluster.config_load import load
-    from workers.kernels.cores import available_cores
+    from workers.cores import available_cores
     from workers.kernels.threads import process_environment, set_threads
 
     with one_line_errors():

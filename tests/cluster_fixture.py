@@ -53,8 +53,17 @@ class RunningCluster:
     def process_of(self, member: str) -> dict[str, Any]:
         return next(process for process in self.status()["processes"] if process["id"] == member)
 
+    def look(self) -> dict[str, Any]:
+        """The file that `expertmesh status` shows. For waiting: a process for each look would take a core from it."""
+        note = Path(self.environ["XDG_RUNTIME_DIR"], "expertmesh", f"{self.port}.json")
+        return dict(json.loads(Path(json.loads(note.read_text())["run_dir"], "status.json").read_text()))
+
+    def members(self, role: str) -> dict[str, dict[str, Any]]:
+        """The processes of a role at this moment, by id."""
+        return {process["id"]: process for process in self.look()["processes"] if process["role"] == role}
+
     def ready(self) -> bool:
-        return all(process["state"] == "ready" for process in self.status()["processes"])
+        return all(process["state"] == "ready" for process in self.look()["processes"])
 
     def family(self) -> list[psutil.Process]:
         """Every process that `serve` brought to life, itself included."""
@@ -64,7 +73,12 @@ class RunningCluster:
         """kill -9 one process; the same member once it and all others are ready again."""
         before = self.process_of(member)
         os.kill(before["pid"], signal.SIGKILL)
-        wait_until(lambda: self.process_of(member)["pid"] != before["pid"] and self.ready(), timeout_s)
+
+        def is_back() -> bool:
+            pids = {process["id"]: process["pid"] for process in self.look()["processes"]}
+            return pids.get(member, before["pid"]) != before["pid"] and self.ready()
+
+        wait_until(is_back, timeout_s)
         return self.process_of(member)
 
 

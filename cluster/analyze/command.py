@@ -34,7 +34,7 @@ def analyze(
     """Which tokens go to which expert, by layer and domain; by syntax or by topic. In this process: no cluster."""
     from cluster.analyze.texts import read_domains
     from cluster.config_load import load
-    from workers.kernels.cores import available_cores
+    from workers.cores import available_cores
     from workers.kernels.threads import process_environment, set_threads
 
     with one_line_errors():

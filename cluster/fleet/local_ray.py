@@ -21,7 +21,7 @@ from cluster.fleet.open_files import most_clients
 from cluster.fleet.ports import reserve_port
 from cluster.fleet.ray_address import check_there
 from cluster.fleet.ray_token import has_token
-from workers.kernels.cores import available_cores
+from workers.cores import available_cores
 
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; only control messages pass through it
 _KILL_AFTER_S = 5.0

@@ -23,8 +23,8 @@ from cluster.router.build import dense_bytes
 from cluster.router.sizing import cluster_dtype, context_limit, expert_bytes, pool_blocks, step_bytes
 from workers import wire
 from workers.checkpoint import Checkpoint
+from workers.cores import available_cores
 from workers.device import Gpu, gpus
-from workers.kernels.cores import available_cores
 from workers.kernels.threads import worker_threads
 from workers.model.kv_cache import bytes_per_block
 from workers.spec import ModelSpec

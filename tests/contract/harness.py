@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from cluster.placement.placement import Placement
+from tests.contract.local_transport import LocalTransport
 from tests.contract.model import Model
 from tests.credentials import CREDENTIALS, PATIENT_S
 from workers.kernels.mutex import Mutex
@@ -18,7 +19,6 @@ from workers.transport.base import Acceptor, FastWay, Transport
 from workers.transport.batcher import Batcher
 from workers.transport.grpc.client import GrpcTransport
 from workers.transport.grpc.server import ExpertServer
-from workers.transport.local import LocalTransport
 from workers.transport.shm.router import ShmWay
 from workers.transport.shm.worker import ShmAcceptor
 

@@ -63,7 +63,7 @@ def test_requests_of_a_router_that_is_cut_off_go_on_elsewhere(fleet: RunningClus
 
     def look() -> None:
         while not over.is_set():
-            states.add(fleet.process_of("router-0")["state"])
+            states.add(fleet.members("router")["router-0"]["state"])
             time.sleep(0.2)
 
     watching = threading.Thread(target=look)

@@ -7,6 +7,7 @@ import json
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,19 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> It
         yield running
 
 
+@pytest.fixture(scope="module")
+def undisturbed(fleet: RunningCluster) -> list[str]:
+    """The answer of each stream while nothing else happens."""
+    with ThreadPoolExecutor(_STREAMS) as pool:
+        return list(pool.map(lambda i: answer(fleet, i), range(_STREAMS)))
+
+
 def admin(fleet: RunningCluster) -> httpx.Client:
     """The admin API, wherever the controller is by now."""
-    status = fleet.status()
-    headers = {"Authorization": f"Bearer {admin_token(Path(status['run_dir']))}"}
-    return httpx.Client(base_url=f"http://{fleet.process_of('controller')['address']}", headers=headers, timeout=60)
+    wait_until(lambda: fleet.members("controller")["controller"]["address"] != "", 30)
+    headers = {"Authorization": f"Bearer {admin_token(Path(fleet.look()['run_dir']))}"}
+    address = fleet.members("controller")["controller"]["address"]
+    return httpx.Client(base_url=f"http://{address}", headers=headers, timeout=60)
 
 
 def answer(fleet: RunningCluster, i: int) -> str:
@@ -56,8 +65,8 @@ def answer(fleet: RunningCluster, i: int) -> str:
 class Load:
     """Streams without end, each compared with the undisturbed run; an exception of one is an error."""
 
-    def __init__(self, fleet: RunningCluster) -> None:
-        self.undisturbed = [answer(fleet, i) for i in range(_STREAMS)]
+    def __init__(self, fleet: RunningCluster, undisturbed: list[str]) -> None:
+        self.undisturbed = undisturbed
         self.compared = 0
         self.errors: list[str] = []
         self._stop = threading.Event()
@@ -103,12 +112,12 @@ def random_verb(client: httpx.Client, rng: random.Random) -> httpx.Response:
 
 
 def held(fleet: RunningCluster) -> dict[str, int]:
-    return {p["id"]: p["detail"]["experts"] for p in fleet.status()["processes"] if p["role"] == "expert"}
+    return {id_: process["detail"].get("experts", 0) for id_, process in fleet.members("expert").items()}
 
 
-def test_random_moves_under_streams_change_no_token(fleet: RunningCluster) -> None:
+def test_random_moves_under_streams_change_no_token(fleet: RunningCluster, undisturbed: list[str]) -> None:
     rng = random.Random(0)
-    with Load(fleet), admin(fleet) as client:
+    with Load(fleet, undisturbed), admin(fleet) as client:
         done = 0
         while done < 40:
             response = random_verb(client, rng)
@@ -127,7 +136,9 @@ def test_random_moves_under_streams_change_no_token(fleet: RunningCluster) -> No
     wait_until(lambda: held(fleet) == wanted, 10)
 
 
-def test_a_killed_controller_and_a_killed_worker_keep_the_placement(fleet: RunningCluster) -> None:
+def test_a_killed_controller_and_a_killed_worker_keep_the_placement(
+    fleet: RunningCluster, undisturbed: list[str]
+) -> None:
     with admin(fleet) as client:
         homes = client.get("/placement").json()["homes"]
         for expert in range(2):
@@ -135,7 +146,7 @@ def test_a_killed_controller_and_a_killed_worker_keep_the_placement(fleet: Runni
             body = {"layer": 0, "expert": expert, "source": sorted(homes[0][expert])[0], "target": target}
             assert client.post("/placement/move", json=body).status_code == 200
         before = client.get("/placement").json()
-    with Load(fleet):
+    with Load(fleet, undisturbed):
         fleet.kill("controller")
         with admin(fleet) as client:
             wait_until(lambda: client.get("/placement").json()["epoch"] >= before["epoch"], 10)
@@ -147,33 +158,33 @@ def test_a_killed_controller_and_a_killed_worker_keep_the_placement(fleet: Runni
             assert client.get("/placement").json()["epoch"] > before["epoch"]  # fail-over has epochs of its own
 
 
-def members(fleet: RunningCluster, role: str) -> set[str]:
-    return {process["id"] for process in fleet.status()["processes"] if process["role"] == role}
-
-
-def test_processes_come_and_go_under_streams(fleet: RunningCluster) -> None:
+def test_processes_come_and_go_under_streams(fleet: RunningCluster, undisturbed: list[str]) -> None:
     """Would catch a worker that gets rows before its experts, one that is ended with experts only it has, a router or a
     gateway that is ended with requests, and one that gets none."""
-    with Load(fleet):
+    with Load(fleet, undisturbed):
         more = fleet.command("scale", "--expert-workers", "4", "--routers", "3", "--gateways", "2")
         assert more.returncode == 0, more.stderr
-        assert held(fleet)["expert-3"] > 0 and members(fleet, "gateway") == {"gateway-0", "gateway-1"}
-        wait_until(lambda: fleet.process_of("router-2")["detail"].get("tokens", 0) > _TOKENS, 30)
+        wait_until(lambda: held(fleet).get("expert-3", 0) > 0, 10)
+        wait_until(lambda: fleet.members("gateway").keys() == {"gateway-0", "gateway-1"}, 10)
+        wait_until(lambda: "router-2" in fleet.members("router"), 10)
+        wait_until(lambda: fleet.members("router")["router-2"]["detail"].get("tokens", 0) > _TOKENS, 30)
         fewer = fleet.command("scale", "--expert-workers", "2", "--routers", "1", "--gateways", "1")
         assert fewer.returncode == 0, fewer.stderr
         wait_until(lambda: held(fleet).keys() == {"expert-0", "expert-1"}, 20)
-        wait_until(lambda: members(fleet, "router") == {"router-0"}, 20)
-        wait_until(lambda: len(members(fleet, "gateway")) == 1, 60)
+        wait_until(lambda: fleet.members("router").keys() == {"router-0"}, 20)
+        wait_until(lambda: len(fleet.members("gateway")) == 1, 60)
         back = fleet.command("scale", "--expert-workers", "3", "--routers", "2")
         assert back.returncode == 0, back.stderr
     refused = fleet.command("scale", "--expert-workers", "1")
     assert refused.returncode == 1 and "do not fit into the 15 slots of 1 worker" in refused.stderr
-    assert len(held(fleet)) == 3
+    wait_until(lambda: len(held(fleet)) == 3, 10)
 
 
-def test_a_controller_killed_in_the_middle_of_a_scaling_goes_on_with_it(fleet: RunningCluster) -> None:
+def test_a_controller_killed_in_the_middle_of_a_scaling_goes_on_with_it(
+    fleet: RunningCluster, undisturbed: list[str]
+) -> None:
     """It knows of that, and of who is drained, from the members alone: its arguments are those of the first start."""
-    with Load(fleet):
+    with Load(fleet, undisturbed):
         with admin(fleet) as client:
             workers = client.get("/fleet").json()["processes"]["workers"]
             assert client.post(f"/workers/{workers[1]}/drain").status_code == 200

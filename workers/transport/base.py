@@ -119,7 +119,7 @@ class Transport(Protocol):
         None: anywhere."""
 
     def way(self, worker: str) -> str:
-        """How rows travel to `worker` now: "local", "grpc", "shm", "device" or "collective"."""
+        """How rows travel to `worker` now: "grpc", "shm", "device" or "collective"."""
 
     def send(self, worker: str, rows: Rows) -> None:
         """Hand over `rows` and return at once. Raises WorkerLost when the stream is known to be broken."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.kernels.cores import available_cores, cpu_quota
+from workers.cores import available_cores, cpu_quota
 
 V2 = "30 1 0:26 / {base}/unified rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = (
@@ -89,7 +89,7 @@ def test_a_real_quota_is_followed() -> None:
             (group / "cpu.cfs_quota_us").write_text("100000")
         else:
             pytest.skip("the CPU controller is not given to this control group")
-        code = "import sys, os; open(sys.argv[1], 'w').write(str(os.getpid())); from workers.kernels.cores import *"
+        code = "import sys, os; open(sys.argv[1], 'w').write(str(os.getpid())); from workers.cores import *"
         command = [sys.executable, "-c", f"{code}; print(available_cores({{}}))", str(group / "cgroup.procs")]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
     except PermissionError:

@@ -65,6 +65,7 @@ class Attention(NamedTuple):
     q: int
     out: int
     n_rows: int
+    rows: int  # that one thread takes at a time
     n_heads: int
     n_kv: int
     head: int
@@ -76,7 +77,7 @@ class Attention(NamedTuple):
     sequence: int
     position: int
     window: int
-    scratch: int  # each thread's: addresses of the queries, then their scores
+    scratch: int  # each thread's: addresses of the queries of `rows` and of their results, then their scores
     scratch_stride: int
     score_stride: int
     scale: float

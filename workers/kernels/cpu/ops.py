@@ -24,6 +24,9 @@ from workers.kernels.message import HEADER_BYTES
 from workers.kernels.ops import Answers, AttentionMetadata, Delta, Graph, Ops, QKNorm, Result, summed
 from workers.weights import Matrix, WeightFormat
 
+#: Queries that attention takes the keys of a prompt for at a time.
+QUERIES = 24
+
 
 class CpuOps:
     """`Ops` of a CPU. Weights of 16 bits stay so: they are made float32, which is exact, while they are read."""
@@ -121,10 +124,12 @@ class CpuOps:
         group, most_keys = n_heads // n_kv, metadata.block_table_SB.shape[1] * size
         out_THd = self.empty(n_rows, n_heads, head)
         team = kernel.team(4 * n_rows * most_keys * n_kv * head)
-        scratch = self.empty(team, 2 * group + group * most_keys)
+        n_sequences = len(metadata.q_start) - 1
+        rows = 1 if n_rows == n_sequences else max(1, QUERIES // group)
+        scratch = self.empty(team, rows * group * (4 + most_keys))
         values = arguments.Attention(
-            q=q_THd.data_ptr(), out=out_THd.data_ptr(), n_rows=n_rows, n_heads=n_heads, n_kv=n_kv, head=head,
-            keys=k_cache_CZGd.data_ptr(), values=v_cache_CZGd.data_ptr(), block_size=size,
+            q=q_THd.data_ptr(), out=out_THd.data_ptr(), n_rows=n_rows, rows=rows, n_heads=n_heads,
+            n_kv=n_kv, head=head, keys=k_cache_CZGd.data_ptr(), values=v_cache_CZGd.data_ptr(), block_size=size,
             tables=metadata.block_table_SB.data_ptr(), table_stride=4 * metadata.block_table_SB.stride(0),
             sequence=metadata.sequence_T.data_ptr(), position=metadata.position_T.data_ptr(),
             window=window or most_keys, scratch=scratch.data_ptr(), scratch_stride=4 * scratch.stride(0),

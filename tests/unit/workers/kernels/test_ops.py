@@ -155,7 +155,8 @@ def attended(
 def test_attention_over_blocks(
     heads: int, kv_heads: int, head: int, rotated: int, block: int, window: int | None, norm: str
 ) -> None:
-    """A prompt in one piece, in pieces, and token by token: right, and the same bits; norms, partial rotation."""
+    """A prompt in one piece, in pieces, token by token, and in other blocks: right, and the same bits; norms, partial
+    rotation."""
     n_blocks, length = 12, 5 * block + 3
     table_SB = torch.randperm(40)[: 3 * n_blocks].view(3, n_blocks).int()
     size_X, scale = (heads + 2 * kv_heads) * head, 0.7 * head**-0.5
@@ -164,7 +165,7 @@ def test_attention_over_blocks(
     weights = None if sizes is None else QKNorm(1 + torch.rand(sizes[0]), 1 + torch.rand(sizes[1]), 1e-5)
     pools = [torch.full((40, block, kv_heads, head), float("nan")) for _ in range(4)]
 
-    def metadata(parts: list[tuple[int, int, int]]) -> AttentionMetadata:
+    def metadata(parts: list[tuple[int, int, int]], block: int = block) -> AttentionMetadata:
         """Of (sequence, first position, end)."""
         position_T = torch.cat([torch.arange(first, end) for _, first, end in parts])
         sequence_T = torch.cat([torch.full((end - first,), i) for i, (_, first, end) in enumerate(parts)])
@@ -187,6 +188,10 @@ def test_attention_over_blocks(
                 rows, pieces = torch.cat((rows, torch.arange(first, end))), [*pieces, (1, first, end)]
             part = attended(CPU, qkv_TX[rows], metadata(pieces), angles_Tr[rows], *pools[2:], weights, window, scale)
             assert torch.equal(part, y_THd[rows])
+
+    others = [torch.full((40, 7, kv_heads, head), float("nan")) for _ in range(2)]
+    in_other_blocks = metadata([(0, 0, length)], 7)
+    assert torch.equal(y_THd, attended(CPU, qkv_TX, in_other_blocks, angles_Tr, *others, weights, window, scale))
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -39,6 +39,13 @@ class _Tile(Vectors):
         weights: addresses of the weight rows. ahead: bytes from a weight row to the one that will be wanted next.
         token_rows: address of the token rows' addresses. k: length of a row.
         """
+        if self.columns > 1:
+            return self._dots(weights, ahead, token_rows, k)
+        # Row after row, as they lie in memory: a core reads one stream ahead by itself, a third faster than four.
+        return [self._dots([row], None, token_rows, k)[0] for row in weights]
+
+    def _dots(self, weights: list[Any], ahead: Any, token_rows: Any, k: Any) -> list[list[Any]]:
+        """All rows side by side; ahead: None where the core is left to fetch by itself."""
         b = self.b
 
         def c64(value: int) -> Any:
@@ -59,7 +66,7 @@ class _Tile(Vectors):
         sums = {pair: b.phi(self.vector) for pair in pairs}
         weight_offset = offset if self.kind == FLOAT32 else b.lshr(offset, c64(1))
         w = [self.load(self.kind, b.add(row, weight_offset)) for row in weights]
-        for row in weights:
+        for row in weights if ahead is not None else ():
             wanted = b.inttoptr(b.add(b.add(row, weight_offset), ahead), byte)
             b.call(prefetch, [wanted, I32(0), I32(2), I32(1)])
         added = {}

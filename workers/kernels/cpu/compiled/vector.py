@@ -80,6 +80,17 @@ class Vectors:
             return self.b.bitcast(self.b.shl(words, ir.Constant(words.type, [16] * LANES)), self.vector)
         return self.b.fpext(self.b.bitcast(stored, ir.VectorType(ir.HalfType(), LANES)), self.vector)
 
+    def store(self, vector: Any, address: Any, mask: Any = None) -> None:
+        """Write LANES float32, or those of the mask."""
+        pointer = self.at(address, self.vector)
+        if mask is None:
+            self.b.store(vector, pointer, align=4)
+        else:
+            store = self.function(
+                f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), self.vector, pointer.type, I32, mask.type
+            )
+            self.b.call(store, [vector, pointer, I32(4), mask])
+
     def silu(self, x: Any) -> Any:
         """`x / (1 + exp(-x))`."""
         e = exp(self.b, self.b.fsub(self.zero, x))

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from cluster.placement.placement import Placement, striped
 from cluster.router.exchange.exchange import Exchange
+from tests.contract.local_transport import LocalTransport
 from tests.contract.model import Batch, Model, batch
 from tests.unit.workers.transport.device.device_worker import LIMIT_S, serve
 from workers.transport.base import Tag
 from workers.transport.device.offer import Offer, Shape
 from workers.transport.device.stream_rows import StreamRows
 from workers.transport.device.way import DeviceWay
-from workers.transport.local import LocalTransport
 
 MODEL = Model(n_layers=3)
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The transport without a wire: expert workers in the router's own process."""
+"""The transport without a wire, against which the others are compared: expert workers in the router's own process."""
 
 from __future__ import annotations
 
