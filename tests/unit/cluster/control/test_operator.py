@@ -64,6 +64,16 @@ def test_a_node_that_ends_is_empty_and_its_worker_is_used_again_elsewhere() -> N
         asyncio.run(fleet.operator.drain_node_of("expert-7"))
 
 
+def test_of_mixed_cards_the_faster_gets_more_and_the_smaller_what_it_holds() -> None:
+    fleet = Fleet()
+    for worker, speed, slots in zip(WORKERS, (3, 1, 1), (13, 13, 3), strict=True):
+        said = {"epoch": 1, "slots": slots, "bytes_per_s": speed * 10**12}
+        fleet.membership.report(Member("expert", worker, 1, "n", "ready", "x:1", **said), 0.0)
+    planned = fleet.operator.plan().placement
+    fast, slow, small = (len(planned.shard(worker)) for worker in WORKERS)
+    assert fast > 2 * slow > 0 and small <= 2, "one slot stays free for moves"
+
+
 def test_what_a_drain_leaves_alone_stays() -> None:
     fleet = Fleet()
     before = fleet.homes
