@@ -171,7 +171,7 @@ def test_generated_parts_are_current() -> None:
 def test_extra_objects_and_overrides_reach_their_place() -> None:
     values: dict[str, Any] = {
         "fullnameOverride": "mine", "extraEnv[0].name": "A", "extraEnv[0].value": "b", "experts.env[0].name": "C",
-        "experts.env[0].value": "d", "experts.probes.readiness.exec.command[0]": "true", "openshift": "true",
+        "experts.env[0].value": "d", "experts.probes.readiness.exec.command[0]": "/bin/true", "openshift": "true",
         "experts.lifecycle.preStop.sleep.seconds": "5", "routers.podDisruptionBudget.minAvailable": "3",
     }  # fmt: skip
     rendered = render(*(part for key, value in values.items() for part in ("--set", f"{key}={value}")))
