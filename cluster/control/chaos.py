@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import ray
+from ray.exceptions import RayActorError
 
 from cluster.control.client import NAME, NAMESPACE
 from cluster.control.events import Events
@@ -35,7 +36,15 @@ class Chaos:
         if member is None:
             inflict(fault, os.getpid())
         else:
-            await ray.get_actor(member.id, NAMESPACE).inflict.remote(fault)
+            await self._tell(member.id, fault)
+
+    async def _tell(self, member: str, fault: Fault) -> None:
+        try:
+            await ray.get_actor(member, NAMESPACE).inflict.remote(fault)
+        except RayActorError as error:
+            if fault.kind not in ("kill", "pause"):
+                raise PlacementError(f"{member} is going down or coming up: try again") from error
+            # On a busy machine the fault comes before the answer that it will.
 
     def _find(self, member_id: str, roles: tuple[str, ...]) -> Member:
         there = [m for m in self._membership.view.members if m.role in roles and m.state != "lost"]

@@ -7,9 +7,11 @@ import asyncio
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 from cluster.control.chaos import Chaos
 from cluster.control.events import Events
@@ -64,3 +66,19 @@ def test_faults_have_to_be_allowed_and_name_who_is_there() -> None:
         with pytest.raises(PlacementError, match=reason):
             asyncio.run(chaos.inflict(fault))
     assert not events.after(0)
+
+
+def test_a_process_that_is_gone_before_it_could_answer_got_its_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a kill comes before the answer that it will: a campaign went no further then."""
+
+    async def remote(fault: Fault) -> None:
+        raise ActorUnavailableError("the socket is closed", None)
+
+    going = SimpleNamespace(inflict=SimpleNamespace(remote=remote))
+    membership = Membership(striped(1, 2, ("expert-0",)), Goal(), 0.0, 1)
+    membership.report(Member("expert", "expert-0", 1, "n", "ready", "x:1"), 0.0)
+    monkeypatch.setattr("ray.get_actor", lambda name, namespace: going)
+    chaos = Chaos(membership, Events(), allowed=True)
+    asyncio.run(chaos.inflict(Fault("kill", "expert-0")))
+    with pytest.raises(PlacementError, match="expert-0 is going down or coming up: try again"):
+        asyncio.run(chaos.inflict(Fault("slow", "expert-0", 1.0)))
