@@ -43,4 +43,4 @@ def test_a_chat_that_names_such_a_token_is_told_so_of_its_messages(byte_level_pa
         response = httpx.post(f"{served.url}/v1/chat/completions", json=body)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "messages")
-    assert error["message"].startswith("'messages' has a token id outside")
+    assert error["message"].startswith("'messages' has a token id out of vocabulary")
