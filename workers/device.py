@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from workers.ending import end_process
 from workers.errors import DeviceError
 from workers.weights import FORMATS
 
@@ -202,9 +203,8 @@ def end_if_lost(device: torch.device, error: BaseException) -> None:
     except RuntimeError as lost:
         if "captur" in str(lost):  # another thread captures a step, and that alone is wrong
             return
-        _log.critical("%s is lost, and this process ends: %s", device, str(lost).partition("\n")[0], exc_info=error)
-        logging.shutdown()
-        os._exit(1)
+        reason = str(lost).partition("\n")[0]
+        end_process(_log, f"{device} is lost, and this process ends: {reason}", error)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

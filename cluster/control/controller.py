@@ -36,6 +36,7 @@ from cluster.observe import endpoint, logs
 from cluster.observe.exposition import Readings
 from cluster.observe.process import ProcessReadings
 from cluster.placement.placement import Placement
+from workers.ending import end_process
 
 _log = logging.getLogger(__name__)
 
@@ -239,9 +240,7 @@ class Controller:
 def _end_with(task: asyncio.Task[None]) -> None:
     """A controller that lacks one of its tasks is half alive: it ends, and Ray starts another."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        _log.critical("a task of the controller failed; its process ends", exc_info=error)
-        logging.shutdown()
-        os._exit(1)
+        end_process(_log, "a task of the controller failed; its process ends", error)
 
 
 def _host(given: str) -> str:

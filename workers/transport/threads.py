@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
+
+from workers.ending import end_process
 
 Result = TypeVar("Result")
 P = ParamSpec("P")
@@ -23,10 +24,8 @@ def serve_thread(target: Callable[[], object], name: str) -> threading.Thread:
     def run() -> None:
         try:
             target()
-        except BaseException:
-            _log.critical("thread %s failed; its process ends", name, exc_info=True)
-            logging.shutdown()
-            os._exit(1)
+        except BaseException as error:
+            end_process(_log, f"thread {name} failed; its process ends", error)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
 
 from cluster.fleet import pod_drain
+from tests.text_handler import TextHandler
 
 
 class _Server(ThreadingHTTPServer):
@@ -23,12 +24,12 @@ class _Server(ThreadingHTTPServer):
         self.status = 200
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(TextHandler):
     server: _Server
 
     def do_GET(self) -> None:
         n_open = self.server.open.pop(0) if len(self.server.open) > 1 else self.server.open[0]
-        self._answer(
+        self.answer(
             200,
             f"# HELP expertmesh_requests_open x\nexpertmesh_requests_open {n_open}\n"
             'expertmesh_build_info{process="expert-3",version="0.1.0",role="expert"} 1\n',
@@ -36,16 +37,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.server.asked.append((self.path, self.headers["Authorization"]))
-        self._answer(self.server.status, "{}")
-
-    def _answer(self, status: int, text: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+        self.answer(self.server.status, "{}")
 
 
 @pytest.fixture

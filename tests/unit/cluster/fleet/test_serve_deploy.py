@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
 
 from cluster.fleet import serve_deploy
 from cluster.fleet.serve_deploy import Refused, deploy
+from tests.text_handler import TextHandler
 
 CONFIG = {"applications": [{"name": "expertmesh", "import_path": "a:b"}]}
 
@@ -28,32 +29,23 @@ class _Head(ThreadingHTTPServer):
         self.asked: list[str | int] = []
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(TextHandler):
     server: _Head
 
     def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.told.append((json.loads(body), self.headers["Authorization"]))
-        self._answer(self.server.put, "an option of no name")
+        self.answer(self.server.put, "an option of no name")
 
     def do_GET(self) -> None:
         states = self.server.states
         state = states.pop(0) if len(states) > 1 else states[0]
         self.server.asked.append(state)
         if isinstance(state, int):
-            self._answer(state, "")
+            self.answer(state, "")
             return
         application = {"expertmesh": {"status": state, "message": "no such model"}} if state else {}
-        self._answer(200, json.dumps({"applications": application}))
-
-    def _answer(self, status: int, text: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+        self.answer(200, json.dumps({"applications": application}))
 
 
 @pytest.fixture
