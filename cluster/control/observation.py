@@ -48,8 +48,7 @@ def receipt_shown(receipt: Receipt, membership: Membership) -> dict[str, Any]:
     """A receipt as JSON, with what has come of it until now."""
     shown = asdict(receipt)
     del shown["rows_then"]
-    load = membership.load
-    return shown | {"imbalance_since": None if load is None else receipt.realised(dict(load.total))}
+    return shown | {"imbalance_since": receipt.realised(membership.rows)}
 
 
 def _member(member: Member, operator: Operator, placement: Placement, load: Load | None) -> dict[str, Any]:
