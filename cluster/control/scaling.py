@@ -62,7 +62,7 @@ class Scaler:
             before, placement = self._membership.goal.processes, self._membership.epochs.placement
             if workers is not None and workers > max(len(before.workers), placement.n_layers * placement.n_experts):
                 raise PlacementError(f"{workers} expert workers are more than the model has experts")
-            after = before.resized(workers, routers, gateways)
+            after = before.resized(workers, routers, gateways, self._operator.drained)
             check_resized(before, after, placement.n_experts > 0)
             self._check_room(before, after)
             return await self._carry_out(Scaling(before, after), timeout_s, reason)

@@ -58,6 +58,21 @@ def test_numbers_go_up_and_the_highest_leave() -> None:
     assert (more | fewer) == replace(more, gateways=2) and str(fewer) == "2 expert workers, 1 router, 2 gateways"
 
 
+def test_who_was_drained_leaves_first() -> None:
+    """Would catch an operator who drains a bad worker, takes one away, and loses a good one."""
+    fleet, launcher = started()
+
+    async def drain_and_scale() -> None:
+        await fleet.operator.drain("expert-0")
+        await fleet.scaler.scale(workers=2)
+        await until(lambda: "end expert-0" in launcher.log)
+        await fleet.scaler.scale(workers=3)
+
+    run(fleet, launcher, drain_and_scale)
+    assert launcher.log == ["end expert-0", "start expert-3"] and not fleet.membership.goal.drained
+    assert fleet.membership.goal.processes.workers == ("expert-1", "expert-2", "expert-3")
+
+
 @pytest.mark.parametrize(
     ("now", "sizes", "why"),
     [
