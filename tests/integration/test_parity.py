@@ -91,15 +91,6 @@ def processes() -> Iterator[Processes]:
     running.close()
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower with several, above all beside five processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def dense_row(top: Sequence[tuple[int, float]]) -> Tensor:
     row = torch.full((len(top),), float("nan"))
     for token, logprob in top:

@@ -13,6 +13,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -99,12 +100,17 @@ def test_the_page_and_the_terminal_show_the_cluster(cluster: RunningCluster) -> 
         asked = json.loads(cluster.command("placement", "show", "--json").stdout)["imbalance"]
         return [float(told[1]) if told else -1, cluster.process_of("controller")["detail"].get("imbalance", 0), asked]
 
+    def until_stopped(route: Any) -> None:
+        """The page's question, to a model of random weights that could end its answer after any token."""
+        route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True}))
+
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(120_000)
         faults = Faults(page, cluster.url)
         page.goto(cluster.url)
         page.wait_for_selector("#workers li:nth-child(2)")
+        page.route("**/v1/chat/completions", until_stopped)
         page.fill("#prompt", "Once upon a time")
         page.press("#prompt", "Enter")
         page.wait_for_function(

@@ -12,7 +12,7 @@ import pytest
 from cluster.control.view import View
 from cluster.errors import ExpertMeshError, StartError
 from cluster.fleet import snapshot
-from cluster.fleet.run_state import RunDirectory, RunState, find
+from cluster.fleet.run_state import RunDirectory, RunState, find, since_boot
 from cluster.placement.placement import striped
 from cluster.state_dir import VARIABLE
 
@@ -24,7 +24,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunState:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     process = psutil.Process()
     url = "http://127.0.0.1:8000"
-    return RunState(process.pid, process.create_time(), url, 8000, "", str(tmp_path), "tiny", "grpc", "as configured")
+    return RunState(process.pid, since_boot(process), url, 8000, "", str(tmp_path), "tiny", "grpc", "as configured")
 
 
 def test_found_while_it_lives(mine: RunState) -> None:
@@ -40,6 +40,15 @@ def test_a_recycled_pid_is_not_taken_for_it(mine: RunState) -> None:
     replace(mine, started=mine.started - 1000).write()
     with pytest.raises(ExpertMeshError, match="no cluster"):
         find()
+
+
+def test_it_is_found_when_the_clock_was_set(mine: RunState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells the time of day of the boot by the clock of now, and so every process seems to be another."""
+    mine.write()
+    for owner, name in ((psutil, "boot_time"), (psutil.Process, "create_time")):
+        true = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, true=true: true(*given) + 3600)
+    assert find() == mine
 
 
 def test_two_clusters_need_a_port(mine: RunState) -> None:
