@@ -252,11 +252,10 @@ def create_app(
 def _shown(membership: Membership, operator: Operator) -> dict[str, Any]:
     epochs, load = membership.epochs, membership.load
     placement: Placement = epochs.placement
-    change = epochs.change
     return {
         "epoch": placement.epoch,
         "acknowledged": epochs.acknowledged,
-        "change": None if change is None or change.done else change.reason,
+        "change": membership.under_way,
         "imbalance": 1.0 if load is None else load.imbalance,
         "workers": [
             {

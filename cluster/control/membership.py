@@ -186,6 +186,14 @@ class Membership:
         return member.told > self.epochs.placement.epoch or member.aims > self.goal.revision
 
     @property
+    def under_way(self) -> str | None:
+        """The change of the placement or of the fleet that is being made, in words."""
+        change, scaling = self.epochs.change, self.goal.scaling
+        if change is not None and not change.done:
+            return change.reason
+        return None if scaling is None else f"scale to {scaling.after}: waits for processes"
+
+    @property
     def slots(self) -> dict[str, int]:
         """By live expert worker, how many experts a plan may give it; 0: not known."""
         return {m.id: m.slots for m in self._workers()}

@@ -286,8 +286,10 @@ class Operator:
         except PlacementError as error:
             receipt.error = str(error)
             if not self._urgent and self._placement.epoch == reached:  # else a fail-over's placement counts
-                await self._back(before)
-            raise
+                await self._back(before, receipt)
+            elif reached > before.epoch:
+                receipt.error += "; what it had changed by then stays"
+            raise PlacementError(receipt.error) from error
         finally:
             receipt.seconds = time.monotonic() - began
             receipt.epoch_after = self._placement.epoch
@@ -317,13 +319,14 @@ class Operator:
                 )
         return goal
 
-    async def _back(self, before: Placement) -> None:
-        """After a step that failed: the placement that was in force when the action began."""
+    async def _back(self, before: Placement, receipt: Receipt) -> None:
+        """After a step that failed: the placement that was in force when the action began; `receipt` says when not."""
         try:
             for placement in steps(self._placement, before, self._membership.slots, _STEP):
                 await self._change(placement, f"back to epoch {before.epoch}")
-        except PlacementError:
+        except PlacementError as error:
             _log.exception("the placement of epoch %d cannot be restored", before.epoch)
+            receipt.error += f"; and the placement before cannot be restored ({error}), one between the two is in force"
 
 
 def _kind(action: str) -> Kind:

@@ -92,7 +92,7 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
         return RequestError(message, code="invalid_json")
     root = first["loc"][1:2]
     paths = [(_path(error, body), error) for error in errors if error["loc"][1:2] == root]
-    path, error = max(paths, key=lambda item: len(item[0]))
+    path, error = max(paths, key=lambda item: (item[1]["type"] == "value_error", len(item[0])))  # ours say most
     if not path:  # a name of a field that is no text
         return RequestError(f"The body: {error['msg']}", code="invalid_json")
     param = _dotted(path)
@@ -100,7 +100,7 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
         return _invalid(f"'{param}' is required", "missing_required_parameter", param)
     if NEUTRAL.intersection(part for part in path if isinstance(part, str)):
         return _invalid(f"'{param}' is not supported with this value", "unsupported_parameter", param)
-    if path[0] in _WANTED:
+    if path[0] in _WANTED and error["type"] != "value_error":
         return _invalid(f"'{path[0]}' must be {_WANTED[path[0]]}", "invalid_value", str(path[0]))
     if error["type"] in _OBJECTS:  # pydantic names our class
         return _invalid(f"'{param}' must be an object", "invalid_value", param)

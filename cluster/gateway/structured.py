@@ -51,7 +51,7 @@ def check_alone(request: SamplingFields) -> None:
 async def compiled(gateway: Gateway, param: str, value: Any, make: Callable[[Any], str]) -> str:
     """The grammar that `make` makes of the field `param`. Raises RequestError where it cannot be compiled."""
     try:
-        source = make(value)
+        source = await asyncio.to_thread(make, value)
     except (ValueError, TypeError) as error:
         raise _invalid(param, str(error)) from error
     if len(source) > limits.MAX_GRAMMAR_CHARACTERS:
@@ -144,7 +144,8 @@ async def _path_at_fault(grammars: GrammarCompiler, schema: Mapping[str, Any]) -
         for step, inner in _inner(part):
             tried += 1
             try:
-                await _compile(grammars, grammar.from_json_schema(shared | dict(inner)))
+                source = await asyncio.to_thread(grammar.from_json_schema, shared | dict(inner))
+                await _compile(grammars, source)
             except (RequestError, ValueError):
                 path, part = path + step, inner
                 break

@@ -14,7 +14,10 @@ from cluster.router import limits
 def _whole(text: str) -> str:
     """JSON can write half a surrogate pair, which is no character."""
     if not text.isascii():
-        text.encode()  # UnicodeEncodeError is a ValueError, as pydantic wants it
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("has half of a surrogate pair, which is no character") from error
     return text
 
 

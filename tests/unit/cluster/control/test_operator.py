@@ -40,6 +40,16 @@ def test_a_verb_that_fails_half_way_leaves_the_placement_before(monkeypatch: pyt
     assert "no memory" in receipt.error and receipt.forecast is not None and receipt.forecast.gain > 0.1
 
 
+def test_a_verb_that_can_go_neither_on_nor_back_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch an operator who is told that all is as before while half of a rebalance is in force."""
+    monkeypatch.setattr(module, "_STEP", 1)
+    fleet = Fleet()
+    fleet.failing = {2, 3}
+    with pytest.raises(PlacementError, match=r"no memory; and the placement before cannot be restored \(.*no memory\)"):
+        asyncio.run(fleet.operator.rebalance())
+    assert "cannot be restored" in fleet.operator.receipts[0].error
+
+
 def test_verbs_wait_for_each_other_and_leave_receipts() -> None:
     fleet = Fleet()
 
