@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -246,7 +247,9 @@ def _admin(port: int | None) -> tuple[str, str]:
             raise ExpertMeshError("EXPERTMESH_ADMIN_URL is set, but EXPERTMESH_ADMIN_TOKEN_FILE is not")
         return url.rstrip("/"), read_token(Path(file))
     state = find(port)
-    controllers = [process for process in read(port)["processes"] if process["role"] == "controller"]
+    # However old: the address stays, also where a full disk keeps the snapshot from being renewed.
+    there = read(port, max_age_s=math.inf)["processes"]
+    controllers = [process for process in there if process["role"] == "controller"]
     if not controllers or not controllers[0]["address"]:
         raise ExpertMeshError("the controller is just starting; try again in a moment")
     return f"http://{controllers[0]['address']}", admin_token(Path(state.run_dir))
