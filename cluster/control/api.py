@@ -90,7 +90,7 @@ class Inflict(BaseModel):
 
     kind: Literal["kill", "pause", "slow", "partition"]
     member: str = Field(description="a router, an expert worker or `controller`; of a partition the router")
-    seconds: float = Field(0.0, ge=0, description="how long; 0: for good")
+    seconds: float = Field(0.0, ge=0, le=86400, description="how long; 0: for good")
     stopped: float = Field(0.9, gt=0, lt=1, description="of `slow`: the part of the time for which it is stopped")
     peer: str = Field("", description="of a partition: the expert worker that the router does not reach")
 

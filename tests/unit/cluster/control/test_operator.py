@@ -148,6 +148,12 @@ def client_of(fleet: Fleet) -> TestClient:
         ("POST /scale", '{"expert_workers": 1000000000}', 422, "expert_workers: Input should be less"),
         ("POST /scale", '{"expert_workers": 9}', 409, "9 expert workers are more than the model has experts"),
         ("POST /scale", '{"routers": 2, "timeout_s": Infinity}', 422, "timeout_s: Input should be less"),
+        (
+            "POST /chaos",
+            '{"kind": "slow", "member": "expert-0", "seconds": 1e999}',
+            422,
+            "seconds: Input should be less",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_sentence(path: str, body: str, status: int, why: str) -> None:
