@@ -133,10 +133,17 @@ class Operator:
         finally:
             self._urgent -= 1
 
-    async def apply(self, homes_LE: list[list[dict[str, float]]]) -> Receipt:
-        """A whole placement: by layer and expert, the workers that are to hold it and their shares."""
+    async def apply(self, homes_LE: list[list[dict[str, float]]], made_for_epoch: int | None = None) -> Receipt:
+        """A whole placement: by layer and expert, the workers that are to hold it and their shares.
+
+        `made_for_epoch`: it is a plan that would undo whatever came after that epoch, and is refused then.
+        """
         async with self.lock:
             now = self._placement
+            if made_for_epoch not in (None, now.epoch):
+                raise PlacementError(
+                    f"this was planned for epoch {made_for_epoch}, and epoch {now.epoch} is in force: plan again"
+                )
             if [len(experts) for experts in homes_LE] != [len(experts) for experts in now.replicas]:
                 raise PlacementError(f"the model has {now.n_layers} layers of {now.n_experts} experts")
             named = {worker for experts in homes_LE for homes in experts for worker in homes}

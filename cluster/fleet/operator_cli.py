@@ -74,12 +74,14 @@ def plan(
 def apply(
     file: Annotated[Path, typer.Argument(help="JSON as `placement plan --json` prints it")], port: Port = None
 ) -> None:
-    """Bring a whole placement into force."""
+    """Bring a whole placement into force: a plan, unless the placement has changed since, or one that `placement show
+    --json` printed."""
     try:
-        homes = json.loads(file.read_text(encoding="utf-8"))["homes"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        body = {"homes": content["homes"], "made_for_epoch": content.get("made_for_epoch")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlacementError(f"{file} is not what `expertmesh placement plan --json` prints: {error!r}") from error
-    _report(ask("PUT", "/placement", port, {"homes": homes}))
+    _report(ask("PUT", "/placement", port, body))
 
 
 @placement.command()

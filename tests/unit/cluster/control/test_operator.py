@@ -113,7 +113,9 @@ def test_the_api_asks_for_its_token_and_says_why_not() -> None:
     refused = client.post("/placement/drop", json={"layer": 0, "expert": 0, "worker": "expert-0"})
     assert refused.status_code == 409 and "only replica" in refused.json()["detail"]
     planned = client.get("/placement/plan").json()
-    applied = client.put("/placement", json={"homes": planned["homes"]})
+    applied = client.put("/placement", json=planned)
+    stale = client.put("/placement", json=planned)
+    assert stale.status_code == 409 and "planned for epoch 1, and epoch 2 is in force" in stale.json()["detail"]
     assert applied.status_code == 200 and applied.json()["added"] == planned["forecast"]["moved_replicas"] > 0
     assert client.put("/placement", json={"homes": planned["homes"][:1]}).status_code == 409
     assert client.post("/rebalance", json={"dry_run": True}).json()["forecast"]["moved_replicas"] == 0
