@@ -28,6 +28,7 @@ from cluster.control.rebalancer import Rebalancer
 from cluster.control.scaling import START_TIMEOUT_S, Scaler
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement
+from cluster.placement.planner import Plan
 
 _MOST_PROCESSES = 10_000  # of a kind: no cluster has more, and each gets a name
 _BEARER = HTTPBearer(auto_error=False)  # for the documentation: `Admission` asks for it
@@ -64,6 +65,7 @@ class Homes(BaseModel):
     homes: list[list[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]]] = Field(
         description="by layer and expert: worker -> share of its rows"
     )
+    made_for_epoch: int | None = Field(None, description="refused when another epoch is in force; null: whichever is")
 
 
 class Loads(BaseModel):
@@ -90,7 +92,7 @@ class Inflict(BaseModel):
 
     kind: Literal["kill", "pause", "slow", "partition"]
     member: str = Field(description="a router, an expert worker or `controller`; of a partition the router")
-    seconds: float = Field(0.0, ge=0, description="how long; 0: for good")
+    seconds: float = Field(0.0, ge=0, le=86400, description="how long; 0: for good")
     stopped: float = Field(0.9, gt=0, lt=1, description="of `slow`: the part of the time for which it is stopped")
     peer: str = Field("", description="of a partition: the expert worker that the router does not reach")
 
@@ -143,13 +145,13 @@ def create_app(
     @app.put("/placement")
     async def apply(body: Homes) -> dict[str, Any]:
         """Bring a whole placement into force."""
-        return receipt_shown(await operator.apply(body.homes), membership)
+        return receipt_shown(await operator.apply(body.homes, body.made_for_epoch), membership)
 
     @app.get("/placement/plan")
     async def plan() -> dict[str, Any]:
         """What `rebalance` would do, with its forecast."""
         made = await asyncio.to_thread(operator.plan)
-        return {"forecast": asdict(made.forecast), "homes": made.placement.homes()}
+        return _plan_shown(made)
 
     @app.post("/placement/plan")
     async def plan_for(body: Loads) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def create_app(
         if len({len(row) for row in body.loads}) > 1:
             raise PlacementError("every layer of `loads` needs as many experts")
         made = await asyncio.to_thread(operator.plan, loads_LE=np.array(body.loads, ndmin=2))
-        return {"forecast": asdict(made.forecast), "homes": made.placement.homes()}
+        return _plan_shown(made)
 
     @app.post("/placement/replicate")
     async def replicate(body: Replicate) -> dict[str, Any]:
@@ -247,6 +249,14 @@ def create_app(
         return [receipt_shown(receipt, membership) for receipt in operator.receipts]
 
     return app
+
+
+def _plan_shown(made: Plan) -> dict[str, Any]:
+    return {
+        "forecast": asdict(made.forecast),
+        "made_for_epoch": made.placement.epoch - 1,
+        "homes": made.placement.homes(),
+    }
 
 
 def _shown(membership: Membership, operator: Operator) -> dict[str, Any]:

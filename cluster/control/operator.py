@@ -133,10 +133,17 @@ class Operator:
         finally:
             self._urgent -= 1
 
-    async def apply(self, homes_LE: list[list[dict[str, float]]]) -> Receipt:
-        """A whole placement: by layer and expert, the workers that are to hold it and their shares."""
+    async def apply(self, homes_LE: list[list[dict[str, float]]], made_for_epoch: int | None = None) -> Receipt:
+        """A whole placement: by layer and expert, the workers that are to hold it and their shares.
+
+        `made_for_epoch`: it is a plan that would undo whatever came after that epoch, and is refused then.
+        """
         async with self.lock:
             now = self._placement
+            if made_for_epoch not in (None, now.epoch):
+                raise PlacementError(
+                    f"this was planned for epoch {made_for_epoch}, and epoch {now.epoch} is in force: plan again"
+                )
             if [len(experts) for experts in homes_LE] != [len(experts) for experts in now.replicas]:
                 raise PlacementError(f"the model has {now.n_layers} layers of {now.n_experts} experts")
             named = {worker for experts in homes_LE for homes in experts for worker in homes}
@@ -286,8 +293,10 @@ class Operator:
         except PlacementError as error:
             receipt.error = str(error)
             if not self._urgent and self._placement.epoch == reached:  # else a fail-over's placement counts
-                await self._back(before)
-            raise
+                await self._back(before, receipt)
+            elif reached > before.epoch:
+                receipt.error += "; what it had changed by then stays"
+            raise PlacementError(receipt.error) from error
         finally:
             receipt.seconds = time.monotonic() - began
             receipt.epoch_after = self._placement.epoch
@@ -317,13 +326,14 @@ class Operator:
                 )
         return goal
 
-    async def _back(self, before: Placement) -> None:
-        """After a step that failed: the placement that was in force when the action began."""
+    async def _back(self, before: Placement, receipt: Receipt) -> None:
+        """After a step that failed: the placement that was in force when the action began; `receipt` says when not."""
         try:
             for placement in steps(self._placement, before, self._membership.slots, _STEP):
                 await self._change(placement, f"back to epoch {before.epoch}")
-        except PlacementError:
+        except PlacementError as error:
             _log.exception("the placement of epoch %d cannot be restored", before.epoch)
+            receipt.error += f"; and the placement before cannot be restored ({error}), one between the two is in force"
 
 
 def _kind(action: str) -> Kind:

@@ -100,8 +100,14 @@ class Scaler:
             await self._await_ready(before, after, timeout_s)
             receipt = await self._place(before, after, leaving, action)
         except Exception as error:  # also one that is no PlacementError: a scaling that nobody ends keeps others out
-            self._operator.events.add("scale", f"{action}: {error}; all is as before", level="warning")
-            self._membership.aim(replace(self._membership.goal, processes=before, scaling=None))
+            # A fail-over that came between may have left experts on some of the new ones: those cannot go.
+            new = set(after.workers) - set(before.workers)
+            stay = Processes(tuple(sorted(new & self._membership.epochs.placement.holding)))
+            left = f"{stay} that hold experts by now stay" if stay.workers else "all is as before"
+            self._operator.events.add("scale", f"{action}: {error}; {left}", level="warning")
+            self._membership.aim(replace(self._membership.goal, processes=before | stay, scaling=None))
+            if stay.workers and isinstance(error, PlacementError):
+                raise PlacementError(f"{error}; {left}") from error
             raise
         await self._drain(frozenset(before.routers) - frozenset(after.routers))
         goal = self._membership.goal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -73,12 +74,14 @@ def plan(
 def apply(
     file: Annotated[Path, typer.Argument(help="JSON as `placement plan --json` prints it")], port: Port = None
 ) -> None:
-    """Bring a whole placement into force."""
+    """Bring a whole placement into force: a plan, unless the placement has changed since, or one that `placement show
+    --json` printed."""
     try:
-        homes = json.loads(file.read_text(encoding="utf-8"))["homes"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        body = {"homes": content["homes"], "made_for_epoch": content.get("made_for_epoch")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlacementError(f"{file} is not what `expertmesh placement plan --json` prints: {error!r}") from error
-    _report(ask("PUT", "/placement", port, {"homes": homes}))
+    _report(ask("PUT", "/placement", port, body))
 
 
 @placement.command()
@@ -246,7 +249,9 @@ def _admin(port: int | None) -> tuple[str, str]:
             raise ExpertMeshError("EXPERTMESH_ADMIN_URL is set, but EXPERTMESH_ADMIN_TOKEN_FILE is not")
         return url.rstrip("/"), read_token(Path(file))
     state = find(port)
-    controllers = [process for process in read(port)["processes"] if process["role"] == "controller"]
+    # However old: the address stays, also where a full disk keeps the snapshot from being renewed.
+    there = read(port, max_age_s=math.inf)["processes"]
+    controllers = [process for process in there if process["role"] == "controller"]
     if not controllers or not controllers[0]["address"]:
         raise ExpertMeshError("the controller is just starting; try again in a moment")
     return f"http://{controllers[0]['address']}", admin_token(Path(state.run_dir))

@@ -40,6 +40,16 @@ def test_a_verb_that_fails_half_way_leaves_the_placement_before(monkeypatch: pyt
     assert "no memory" in receipt.error and receipt.forecast is not None and receipt.forecast.gain > 0.1
 
 
+def test_a_verb_that_can_go_neither_on_nor_back_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch an operator who is told that all is as before while half of a rebalance is in force."""
+    monkeypatch.setattr(module, "_STEP", 1)
+    fleet = Fleet()
+    fleet.failing = {2, 3}
+    with pytest.raises(PlacementError, match=r"no memory; and the placement before cannot be restored \(.*no memory\)"):
+        asyncio.run(fleet.operator.rebalance())
+    assert "cannot be restored" in fleet.operator.receipts[0].error
+
+
 def test_verbs_wait_for_each_other_and_leave_receipts() -> None:
     fleet = Fleet()
 
@@ -103,7 +113,9 @@ def test_the_api_asks_for_its_token_and_says_why_not() -> None:
     refused = client.post("/placement/drop", json={"layer": 0, "expert": 0, "worker": "expert-0"})
     assert refused.status_code == 409 and "only replica" in refused.json()["detail"]
     planned = client.get("/placement/plan").json()
-    applied = client.put("/placement", json={"homes": planned["homes"]})
+    applied = client.put("/placement", json=planned)
+    stale = client.put("/placement", json=planned)
+    assert stale.status_code == 409 and "planned for epoch 1, and epoch 2 is in force" in stale.json()["detail"]
     assert applied.status_code == 200 and applied.json()["added"] == planned["forecast"]["moved_replicas"] > 0
     assert client.put("/placement", json={"homes": planned["homes"][:1]}).status_code == 409
     assert client.post("/rebalance", json={"dry_run": True}).json()["forecast"]["moved_replicas"] == 0
@@ -138,6 +150,12 @@ def client_of(fleet: Fleet) -> TestClient:
         ("POST /scale", '{"expert_workers": 1000000000}', 422, "expert_workers: Input should be less"),
         ("POST /scale", '{"expert_workers": 9}', 409, "9 expert workers are more than the model has experts"),
         ("POST /scale", '{"routers": 2, "timeout_s": Infinity}', 422, "timeout_s: Input should be less"),
+        (
+            "POST /chaos",
+            '{"kind": "slow", "member": "expert-0", "seconds": 1e999}',
+            422,
+            "seconds: Input should be less",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_sentence(path: str, body: str, status: int, why: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.control import fleet as fleet_module
+from cluster.control import operator as operator_module
 from cluster.control import scaling as scaling_module
 from cluster.control.fleet import Fleet as Follower
 from cluster.control.goal import Processes, Scaling, check_resized
@@ -144,6 +145,22 @@ def test_more_than_there_is_memory_for_is_refused_before_anything_starts(monkeyp
 
     run(fleet, launcher, scale)
     assert launcher.log == ["start expert-3", "start router-1"]
+
+
+def test_a_new_worker_that_holds_experts_is_not_ended_when_the_rest_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a scaling that a fail-over interrupts, and that then ends the only home of experts."""
+    monkeypatch.setattr(operator_module, "_STEP", 1)
+    fleet, launcher = started()
+
+    async def scale() -> None:
+        fleet.failing = {2, 3}  # the second step, and the first one back
+        with pytest.raises(PlacementError, match="that hold experts by now stay"):
+            await fleet.scaler.scale(workers=5)
+
+    run(fleet, launcher, scale)
+    stayed = fleet.membership.epochs.placement.holding - set(WORKERS)
+    assert 1 <= len(stayed) <= 2 and set(fleet.membership.goal.processes.workers) == stayed | set(WORKERS)
+    assert sum(line.startswith("end") for line in launcher.log) == 2 - len(stayed)
 
 
 def test_whatever_goes_wrong_ends_the_scaling(monkeypatch: pytest.MonkeyPatch) -> None:

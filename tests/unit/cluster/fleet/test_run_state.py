@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from cluster.control.view import View
+from cluster.control.view import Member, View
 from cluster.errors import ExpertMeshError, StartError
-from cluster.fleet import snapshot
+from cluster.fleet import operator_cli, snapshot
 from cluster.fleet.run_state import RunDirectory, RunState, find, since_boot
 from cluster.placement.placement import striped
 from cluster.state_dir import VARIABLE
@@ -83,6 +84,24 @@ def test_a_directory_that_is_gone_or_full_costs_the_snapshot_and_not_the_cluster
     snapshot.write(state, view)
     with pytest.raises(ExpertMeshError, match="/gone was removed"):
         snapshot.read()
+
+
+def test_a_full_disk_hides_the_state_and_not_the_way_to_the_controller(
+    mine: RunState, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Would catch an operator who can ask for nothing any more because a snapshot cannot be renewed."""
+    mine.write()
+    (tmp_path / "admin_token").write_text("secret")
+    controller = Member("controller", "controller", 1, "n", "ready", "127.0.0.1:7")
+    snapshot.write(mine, View(1, (controller,), striped(1, 1, ["expert-0"])))
+    written = time.time()
+    monkeypatch.setattr(snapshot, "time", SimpleNamespace(time=lambda: written + 60))
+    with pytest.raises(ExpertMeshError, match=r"has said nothing for 15 s$"):
+        snapshot.read()
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=0))
+    with pytest.raises(ExpertMeshError, match=r"disk of .* is full"):
+        snapshot.read()
+    assert operator_cli._admin(None) == ("http://127.0.0.1:7", "secret")
 
 
 def test_the_run_directory_is_private_and_short_enough_for_sockets() -> None:
