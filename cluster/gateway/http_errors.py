@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+_NOTHING_HERE = (
+    "Nothing is served under this path. This server generates text, by POST to /v1/chat/completions, /v1/completions, "
+    "/v1/responses or /v1/messages; it has no embeddings, scores, files or batches"
+)
 # Fields of several types: pydantic explains each type's failure, a client wants to know what is right.
 _WANTED = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids; no list may be empty",
@@ -69,7 +73,7 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
-        refusal = RequestError(error.detail, code=code, status=error.status_code)
+        refusal = RequestError(_said(error), code=code, status=error.status_code)
         return refuse(request, refusal, error.headers)
 
     async def unforeseen(request: Request, _error: Exception) -> Response:
@@ -80,6 +84,13 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unforeseen)
+
+
+def _said(error: HTTPException) -> str:
+    if error.status_code == 404:
+        return _NOTHING_HERE
+    allowed = (error.headers or {}).get("Allow")
+    return f"This path takes {allowed} alone" if error.status_code == 405 and allowed else error.detail
 
 
 def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:

@@ -82,28 +82,28 @@ def _asked(request: SamplingFields) -> Iterator[tuple[str, Any, Callable[[Any], 
         yield "response_format.structures", tag, _from_structural_tag
     wanted = request.structured_outputs
     if wanted is not None:
-        yield "structured_outputs.json", _schema(wanted.json_), grammar.from_json_schema
+        yield "structured_outputs.json", _schema(wanted.json_, "structured_outputs.json"), grammar.from_json_schema
         yield "structured_outputs.json_object", wanted.json_object and ANY_OBJECT, grammar.from_json_schema
         yield "structured_outputs.regex", wanted.regex, grammar.from_regex
         yield "structured_outputs.choice", wanted.choice, grammar.from_choice
         yield "structured_outputs.grammar", wanted.grammar, _from_grammar
         yield "structured_outputs.structural_tag", wanted.structural_tag, _from_structural_tag
-    yield "guided_json", _schema(request.guided_json), grammar.from_json_schema
+    yield "guided_json", _schema(request.guided_json, "guided_json"), grammar.from_json_schema
     yield "guided_regex", request.guided_regex, grammar.from_regex
     yield "guided_choice", request.guided_choice, grammar.from_choice
     yield "guided_grammar", request.guided_grammar, _from_grammar
 
 
-def _schema(value: JsonObject | str | None) -> JsonObject | None:
+def _schema(value: JsonObject | str | None, param: str) -> JsonObject | None:
     """A schema may come as text."""
     if not isinstance(value, str):
         return value
     try:
         schema = json.loads(value)
     except ValueError as error:
-        raise _invalid("json", f"is not JSON: {error}") from error
+        raise _invalid(param, f"is not JSON: {error}") from error
     if not isinstance(schema, dict):
-        raise _invalid("json", "must be an object")
+        raise _invalid(param, "must be an object")
     return schema
 
 
