@@ -102,7 +102,8 @@ def experts(args: int) -> None:
     while u < active[0] * blocks:
         e, first = active[1 + u // blocks], UNIT * (u % blocks)
         begin, count = starts[e], starts[e + 1] - starts[e]
-        out, last, rows = a.hidden + begin * a.hidden_stride + 4 * first, min(a.f, first + UNIT), a.token_rows + 8 * begin
+        out, rows = a.hidden + begin * a.hidden_stride + 4 * first, a.token_rows + 8 * begin
+        last = min(a.f, first + UNIT)
         _swiglu(a.kind, table[2 * e], a.f, a.d, first, last, rows, count, out, a.hidden_stride)
         u = take(args)
     wait_for_team(as_int64(args)[3])
