@@ -65,11 +65,15 @@ class Cluster:
         self._remember(view)
         return view
 
-    def end_controller(self) -> None:
-        """Kill its process, if that is of this node: one that hangs, since Ray starts again only what ended."""
-        if self._process is not None:
-            with suppress(psutil.Error):
-                self._process.kill()
+    def end_controller(self) -> bool:
+        """Kill its process, if it is there and of this node: one that hangs, since Ray starts only what ended."""
+        if self._process is None:
+            return False
+        try:
+            self._process.kill()
+        except psutil.Error:
+            return False
+        return True
 
     def _remember(self, view: View) -> None:
         node = ray.get_runtime_context().get_node_id()

@@ -36,9 +36,7 @@ if TYPE_CHECKING:  # Ray is imported once its environment is in force
 
 _PATIENCE_S = 3.0  # after which a Ctrl-C does not wait for what Ray is doing
 _MISSING_AFTER_S = 15.0  # a file system may be away for a moment, and a HAProxy that ended for 4 s, its socket with it
-_HUNG_AFTER_S = (
-    9.0  # without a word of the controller, which `Cluster.news` waits 10 s for, it is ended: Ray starts it again
-)
+_HUNG_AFTER_S = 19.0  # without a word of the controller, which `Cluster.news` waits for 10 s at a time, it is ended
 _GONE_AFTER_S = 30.0  # without one by then, Ray itself must be gone
 _TICK_S = 0.2
 
@@ -216,8 +214,9 @@ def _supervise(
             if time.monotonic() - heard > _GONE_AFTER_S:
                 raise ExpertMeshError(f"Ray is gone: {error}") from error
             if time.monotonic() - heard > _HUNG_AFTER_S and not ended:
-                cluster.end_controller()
                 ended = True
+                if cluster.end_controller():
+                    heard = time.monotonic()  # Ray starts another
             time.sleep(_TICK_S)
             continue
         if view is not None:

@@ -32,8 +32,9 @@ class Hanging:
         self.now += 10.0
         raise RayGone("the controller does not answer")
 
-    def end_controller(self) -> None:
+    def end_controller(self) -> bool:
         self.ended += 1
+        return True
 
 
 @pytest.mark.parametrize("comes_back", [True, False])

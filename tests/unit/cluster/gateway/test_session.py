@@ -219,7 +219,7 @@ async def test_a_full_queue_beside_a_router_that_just_drains_is_a_refusal(monkey
         loop = asyncio.get_running_loop()
 
         def submit(*_: object) -> None:
-            asyncio.run_coroutine_threadsafe(draining.service.set_state("draining"), loop).result(5)
+            asyncio.run_coroutine_threadsafe(draining.service.set_state("draining"), loop).result(60)
             raise RequestError("this router is being stopped", code="draining", status=503)
 
         monkeypatch.setattr(draining.engine, "submit", submit)

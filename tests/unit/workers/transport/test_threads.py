@@ -33,8 +33,8 @@ EngineThread(Engine(), print).start()
 
 @pytest.mark.parametrize("end", [_RAISES, _STOPS, _WATCHDOG, _ENGINE])
 def test_its_process_ends_with_it(end: str) -> None:
-    code = f"import time\nfrom workers.transport.threads import *\n{end}\ntime.sleep(30)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25, check=False)
+    code = f"import time\nfrom workers.transport.threads import *\n{end}\ntime.sleep(300)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "its process ends" in done.stderr
 
