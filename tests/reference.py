@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,18 +275,6 @@ def random_tokens(vocab_size: int, n: int, seed: int) -> list[int]:
     return torch.randint(vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Models of these sizes take most of their time waiting for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@one_thread()
 @torch.no_grad()
 def reference_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
     """transformers' logits [T, V] of every position, without any cache.
@@ -302,7 +289,6 @@ def reference_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor
     return torch.cat([model(token_11, cache=cache).logits[0] for token_11 in ids_1T.split(1, dim=1)])
 
 
-@one_thread()
 @torch.no_grad()
 def gate_margins(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
     """Per position [T], how far the last expert chosen is ahead of the first one not chosen, in the closest layer.
@@ -329,7 +315,6 @@ def gate_margins(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
     return torch.stack(margins).amin(0) if margins else torch.full((len(token_ids),), torch.inf)
 
 
-@one_thread()
 @torch.no_grad()
 def gate_choices(model: PreTrainedModel, token_ids: Sequence[int]) -> list[NDArray[np.int64]]:
     """By layer, the experts that transformers' gate chooses for each position, int64 [T, K], best first.

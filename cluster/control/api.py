@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import socket
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,11 +10,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
 
+from cluster.control.admission import Admission
 from cluster.control.autoscaler import Autoscaler
 from cluster.control.chaos import Chaos
 from cluster.control.faults import Fault
@@ -27,8 +28,10 @@ from cluster.control.rebalancer import Rebalancer
 from cluster.control.scaling import START_TIMEOUT_S, Scaler
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement
+from cluster.placement.planner import Plan
 
-_BEARER = HTTPBearer(auto_error=False)
+_MOST_PROCESSES = 10_000  # of a kind: no cluster has more, and each gets a name
+_BEARER = HTTPBearer(auto_error=False)  # for the documentation: `Admission` asks for it
 
 
 class Replicate(BaseModel):
@@ -59,7 +62,10 @@ class Move(BaseModel):
 class Homes(BaseModel):
     """A whole placement."""
 
-    homes: list[list[dict[str, float]]] = Field(description="by layer and expert: worker -> share of its rows")
+    homes: list[list[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]]] = Field(
+        description="by layer and expert: worker -> share of its rows"
+    )
+    made_for_epoch: int | None = Field(None, description="refused when another epoch is in force; null: whichever is")
 
 
 class Loads(BaseModel):
@@ -73,10 +79,12 @@ class Loads(BaseModel):
 class Scale(BaseModel):
     """How many processes there are to be; null: as many as there are."""
 
-    expert_workers: int | None = Field(None, ge=1)
-    routers: int | None = Field(None, ge=1)
-    gateways: int | None = Field(None, ge=1)
-    timeout_s: float = Field(START_TIMEOUT_S, gt=0, description="for new ones to be ready; after it all is as before")
+    expert_workers: int | None = Field(None, ge=1, le=_MOST_PROCESSES)
+    routers: int | None = Field(None, ge=1, le=_MOST_PROCESSES)
+    gateways: int | None = Field(None, ge=1, le=_MOST_PROCESSES)
+    timeout_s: float = Field(
+        START_TIMEOUT_S, gt=0, le=86400, description="for new ones to be ready; after it all is as before"
+    )
 
 
 class Inflict(BaseModel):
@@ -84,7 +92,7 @@ class Inflict(BaseModel):
 
     kind: Literal["kill", "pause", "slow", "partition"]
     member: str = Field(description="a router, an expert worker or `controller`; of a partition the router")
-    seconds: float = Field(0.0, ge=0, description="how long; 0: for good")
+    seconds: float = Field(0.0, ge=0, le=86400, description="how long; 0: for good")
     stopped: float = Field(0.9, gt=0, lt=1, description="of `slow`: the part of the time for which it is stopped")
     peer: str = Field("", description="of a partition: the expert worker that the router does not reach")
 
@@ -112,18 +120,22 @@ def create_app(
     chaos: Chaos | None = None,
     autoscaler: Autoscaler | None = None,
 ) -> FastAPI:
-    """The application. All paths ask for `Authorization: Bearer TOKEN`; what cannot be done is 409 with the reason."""
-
-    def authenticated(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
-        if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
-            raise HTTPException(401, "the admin API needs the cluster's admin token", {"WWW-Authenticate": "Bearer"})
-
+    """The application. All paths but its documentation ask for `Authorization: Bearer TOKEN`; what cannot be done is
+    409 with the reason."""
     chaos = chaos or Chaos(membership, operator.events, allowed=False)
-    app = FastAPI(title="ExpertMesh admin", dependencies=[Depends(authenticated)])
+    app = FastAPI(title="ExpertMesh admin", dependencies=[Depends(_BEARER)])
+    app.add_middleware(Admission, token=token)
 
     @app.exception_handler(PlacementError)
     async def refused(request: Request, error: PlacementError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 409)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        # Without what was given: that may be a NaN, which JSON has no word for.
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 
     @app.get("/placement")
     async def show() -> dict[str, Any]:
@@ -133,13 +145,13 @@ def create_app(
     @app.put("/placement")
     async def apply(body: Homes) -> dict[str, Any]:
         """Bring a whole placement into force."""
-        return receipt_shown(await operator.apply(body.homes), membership)
+        return receipt_shown(await operator.apply(body.homes, body.made_for_epoch), membership)
 
     @app.get("/placement/plan")
     async def plan() -> dict[str, Any]:
         """What `rebalance` would do, with its forecast."""
         made = await asyncio.to_thread(operator.plan)
-        return {"forecast": asdict(made.forecast), "homes": made.placement.homes()}
+        return _plan_shown(made)
 
     @app.post("/placement/plan")
     async def plan_for(body: Loads) -> dict[str, Any]:
@@ -147,7 +159,7 @@ def create_app(
         if len({len(row) for row in body.loads}) > 1:
             raise PlacementError("every layer of `loads` needs as many experts")
         made = await asyncio.to_thread(operator.plan, loads_LE=np.array(body.loads, ndmin=2))
-        return {"forecast": asdict(made.forecast), "homes": made.placement.homes()}
+        return _plan_shown(made)
 
     @app.post("/placement/replicate")
     async def replicate(body: Replicate) -> dict[str, Any]:
@@ -239,14 +251,21 @@ def create_app(
     return app
 
 
+def _plan_shown(made: Plan) -> dict[str, Any]:
+    return {
+        "forecast": asdict(made.forecast),
+        "made_for_epoch": made.placement.epoch - 1,
+        "homes": made.placement.homes(),
+    }
+
+
 def _shown(membership: Membership, operator: Operator) -> dict[str, Any]:
     epochs, load = membership.epochs, membership.load
     placement: Placement = epochs.placement
-    change = epochs.change
     return {
         "epoch": placement.epoch,
         "acknowledged": epochs.acknowledged,
-        "change": None if change is None or change.done else change.reason,
+        "change": membership.under_way,
         "imbalance": 1.0 if load is None else load.imbalance,
         "workers": [
             {

@@ -76,7 +76,7 @@ class Autoscaler:
             return
         members = [member for member in self._membership.view.members if member.state == "ready"]
         routers = [member for member in members if member.id in goal.processes.routers]
-        workers = [member for member in members if member.id in goal.processes.workers]
+        workers = [m for m in members if m.id in goal.processes.workers and m.id not in goal.drained]
         signals = router_signals(routers, self._max_sequences, self._options)
         self._see("router", now, len(goal.processes.routers), signals)
         if goal.processes.workers:

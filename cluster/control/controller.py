@@ -63,7 +63,9 @@ class Controller:
         self._events = Events()
         least = 1 + options.spare_replicas
         self._operator = Operator(self._membership, self.change, options.expert_bytes, self._events, least)
-        self._scaler = Scaler(self._membership, self._operator, options.drain_timeout_s, options.expert_bytes)
+        self._scaler = Scaler(
+            self._membership, self._operator, options.drain_timeout_s, options.expert_bytes, options.process_bytes
+        )
         self._rebalancer = Rebalancer(self._operator, options.rebalance, options.expert_bytes)
         self._autoscaler = Autoscaler(self._membership, self._scaler, options.autoscale, options.max_sequences)
         self._chaos = Chaos(self._membership, self._events, options.allow_chaos)
@@ -149,7 +151,8 @@ class Controller:
         await self._notify()
 
     async def _bring_about(self) -> None:
-        await self._fleet.begin()
+        async with self._operator.lock:  # no verb before it is known what is in force
+            await self._fleet.begin()
         await asyncio.gather(self._fleet.run(), self._scaler.resume())
 
     async def _notify(self) -> None:

@@ -50,6 +50,8 @@ class Epochs:
     def adopt(self, placement: Placement) -> None:
         """A member knows a newer placement than a controller that was restarted: that one is in force."""
         if placement.epoch > self.placement.epoch:
+            if self.next is not None and self.change is not None:  # it would replace what it does not know of
+                self._give_up(self.change, "a member knows a newer placement", self.change.began)
             self.placement, self.acknowledged = placement, False
             self.version += 1
 

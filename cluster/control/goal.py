@@ -5,7 +5,7 @@ It travels in the view, so that a controller that was restarted gets it back fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from cluster.control.autoscale import Limits
@@ -33,10 +33,17 @@ class Processes:
             max(self.gateways, other.gateways),
         )
 
-    def resized(self, workers: int | None = None, routers: int | None = None, gateways: int | None = None) -> Processes:
-        """As many of each; None: as many as now. The ones with the highest numbers leave, new ones get higher ones."""
+    def resized(
+        self,
+        workers: int | None = None,
+        routers: int | None = None,
+        gateways: int | None = None,
+        drained: Collection[str] = (),
+    ) -> Processes:
+        """As many of each; None: as many as now. `drained` workers leave first, then the ones with the highest numbers;
+        new ones get higher ones."""
         return Processes(
-            self.workers if workers is None else _resized("expert", self.workers, workers),
+            self.workers if workers is None else _resized("expert", self.workers, workers, drained),
             self.routers if routers is None else _resized("router", self.routers, routers),
             self.gateways if gateways is None else gateways,
         )
@@ -102,7 +109,7 @@ def _ordered(processes: set[str]) -> tuple[str, ...]:
     return tuple(sorted(processes, key=number))
 
 
-def _resized(kind: str, now: Sequence[str], n: int) -> tuple[str, ...]:
-    ordered = sorted(now, key=number)
-    first = number(ordered[-1]) + 1 if ordered else 0
-    return (*ordered[:n], *(f"{kind}-{first + i}" for i in range(n - len(ordered))))
+def _resized(kind: str, now: Sequence[str], n: int, unwanted: Collection[str] = ()) -> tuple[str, ...]:
+    kept = sorted(now, key=lambda process: (process in unwanted, number(process)))[:n]
+    first = max(map(number, now), default=-1) + 1
+    return (*_ordered(set(kept)), *(f"{kind}-{first + i}" for i in range(n - len(now))))

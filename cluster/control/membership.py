@@ -156,6 +156,7 @@ class Membership:
             del self._heard[process]
             self._hung_at.pop(process, None)
             self._loads.pop(process, None)
+            self.restarts.pop(process, None)
             self._changed()
 
     def _forget_unwanted(self) -> None:
@@ -185,6 +186,14 @@ class Membership:
         return member.told > self.epochs.placement.epoch or member.aims > self.goal.revision
 
     @property
+    def under_way(self) -> str | None:
+        """The change of the placement or of the fleet that is being made, in words."""
+        change, scaling = self.epochs.change, self.goal.scaling
+        if change is not None and not change.done:
+            return change.reason
+        return None if scaling is None else f"scale to {scaling.after}: waits for processes"
+
+    @property
     def slots(self) -> dict[str, int]:
         """By live expert worker, how many experts a plan may give it; 0: not known."""
         return {m.id: m.slots for m in self._workers()}
@@ -199,8 +208,16 @@ class Membership:
 
     @property
     def load(self) -> Load | None:
-        """What all live routers together dispatched; None before the first said so."""
-        return merged(self._loads.values())
+        """What all live routers together dispatched, its window that of the workers that hold experts; None before the
+        first router said so."""
+        load = merged(self._loads.values())
+        return None if load is None else load.among(self.epochs.placement.holding)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows that each worker that holds experts has got since the routers started."""
+        load = merged(self._loads.values())
+        return {} if load is None else {w: load.total.get(w, 0) for w in sorted(self.epochs.placement.holding)}
 
     def drain(self) -> None:
         """From now on the cluster is being stopped."""

@@ -24,14 +24,14 @@ def observe(
     """What there is to see now. The placement is left out where its epoch is `known_epoch`, and events up to
     `known_event` are."""
     epochs, load, view = membership.epochs, membership.load, membership.view
-    placement, change = epochs.placement, epochs.change
+    placement = epochs.placement
     layers = range(placement.n_layers)
     return {
         "at": time.time(),
         "draining": view.draining,
         "epoch": placement.epoch,
         "acknowledged": epochs.acknowledged,
-        "change": None if change is None or change.done else change.reason,
+        "change": membership.under_way,
         "window_s": WINDOW_S,
         "imbalance": None if load is None else load.imbalance,
         "members": [_member(member, operator, placement, load) for member in view.members],
@@ -48,8 +48,7 @@ def receipt_shown(receipt: Receipt, membership: Membership) -> dict[str, Any]:
     """A receipt as JSON, with what has come of it until now."""
     shown = asdict(receipt)
     del shown["rows_then"]
-    load = membership.load
-    return shown | {"imbalance_since": None if load is None else receipt.realised(dict(load.total))}
+    return shown | {"imbalance_since": receipt.realised(membership.rows)}
 
 
 def _member(member: Member, operator: Operator, placement: Placement, load: Load | None) -> dict[str, Any]:

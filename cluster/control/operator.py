@@ -56,7 +56,7 @@ class Receipt:
         then = self.rows_then
         if then is None:
             return None
-        since = {worker: rows - then.get(worker, 0) for worker, rows in rows_now.items()}
+        since = {worker: max(0, rows - then.get(worker, 0)) for worker, rows in rows_now.items()}
         return imbalance(since.values()) if sum(since.values()) > 0 else None
 
 
@@ -92,7 +92,7 @@ class Operator:
         """Another replica of an expert; `worker` None: on the one with most room that has none."""
         async with self.lock:
             target = worker or self._roomiest(layer, expert)
-            goal = edit.replicate(self._placement, layer, expert, target)
+            goal = self._checked(edit.replicate(self._placement, layer, expert, target))
             return await self._go([goal], f"replicate layer {layer}, expert {expert} to {target}")
 
     async def drop(self, layer: int, expert: int, worker: str) -> Receipt:
@@ -104,13 +104,13 @@ class Operator:
     async def move(self, layer: int, expert: int, source: str | None, target: str) -> Receipt:
         """A replica elsewhere."""
         async with self.lock:
-            goal = edit.move(self._placement, layer, expert, source, target)
+            goal = self._checked(edit.move(self._placement, layer, expert, source, target))
             return await self._go([goal], f"move layer {layer}, expert {expert} to {target}")
 
     async def pin(self, layer: int, expert: int, worker: str) -> Receipt:
         """A replica of an expert on `worker`, which is loaded where there is none, stays there whatever is planned."""
         async with self.lock:
-            goal = edit.pin(self._placement, layer, expert, worker)
+            goal = self._checked(edit.pin(self._placement, layer, expert, worker))
             return await self._go([goal], f"pin layer {layer}, expert {expert} to {worker}")
 
     async def unpin(self, layer: int, expert: int, worker: str) -> Receipt:
@@ -133,10 +133,17 @@ class Operator:
         finally:
             self._urgent -= 1
 
-    async def apply(self, homes_LE: list[list[dict[str, float]]]) -> Receipt:
-        """A whole placement: by layer and expert, the workers that are to hold it and their shares."""
+    async def apply(self, homes_LE: list[list[dict[str, float]]], made_for_epoch: int | None = None) -> Receipt:
+        """A whole placement: by layer and expert, the workers that are to hold it and their shares.
+
+        `made_for_epoch`: it is a plan that would undo whatever came after that epoch, and is refused then.
+        """
         async with self.lock:
             now = self._placement
+            if made_for_epoch not in (None, now.epoch):
+                raise PlacementError(
+                    f"this was planned for epoch {made_for_epoch}, and epoch {now.epoch} is in force: plan again"
+                )
             if [len(experts) for experts in homes_LE] != [len(experts) for experts in now.replicas]:
                 raise PlacementError(f"the model has {now.n_layers} layers of {now.n_experts} experts")
             named = {worker for experts in homes_LE for homes in experts for worker in homes}
@@ -176,9 +183,8 @@ class Operator:
 
     @property
     def total_rows(self) -> dict[str, int]:
-        """Rows of each worker since start."""
-        load = self._membership.load
-        return {} if load is None else dict(load.total)
+        """Rows since start of each worker that holds experts."""
+        return self._membership.rows
 
     async def drain(self, worker: str) -> Receipt:
         """Everything that `worker` holds goes elsewhere, and nothing comes to it until `undrain`."""
@@ -206,7 +212,8 @@ class Operator:
             return receipt
 
     def _check_there(self, worker: str) -> None:
-        if worker not in self._membership.slots and worker not in self._placement.workers:
+        named = {*self._membership.slots, *self._placement.workers, *self._membership.goal.drained}
+        if worker not in named:
             there = ", ".join(sorted(self._membership.slots)) or "none"
             raise PlacementError(f"there is no expert worker {worker}; there are {there}")
 
@@ -215,6 +222,7 @@ class Operator:
 
     def undrain(self, worker: str) -> None:
         """The next `rebalance` may use `worker` again."""
+        self._check_there(worker)
         self._aim(self._membership.goal.drained - {worker})
 
     def _aim(self, drained: frozenset[str]) -> None:
@@ -247,14 +255,15 @@ class Operator:
 
     def _roomiest(self, layer: int, expert: int) -> str:
         self._need_workers()
-        holders = self._placement.holders(layer, expert) if 0 <= layer < self._placement.n_layers else ()
+        edit.check_there(self._placement, layer, expert)
+        holders = self._placement.holders(layer, expert)
         room = {
             worker: slots - len(self._placement.shard(worker))
             for worker, slots in self._membership.slots.items()
             if worker not in holders and worker not in self.drained
         }
         if not room:
-            raise PlacementError(f"every expert worker has a replica of layer {layer}, expert {expert}")
+            raise PlacementError(f"every expert worker that is not drained has layer {layer}, expert {expert}")
         return max(sorted(room), key=lambda worker: room[worker])
 
     async def reach(self, goal: Placement, action: str, forecast: Forecast | None = None) -> Receipt:
@@ -284,8 +293,10 @@ class Operator:
         except PlacementError as error:
             receipt.error = str(error)
             if not self._urgent and self._placement.epoch == reached:  # else a fail-over's placement counts
-                await self._back(before)
-            raise
+                await self._back(before, receipt)
+            elif reached > before.epoch:
+                receipt.error += "; what it had changed by then stays"
+            raise PlacementError(receipt.error) from error
         finally:
             receipt.seconds = time.monotonic() - began
             receipt.epoch_after = self._placement.epoch
@@ -301,7 +312,11 @@ class Operator:
         return receipt
 
     def _checked(self, goal: Placement) -> Placement:
-        """`goal`, unless it takes an expert below the replicas that it is to have."""
+        """`goal`, unless it gives a drained worker something, or takes an expert below the replicas it is to have."""
+        added = goal.all_replicas() - self._placement.all_replicas()
+        for worker in sorted({replica.worker for replica in added} & self.drained):
+            undo = f"; `expertmesh drain {worker} --undo` lets it be used again"
+            raise PlacementError(f"{worker} is drained{undo if worker in self._membership.goal.drained else ''}")
         before = set(homeless(self._placement, (), self._least_homes))
         for layer, expert in homeless(goal, (), self._least_homes):
             if (layer, expert) not in before and goal.replicas[layer][expert]:
@@ -311,13 +326,14 @@ class Operator:
                 )
         return goal
 
-    async def _back(self, before: Placement) -> None:
-        """After a step that failed: the placement that was in force when the action began."""
+    async def _back(self, before: Placement, receipt: Receipt) -> None:
+        """After a step that failed: the placement that was in force when the action began; `receipt` says when not."""
         try:
             for placement in steps(self._placement, before, self._membership.slots, _STEP):
                 await self._change(placement, f"back to epoch {before.epoch}")
-        except PlacementError:
+        except PlacementError as error:
             _log.exception("the placement of epoch %d cannot be restored", before.epoch)
+            receipt.error += f"; and the placement before cannot be restored ({error}), one between the two is in force"
 
 
 def _kind(action: str) -> Kind:

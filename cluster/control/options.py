@@ -30,6 +30,15 @@ class MetricsOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessBytes:
+    """What one more process takes of this machine's memory before it does anything; 0: it may start elsewhere."""
+
+    worker: int = 0  # without experts: those move
+    router: int = 0
+    gateway: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """Those of one cluster."""
 
@@ -39,6 +48,7 @@ class Options:
     autoscale: AutoscaleOptions = field(default_factory=AutoscaleOptions)
     max_sequences: int = 64  # places in the batch of a router
     expert_bytes: int = 0  # of one replica
+    process_bytes: ProcessBytes = field(default_factory=ProcessBytes)
     spare_replicas: int = 0
     allow_chaos: bool = False
     drain_timeout_s: float = 30.0  # for a router that leaves to finish what it has

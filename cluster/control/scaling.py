@@ -17,9 +17,11 @@ import numpy as np
 from cluster.control.goal import Processes, Scaling, check_resized
 from cluster.control.membership import Membership
 from cluster.control.operator import Operator, Receipt
+from cluster.control.options import ProcessBytes
 from cluster.control.view import GATEWAYS
 from cluster.errors import PlacementError
 from cluster.placement.planner import Limits
+from workers.host_memory import available_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +32,16 @@ START_TIMEOUT_S = 300.0  # for new processes to be ready, where nobody says othe
 class Scaler:
     """Carries out `scale`, beside the verbs of `operator`: one at a time."""
 
-    def __init__(self, membership: Membership, operator: Operator, drain_timeout_s: float, expert_bytes: int) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        operator: Operator,
+        drain_timeout_s: float,
+        expert_bytes: int,
+        process_bytes: ProcessBytes | None = None,
+    ) -> None:
         self._membership = membership
+        self._process_bytes = process_bytes or ProcessBytes()
         self._operator = operator
         self._drain_timeout_s = drain_timeout_s
         self._expert_bytes = expert_bytes
@@ -49,10 +59,27 @@ class Scaler:
         PlacementError when that cannot be, or new ones are not ready within `timeout_s`: all is as before then.
         """
         async with self._operator.lock:
-            before = self._membership.goal.processes
-            after = before.resized(workers, routers, gateways)
-            check_resized(before, after, self._membership.epochs.placement.n_experts > 0)
+            before, placement = self._membership.goal.processes, self._membership.epochs.placement
+            if workers is not None and workers > max(len(before.workers), placement.n_layers * placement.n_experts):
+                raise PlacementError(f"{workers} expert workers are more than the model has experts")
+            after = before.resized(workers, routers, gateways, self._operator.drained)
+            check_resized(before, after, placement.n_experts > 0)
+            self._check_room(before, after)
             return await self._carry_out(Scaling(before, after), timeout_s, reason)
+
+    def _check_room(self, before: Processes, after: Processes) -> None:
+        """PlacementError where all are of this machine and its memory does not suffice: the system would else end any
+        process, of whoever it is."""
+        each = self._process_bytes
+        wanted = (
+            max(0, len(after.workers) - len(before.workers)) * each.worker
+            + max(0, len(after.routers) - len(before.routers)) * each.router
+            + max(0, after.gateways - before.gateways) * each.gateway
+        )
+        if wanted and wanted > (available := available_bytes()):
+            raise PlacementError(
+                f"not enough memory: {after} need {wanted >> 20:,} MiB more, {available >> 20:,} MiB are available"
+            )
 
     async def resume(self) -> None:
         """Go on with what a controller before this one had begun."""
@@ -72,9 +99,15 @@ class Scaler:
         try:
             await self._await_ready(before, after, timeout_s)
             receipt = await self._place(before, after, leaving, action)
-        except PlacementError as error:
-            self._operator.events.add("scale", f"{action}: {error}; all is as before", level="warning")
-            self._membership.aim(replace(self._membership.goal, processes=before, scaling=None))
+        except Exception as error:  # also one that is no PlacementError: a scaling that nobody ends keeps others out
+            # A fail-over that came between may have left experts on some of the new ones: those cannot go.
+            new = set(after.workers) - set(before.workers)
+            stay = Processes(tuple(sorted(new & self._membership.epochs.placement.holding)))
+            left = f"{stay} that hold experts by now stay" if stay.workers else "all is as before"
+            self._operator.events.add("scale", f"{action}: {error}; {left}", level="warning")
+            self._membership.aim(replace(self._membership.goal, processes=before | stay, scaling=None))
+            if stay.workers and isinstance(error, PlacementError):
+                raise PlacementError(f"{error}; {left}") from error
             raise
         await self._drain(frozenset(before.routers) - frozenset(after.routers))
         goal = self._membership.goal

@@ -55,7 +55,7 @@ class Gateway:
         tracing.configure(config.otlp_traces_endpoint, self._id, config.cluster_name or "")
         self._url = url
         self._node = ray.get_runtime_context().get_node_id()
-        self._session = Session(credentials, rejoin_timeout_s=config.rejoin_timeout_s)
+        self._session = Session(credentials, rejoin_timeout_s=config.rejoin_timeout_s, prefix_cache=config.prefix_cache)
         tokenizer = await asyncio.to_thread(lambda: Tokenizer(checkpoint_here(model.path, config.model)))
         process = ProcessReadings("gateway", lambda: self._epoch)
         own = (lambda: of_session(self._session.stats()), process)

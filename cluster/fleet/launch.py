@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError
 
@@ -42,6 +44,7 @@ class Cluster:
     _call: Any = None
     _asked: float = 0.0
     _known: int = 0
+    _process: psutil.Process | None = None  # the controller's, where it is of this node
 
     def news(self, timeout_s: float) -> View | None:
         """The view: at once when it changed, else about once a second, else None after `timeout_s`. RayGone."""
@@ -59,7 +62,25 @@ class Cluster:
             self._call = None
             raise RayGone(reason(error)) from error
         self._call, self._known = None, view.version
+        self._remember(view)
         return view
+
+    def end_controller(self) -> bool:
+        """Kill its process, if it is there and of this node: one that hangs, since Ray starts only what ended."""
+        if self._process is None:
+            return False
+        try:
+            self._process.kill()
+        except psutil.Error:
+            return False
+        return True
+
+    def _remember(self, view: View) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        mine = next((m.pid for m in view.members if m.role == "controller" and m.node == node), None)
+        if mine is not None and (self._process is None or self._process.pid != mine):
+            with suppress(psutil.Error):
+                self._process = psutil.Process(mine)
 
     def drain(self) -> None:
         """Let the gateways refuse new requests. RayGone."""
@@ -100,6 +121,7 @@ def start_controller(plan: Plan, launcher: RayLauncher, admin_token: str, *, det
         autoscale=autoscale_options(config),
         max_sequences=min(config.max_sequences, config.max_batch_tokens),
         expert_bytes=plan.expert_bytes,
+        process_bytes=plan.process_bytes,
         spare_replicas=config.spare_replicas,
         allow_chaos=config.allow_chaos,
         drain_timeout_s=config.drain_timeout_s,

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.errors import ExpertMeshError, PlacementError
+
+if TYPE_CHECKING:
+    import httpx
+
+_CONNECT_S = 10.0
 
 Port = Annotated[int | None, typer.Option(help="of the gateway, when several clusters run")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
@@ -68,12 +74,14 @@ def plan(
 def apply(
     file: Annotated[Path, typer.Argument(help="JSON as `placement plan --json` prints it")], port: Port = None
 ) -> None:
-    """Bring a whole placement into force."""
+    """Bring a whole placement into force: a plan, unless the placement has changed since, or one that `placement show
+    --json` printed."""
     try:
-        homes = json.loads(file.read_text(encoding="utf-8"))["homes"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        body = {"homes": content["homes"], "made_for_epoch": content.get("made_for_epoch")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlacementError(f"{file} is not what `expertmesh placement plan --json` prints: {error!r}") from error
-    _report(ask("PUT", "/placement", port, {"homes": homes}))
+    _report(ask("PUT", "/placement", port, body))
 
 
 @placement.command()
@@ -154,6 +162,8 @@ def drain(
     port: Port = None,
 ) -> None:
     """Move everything away from an expert worker, so that it can be ended."""
+    if not re.fullmatch(r"[\w.-]+", worker):  # it becomes part of a path
+        raise PlacementError(f"there is no expert worker {worker!r}; `expertmesh status` names them")
     if undo:
         ask("POST", f"/workers/{worker}/undrain", port)
         typer.echo(f"{worker} may be used again")
@@ -196,16 +206,37 @@ def ask(method: str, path: str, port: int | None, body: dict[str, Any] | None = 
 
     url, token = _admin(port)
     headers = {"Authorization": f"Bearer {token}"}
+    # A change takes as long as the weights take to load.
+    patience = httpx.Timeout(None, connect=_CONNECT_S)
     try:
-        # A change takes as long as the weights take to load.
-        response = httpx.request(method, f"{url}{path}", json=body, headers=headers, timeout=None, trust_env=False)
-    except httpx.HTTPError as error:
+        response = httpx.request(method, f"{url}{path}", json=body, headers=headers, timeout=patience, trust_env=False)
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
         raise ExpertMeshError(f"the controller at {url} does not answer: {error}") from error
+    except httpx.HTTPError as error:
+        raise ExpertMeshError(
+            f"the controller at {url} was lost: {error}; it comes back by itself. What it had published is in force, "
+            "and a scaling goes on: look at `expertmesh placement show`, and ask again for what is missing"
+        ) from error
+    except (httpx.InvalidURL, ValueError) as error:  # a token with a line break; NaN in a file
+        raise ExpertMeshError(f"{url}{path} cannot be asked: {error}") from error
+    except KeyboardInterrupt:
+        if method != "GET":
+            typer.echo("it goes on in the cluster; `expertmesh placement receipts` says how it ends", err=True)
+        raise
+    return _answer(response)
+
+
+def _answer(response: httpx.Response) -> Any:
+    try:
+        content = response.json()
+    except ValueError as error:
+        raise ExpertMeshError(f"{response.url} is no admin API: it answered {response.status_code}") from error
+    if response.is_success:
+        return content
+    reason = content.get("detail") if isinstance(content, dict) else None
     if response.status_code == 409:
-        raise PlacementError(response.json()["detail"])
-    if response.is_error:
-        raise ExpertMeshError(f"the controller answered {response.status_code}: {response.text}")
-    return response.json()
+        raise PlacementError(str(reason))
+    raise ExpertMeshError(f"the controller answered {response.status_code}: {reason or response.text[:200]}")
 
 
 def _admin(port: int | None) -> tuple[str, str]:
@@ -218,7 +249,9 @@ def _admin(port: int | None) -> tuple[str, str]:
             raise ExpertMeshError("EXPERTMESH_ADMIN_URL is set, but EXPERTMESH_ADMIN_TOKEN_FILE is not")
         return url.rstrip("/"), read_token(Path(file))
     state = find(port)
-    controllers = [process for process in read(port)["processes"] if process["role"] == "controller"]
+    # However old: the address stays, also where a full disk keeps the snapshot from being renewed.
+    there = read(port, max_age_s=math.inf)["processes"]
+    controllers = [process for process in there if process["role"] == "controller"]
     if not controllers or not controllers[0]["address"]:
         raise ExpertMeshError("the controller is just starting; try again in a moment")
     return f"http://{controllers[0]['address']}", admin_token(Path(state.run_dir))

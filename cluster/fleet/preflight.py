@@ -10,6 +10,7 @@ from typing import Literal
 import psutil
 
 from cluster.config import Config
+from cluster.control.options import ProcessBytes
 from cluster.errors import StartError
 from cluster.fleet.choose import Choice, choose
 from cluster.fleet.devices import Needs, Use, arrange, has_8_bits, kinds
@@ -32,6 +33,7 @@ from workers.weights import FORMATS
 
 _PROCESS_BYTES = 256 * 2**20  # Python, torch and gRPC in each of our processes
 _RAY_BYTES = 1024 * 2**20  # Ray, Serve and the gateways
+_GATEWAY_BYTES = 192 * 2**20
 _STEP_BYTES = 256 * 2**20  # activations and logits of a router's step
 
 
@@ -57,6 +59,7 @@ class Plan:
     router_threads: int
     memory: dict[str, int]  # bytes of the host's, by what they are for
     expert_bytes: int  # of one replica
+    process_bytes: ProcessBytes
     load_bytes: int  # that all of them together read of the checkpoint
 
 
@@ -100,6 +103,10 @@ def plan(config: Config, checkpoint: Path, found: tuple[Gpu, ...] | None = None)
         wanted["dense weights"] = dense * config.routers
         wanted["KV caches"] = n_blocks * block * config.routers
         wanted["work"] = work * config.routers
+    router_bytes = _PROCESS_BYTES
+    if config.router_device == "cpu":
+        router_bytes += dense + n_blocks * block + work
+    own = config.ray_address is None  # all processes are of this machine
     cores = available_cores()
     return Plan(
         expert_bytes=replica,
@@ -129,6 +136,7 @@ def plan(config: Config, checkpoint: Path, found: tuple[Gpu, ...] | None = None)
         or (worker_threads(cores, n_workers) if n_workers else 1),
         router_threads=config.router_threads or int(config.cpus_per_router) or max(1, cores // config.routers),
         memory=wanted,
+        process_bytes=ProcessBytes(_PROCESS_BYTES, router_bytes, _GATEWAY_BYTES) if own else ProcessBytes(),
         load_bytes=opened.stored_bytes(routers=config.routers),
     )
 

@@ -21,6 +21,7 @@ from cluster.state_dir import VARIABLE, cache_home
 # Ray and HAProxy put Unix sockets below the run directory, whose paths may have 107 bytes.
 _LONGEST_TMP = 20
 _TOKEN = "admin_token"
+_SAME_S = 0.1  # the kernel counts a process's start in hundredths
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class RunState:
     """The note that `status` and `stop` read."""
 
     pid: int  # of `expertmesh serve`
-    started: float  # creation time of that process, so that a recycled pid is not taken for it
+    started: float  # `since_boot` of that process, so that a recycled pid is not taken for it
     url: str
     port: int
     ray_address: str  # empty until Ray runs
@@ -43,7 +44,7 @@ class RunState:
         try:
             process = psutil.Process(self.pid)
             # A zombie has ended; whoever started it has not asked yet.
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 1.0
+            return process.status() != psutil.STATUS_ZOMBIE and abs(since_boot(process) - self.started) < _SAME_S
         except psutil.NoSuchProcess:
             return False
 
@@ -61,6 +62,12 @@ class RunState:
     def remove(self) -> None:
         with contextlib.suppress(OSError):
             _path(self.port).unlink(missing_ok=True)
+
+
+def since_boot(process: psutil.Process) -> float:
+    """Seconds from the machine's boot to the start of `process`: the time of day at which it started is another one
+    when the clock is set, this is not."""
+    return process.create_time() - psutil.boot_time()
 
 
 @dataclass(frozen=True, slots=True)

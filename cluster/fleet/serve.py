@@ -22,7 +22,7 @@ from cluster.fleet.mps import Mps
 from cluster.fleet.open_files import raise_limit
 from cluster.fleet.prometheus import Prometheus
 from cluster.fleet.ray_token import ensure_token
-from cluster.fleet.run_state import RunDirectory, RunState, credentials_path, make_admin_token
+from cluster.fleet.run_state import RunDirectory, RunState, credentials_path, make_admin_token, since_boot
 from cluster.fleet.signals import Signals, Stopped
 from cluster.fleet.watch import Watch
 from cluster.models import resolve
@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # Ray is imported once its environment is in force
 
 _PATIENCE_S = 3.0  # after which a Ctrl-C does not wait for what Ray is doing
 _MISSING_AFTER_S = 15.0  # a file system may be away for a moment, and a HAProxy that ended for 4 s, its socket with it
-_GONE_AFTER_S = 30.0  # without a word of the controller, Ray itself must be gone
+_HUNG_AFTER_S = 19.0  # without a word of the controller, which `Cluster.news` waits for 10 s at a time, it is ended
+_GONE_AFTER_S = 30.0  # without one by then, Ray itself must be gone
 _TICK_S = 0.2
 
 
@@ -87,7 +88,7 @@ def _run(config: Config, plan: preflight.Plan, run: RunDirectory, signals: Signa
     myself = psutil.Process()
     state = RunState(
         pid=myself.pid,
-        started=myself.create_time(),
+        started=since_boot(myself),
         url=base_url(config),
         port=config.port,
         ray_address="",
@@ -200,6 +201,7 @@ def _supervise(
     Raises ExpertMeshError if Ray ends, or if somebody removed files that the cluster cannot be reached without.
     """
     heard = whole = time.monotonic()
+    ended = False  # the controller, since it was heard last
     while True:
         signals.check()
         if (gone := missing()) is None:
@@ -211,10 +213,14 @@ def _supervise(
         except RayGone as error:
             if time.monotonic() - heard > _GONE_AFTER_S:
                 raise ExpertMeshError(f"Ray is gone: {error}") from error
+            if time.monotonic() - heard > _HUNG_AFTER_S and not ended:
+                ended = True
+                if cluster.end_controller():
+                    heard = time.monotonic()  # Ray starts another
             time.sleep(_TICK_S)
             continue
         if view is not None:
-            heard = time.monotonic()
+            heard, ended = time.monotonic(), False
             snapshot.write(state, view)
             watch.see(view)
 

@@ -52,8 +52,9 @@ def _process(member: Member) -> dict[str, Any]:
     return asdict(member) | {"group": number}
 
 
-def read(port: int | None = None) -> dict[str, Any]:
-    """The snapshot of the running cluster, on `port` if there are several. ExpertMeshError when there is none."""
+def read(port: int | None = None, max_age_s: float = _STALE_S) -> dict[str, Any]:
+    """The snapshot of the running cluster, on `port` if there are several. ExpertMeshError when there is none, or one
+    older than `max_age_s`."""
     state = find(port)
     try:
         content: dict[str, Any] = json.loads(Path(state.run_dir, _NAME).read_text(encoding="utf-8"))
@@ -64,8 +65,10 @@ def read(port: int | None = None) -> dict[str, Any]:
                 "and with it the way in: `expertmesh stop`, and start it again"
             ) from None
         raise ExpertMeshError(f"the cluster on port {state.port} is just starting (process {state.pid})") from None
-    if time.time() - content["written"] > _STALE_S:
-        raise ExpertMeshError(f"`expertmesh serve` (process {state.pid}) has said nothing for {_STALE_S:g} s")
+    if time.time() - content["written"] > max_age_s:
+        full = os.statvfs(state.run_dir).f_bavail == 0
+        why = f", since the disk of {state.run_dir} is full: free some of it" if full else ""
+        raise ExpertMeshError(f"`expertmesh serve` (process {state.pid}) has said nothing for {max_age_s:g} s{why}")
     return content | {"listening": _listens(state)}
 
 

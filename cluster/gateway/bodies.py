@@ -12,6 +12,7 @@ from starlette.types import Receive
 from cluster.errors import RequestError
 
 _TIMEOUT_S = 30.0  # for all of it, however slowly it comes
+_MOST_MEMBERS = 64  # of a gzip body; each costs a copy of what follows it
 _ZLIB_WINDOWS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 
 
@@ -33,7 +34,7 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     coding = headers.get(b"content-encoding", b"identity").strip().lower()
     if body is None or coding in (b"identity", b""):
         return body
-    return _unpacked(body, coding, limit)
+    return await asyncio.to_thread(_unpacked, body, coding, limit)
 
 
 async def _receive(receive: Receive, limit: int) -> bytes | None:
@@ -54,10 +55,10 @@ async def _receive(receive: Receive, limit: int) -> bytes | None:
 def _unpacked(body: bytes, coding: bytes, limit: int) -> bytes:
     try:
         if coding == b"zstd":
-            with zstandard.ZstdDecompressor().stream_reader(body) as reader:
+            with zstandard.ZstdDecompressor().stream_reader(body, read_across_frames=True) as reader:
                 content = reader.read(limit + 1)
         elif coding in _ZLIB_WINDOWS:
-            content = zlib.decompressobj(_ZLIB_WINDOWS[coding]).decompress(body, limit + 1)
+            content = _inflated(body, _ZLIB_WINDOWS[coding], limit + 1)
         else:
             message = "Content-Encoding must be gzip, deflate or zstd"
             raise RequestError(message, code="unsupported_encoding", status=415)
@@ -67,6 +68,20 @@ def _unpacked(body: bytes, coding: bytes, limit: int) -> bytes:
     if len(content) > limit:
         raise _too_large(limit)
     return content
+
+
+def _inflated(body: bytes, window: int, most: int) -> bytes:
+    """The first `most` bytes of what is packed in one member or, with gzip, several. Raises zlib.error."""
+    content = b""
+    for _ in range(_MOST_MEMBERS):
+        member = zlib.decompressobj(window)
+        content += member.decompress(body, most - len(content))
+        body = member.unused_data
+        if len(content) == most or (member.eof and not body):
+            return content
+        if not member.eof:
+            raise zlib.error("it ends early")
+    raise zlib.error("it has too many members")
 
 
 def _too_large(limit: int) -> RequestError:

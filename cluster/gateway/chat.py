@@ -14,9 +14,9 @@ from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import Conversation, converse, echoed
 from cluster.gateway.generation import Answer, Choice, RunningUsage, Usage, respond
+from cluster.gateway.offload import give_way
 from cluster.gateway.parsers.parts import CallStart, Content, Part, Reasoning
 from cluster.gateway.parsers.written import Written, call_id
-from cluster.gateway.prompts import give_way
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken
 from cluster.gateway.sse import DONE, TextEvents, error_event, event

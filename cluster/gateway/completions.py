@@ -15,7 +15,8 @@ from cluster.gateway import sampling
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Answer, Choice, Echo, RunningUsage, Usage, respond
 from cluster.gateway.logprobs import finite
-from cluster.gateway.prompts import echo_of, give_way, prompts
+from cluster.gateway.offload import give_way
+from cluster.gateway.prompts import echo_of, prompts
 from cluster.gateway.schemas.completions import CompletionRequest
 from cluster.gateway.sequence_text import Delta, ScoredToken
 from cluster.gateway.sse import DONE, TextEvents, error_event, event
@@ -33,13 +34,15 @@ async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
     gateway.check_unknown(request)
     await give_way()
     grammar = await grammar_of(gateway, request)
+    bad_words = await sampling.bad_words(gateway, request)
     n = request.n or 1
     choices: list[Choice] = []
     for text, whole_ids in await prompts(gateway, request.prompt):
         prompt_ids = sampling.truncated(whole_ids, request)
         text = text if len(prompt_ids) == len(whole_ids) else None
         echo = await echo_of(gateway, text, prompt_ids) if request.echo else None
-        choices += _choices(gateway, request, len(choices), echo, prompt_ids, n, grammar)
+        choices += _choices(gateway, request, len(choices), echo, prompt_ids, n, grammar, bad_words)
+        await give_way()
     if len(choices) > limits.MAX_CHOICES:
         message = f"'n' times the prompts is {len(choices)}; at most {limits.MAX_CHOICES} are allowed"
         raise RequestError(message, code="invalid_value", param="n")
@@ -56,6 +59,7 @@ def _choices(
     prompt_ids: list[int],
     n: int,
     grammar: str,
+    bad_words: sampling.BadWords,
 ) -> list[Choice]:
     max_tokens = request.max_tokens
     if max_tokens is None:
@@ -66,6 +70,7 @@ def _choices(
         gateway,
         request,
         max_tokens=max_tokens,
+        bad_words=bad_words,
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
     )

@@ -14,7 +14,7 @@ from cluster.gateway.defaults import SamplingDefaults
 from cluster.gateway.logprobs import TokenNames
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.schemas.fields import Body
-from cluster.gateway.schemas.known import UNSUPPORTED
+from cluster.gateway.schemas.known import INSTEAD, UNSUPPORTED
 from cluster.gateway.template_process import TemplateProcess
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.router.grammar import GrammarCompiler
@@ -76,7 +76,8 @@ class Gateway:
         any that is not known. The others are ignored, and named in the log once."""
         for name in body.unknown():
             if name in UNSUPPORTED:
-                raise RequestError(f"'{name}' is not supported", code="unsupported_parameter", param=name)
+                message = f"'{name}' is not supported" + (f": {INSTEAD[name]}" if name in INSTEAD else "")
+                raise RequestError(message, code="unsupported_parameter", param=name)
             if self.config.strict_fields:
                 message = f"'{name[:200]}' is not a known parameter"
                 raise RequestError(message, code="unknown_parameter", param=name[:200])

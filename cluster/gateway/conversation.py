@@ -14,13 +14,15 @@ from cluster.gateway import sampling
 from cluster.gateway.call_grammar import answer_or_calls, required_calls
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Choice
-from cluster.gateway.prompts import aside, check_length, encode, give_way
+from cluster.gateway.offload import aside, give_way
+from cluster.gateway.prompts import check_length, encode
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.schemas.messages import FunctionCall, Message
 from cluster.gateway.structured import check_alone, grammar_of
 from cluster.gateway.tools import Toolbox, format_of, marks, parser, taught, toolbox
 
 _MESSAGE_SIZE = 40  # characters that take as long to encode as a message, or a call in it, to render
+_TOOL_SIZE = 400  # the same of a tool's description
 _OURS = frozenset({"messages", "tools", "template", "self"})  # names that a template gets from other fields
 
 
@@ -81,7 +83,7 @@ async def render(gateway: Gateway, request: ChatRequest, tools: Toolbox) -> str:
     size = _MESSAGE_SIZE * sum(1 + len(message.tool_calls or ()) for message in request.messages)
     messages = await aside(plain_messages, request.messages, size)
     await give_way()
-    described = tools.described
+    described = await aside(Toolbox.described, tools, _TOOL_SIZE * len(tools.functions))
     more = dict(request.chat_template_kwargs or {})
     if taken := more.keys() & _OURS:
         param = f"chat_template_kwargs.{min(taken)}"
@@ -140,7 +142,8 @@ async def converse(gateway: Gateway, request: ChatRequest, *, logprobs: int | No
     if limit is None:  # as long as it likes, or as the checkpoint says
         room = max(gateway.model.max_context - len(prompt_ids), 1)
         limit = min(gateway.model.defaults.max_new_tokens or room, room)
-    params = sampling.sampling_params(gateway, request, max_tokens=limit, logprobs=logprobs)
+    bad_words = await sampling.bad_words(gateway, request)
+    params = sampling.sampling_params(gateway, request, max_tokens=limit, bad_words=bad_words, logprobs=logprobs)
     params = replace(params, grammar=grammar)
     sampling.check(gateway, prompt_ids, params, prompt="messages", max_tokens=name)
     text = sampling.sequence_texts(gateway, request, special=_shows_special(gateway, request, tools))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from starlette.responses import Response
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
 from cluster.gateway.metrics import SequenceMeter
+from cluster.gateway.offload import TURN_S, give_way
 from cluster.gateway.parsers.message_parser import MessageParser
 from cluster.gateway.parsers.parts import Content, Part
 from cluster.gateway.sampling import Streaming
@@ -21,6 +23,7 @@ from cluster.gateway.sse import EventStream, JsonAnswer, dump, dump_large
 from cluster.gateway.tenants import Tenant, tenant
 from cluster.router.params import Routing, SamplingParams, TokenLogprobs
 
+_MOST_PROMPT_SCORES = 500_000  # in an answer: 100 MB of objects, which stay until it is written
 _MANY_SCORES = 5000  # take 10 ms to write, in which no other stream would move
 
 
@@ -90,10 +93,23 @@ class Form(Protocol):
 
 
 def respond(gateway: Gateway, choices: list[Choice], n: int, form: Form, *, stream: bool, usage: bool) -> Response:
-    """The response to a request for `choices`, `n` for each prompt; `usage`: a stream ends with a chunk of it."""
+    """The response to a request for `choices`, `n` for each prompt; `usage`: a stream ends with a chunk of it.
+
+    Raises RequestError where it would hold more numbers of its prompts than there is memory for.
+    """
+    _check_scores(choices)
     if stream:
         return EventStream(_events(gateway, choices, n, form, usage), done=form.done, error=form.error)
     return JsonAnswer(_whole(gateway, choices, n, form))
+
+
+def _check_scores(choices: Sequence[Choice]) -> None:
+    asked = ((len(choice.prompt_ids), choice.params.prompt_logprobs) for choice in choices)
+    if (
+        n_scores := sum(n_prompt * (1 + n_top) for n_prompt, n_top in asked if n_top is not None)
+    ) > _MOST_PROMPT_SCORES:
+        message = f"The scores of the prompts are {n_scores} numbers; at most {_MOST_PROMPT_SCORES} are allowed"
+        raise RequestError(f"{message}: send fewer prompts at once", code="invalid_value", param="prompt_logprobs")
 
 
 async def _events(
@@ -261,7 +277,7 @@ async def _merge(
 
     tasks = [asyncio.create_task(pump(run)) for run in runs]
     try:
-        n_open = len(tasks)
+        n_open, since = len(tasks), time.perf_counter()
         while n_open:
             item = await queue.get()
             if isinstance(item, Exception):
@@ -270,6 +286,9 @@ async def _merge(
                 n_open -= 1
             else:
                 yield item
+                if time.perf_counter() - since > TURN_S:  # a step brings something for each, without a pause
+                    await give_way()
+                    since = time.perf_counter()
     finally:
         for task in tasks:
             task.cancel()

@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+_NOTHING_HERE = (
+    "Nothing is served under this path. This server generates text, by POST to /v1/chat/completions, /v1/completions, "
+    "/v1/responses or /v1/messages; it has no embeddings, scores, files or batches"
+)
 # Fields of several types: pydantic explains each type's failure, a client wants to know what is right.
 _WANTED = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids; no list may be empty",
@@ -69,7 +73,7 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
-        refusal = RequestError(error.detail, code=code, status=error.status_code)
+        refusal = RequestError(_said(error), code=code, status=error.status_code)
         return refuse(request, refusal, error.headers)
 
     async def unforeseen(request: Request, _error: Exception) -> Response:
@@ -82,6 +86,13 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unforeseen)
 
 
+def _said(error: HTTPException) -> str:
+    if error.status_code == 404:
+        return _NOTHING_HERE
+    allowed = (error.headers or {}).get("Allow")
+    return f"This path takes {allowed} alone" if error.status_code == 405 and allowed else error.detail
+
+
 def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
     """One RequestError for what pydantic found: the first field at fault, at its deepest place."""
     first = errors[0]
@@ -92,7 +103,7 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
         return RequestError(message, code="invalid_json")
     root = first["loc"][1:2]
     paths = [(_path(error, body), error) for error in errors if error["loc"][1:2] == root]
-    path, error = max(paths, key=lambda item: len(item[0]))
+    path, error = max(paths, key=lambda item: (item[1]["type"] == "value_error", len(item[0])))  # ours say most
     if not path:  # a name of a field that is no text
         return RequestError(f"The body: {error['msg']}", code="invalid_json")
     param = _dotted(path)
@@ -100,7 +111,7 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
         return _invalid(f"'{param}' is required", "missing_required_parameter", param)
     if NEUTRAL.intersection(part for part in path if isinstance(part, str)):
         return _invalid(f"'{param}' is not supported with this value", "unsupported_parameter", param)
-    if path[0] in _WANTED:
+    if path[0] in _WANTED and error["type"] != "value_error":
         return _invalid(f"'{path[0]}' must be {_WANTED[path[0]]}", "invalid_value", str(path[0]))
     if error["type"] in _OBJECTS:  # pydantic names our class
         return _invalid(f"'{param}' must be an object", "invalid_value", param)

@@ -23,6 +23,7 @@ class Entry:
     request_id: str
     prompt_ids: Sequence[int]
     params: SamplingParams
+    prefixes: Sequence[int] = ()  # names of the prompt's beginnings, by which a router that has them is found
     emitted_ids: list[int] = field(default_factory=list)
     prompt_logprobs_given: bool = False
     routed: int = 0  # tokens whose routing the reader has: another router tells it again from the first on

@@ -37,7 +37,7 @@ class JsonRequest(Request):
     async def json(self) -> Any:
         body = await self.body()
         if len(body) <= _LARGE:
-            return json.loads(body)
+            return _read(json.loads, body)
         return await asyncio.get_running_loop().run_in_executor(_thread, read_large, body)
 
 
@@ -118,9 +118,18 @@ def _single(text: str, at: int, scan_once: _ScanOnce) -> tuple[list[Any], int, b
 
 def read_large(body: bytes) -> Any:
     """The JSON value that `body` is, read in pieces. Raises json.JSONDecodeError."""
+    return _read(lambda body: _Reader().decode(body.decode(json.detect_encoding(body))), body)
+
+
+def _read(reader: Callable[[bytes], Any], body: bytes) -> Any:
+    """What `reader` makes of `body`, with one error for whatever is wrong: json.JSONDecodeError."""
     try:
-        return _Reader().decode(body.decode(json.detect_encoding(body)))
+        return reader(body)
     except RecursionError as error:
         raise json.JSONDecodeError("nested too deeply", "", 0) from error
     except UnicodeDecodeError as error:
         raise json.JSONDecodeError("not in UTF-8", "", error.start) from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise json.JSONDecodeError("a number has too many digits", "", 0) from error

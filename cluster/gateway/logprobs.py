@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 from cluster.gateway.detokenizer import Pieces
@@ -41,7 +42,7 @@ class TokenNames:
             return own
         return _text(self._raw[token_id]) if token_id < len(self._raw) else f"token_id:{token_id}"
 
-    @property
+    @cached_property
     def by_id(self) -> TokenNames:
         """The same tokens with `token_id:` and their number for every name."""
         names = copy(self)

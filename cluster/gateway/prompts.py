@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
 from cluster.gateway.generation import Echo
+from cluster.gateway.offload import aside, give_way
 from cluster.gateway.schemas.completions import Prompt
-
-_LONG = 8_000  # characters; a longer text takes milliseconds, in which no other stream would move
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 def check_length(gateway: Gateway, text: str, param: str) -> None:
@@ -24,16 +19,9 @@ def check_length(gateway: Gateway, text: str, param: str) -> None:
         raise RequestError(message, code="context_length_exceeded", param=param)
 
 
-async def give_way() -> None:
-    """Between two parts of the work on a request, each of which may take milliseconds: let others have a turn."""
-    await asyncio.sleep(0)
-
-
 async def encode(gateway: Gateway, text: str, *, add_special_tokens: bool) -> list[int]:
     """The token ids of `text`; beside the event loop where it is long."""
-    if len(text) < _LONG:
-        return gateway.tokenizer.encode(text, add_special_tokens)
-    return await asyncio.to_thread(gateway.tokenizer.encode, text, add_special_tokens)
+    return await aside(partial(gateway.tokenizer.encode, add_special_tokens=add_special_tokens), text, len(text))
 
 
 async def decode(gateway: Gateway, ids: list[int]) -> str:
@@ -49,18 +37,17 @@ async def echo_of(gateway: Gateway, text: str | None, prompt_ids: list[int]) -> 
     return Echo(text, offsets or [0] * len(prompt_ids))  # an empty text has its first token only
 
 
-async def aside(function: Callable[[_In], _Out], value: _In, size: int) -> _Out:
-    """`function(value)`; beside the event loop where that is as much work as a text of `size` characters, if long."""
-    return function(value) if size < _LONG else await asyncio.to_thread(function, value)
-
-
 async def prompts(gateway: Gateway, prompt: Prompt) -> list[tuple[str | None, list[int]]]:
     """Each prompt of a request: its text, where it came as text, and its token ids."""
     if isinstance(prompt, str):
         return [(prompt, await _encode_prompt(gateway, prompt))]
     if isinstance(prompt[0], int):
         return [(None, prompt)]
-    return [(item, await _encode_prompt(gateway, item)) if isinstance(item, str) else (None, item) for item in prompt]
+    found: list[tuple[str | None, list[int]]] = []
+    for item in prompt:
+        found.append((item, await _encode_prompt(gateway, item)) if isinstance(item, str) else (None, item))
+        await give_way()
+    return found
 
 
 async def _encode_prompt(gateway: Gateway, text: str) -> list[int]:

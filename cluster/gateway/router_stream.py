@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -12,6 +12,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.errors import ExpertMeshError, RequestError
+from cluster.gateway.prefixes import SeenPrefixes
 from cluster.router.codec import MESSAGE_BYTES, ROUTER_KEY, STREAM_METHOD, decode_queue
 from cluster.router.queue import Queue
 from workers.pb import generation_pb2 as pb
@@ -45,6 +46,7 @@ class RouterStream:
         self._said = ""  # why there is no stream, as it was logged
         self.state = ""
         self.queue: Queue | None = None  # as the router last told, with what went to it since
+        self.seen = SeenPrefixes()  # what went to it, as far as it can be of use
         self.retired = False  # the router left the fleet: finish what is open, take nothing new
         self.n_open = 0  # requests that run on it; the session counts
         self._on_event = on_event
@@ -60,9 +62,10 @@ class RouterStream:
         """Why the router would not take one more request of `tenant`, by what it last told; None: it would."""
         return None if self.queue is None else self.queue.refuse(tenant)
 
-    def submit(self, command: pb.Command, tenant: str) -> None:
-        """Let a request run there."""
+    def submit(self, command: pb.Command, tenant: str, prefixes: Sequence[int]) -> None:
+        """Let a request run there, whose prompt begins with `prefixes`."""
         self.n_open += 1
+        self.seen.add(prefixes)
         if self.queue is not None:
             self.queue.add(tenant)
         self.send(command)
@@ -150,5 +153,5 @@ class RouterStream:
     def _set_state(self, state: str) -> None:
         self.state = state
         if not state:
-            self.queue = None
+            self.queue, self.seen = None, SeenPrefixes()
         self._on_change(self)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cluster.errors import RequestError
 from cluster.gateway.context import Gateway
+from cluster.gateway.offload import aside
 from cluster.gateway.schemas.sampling import SamplingFields
 from cluster.gateway.sequence_text import SequenceText
 from cluster.router import limits
 from cluster.router.params import SamplingParams
 
 _SEEDS = 2**64
+BadWords = tuple[tuple[int, ...], ...]
 Number = TypeVar("Number", int, float)
 
 
@@ -23,10 +25,11 @@ def sampling_params(
     request: SamplingFields,
     *,
     max_tokens: int,
+    bad_words: BadWords,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """What `request` asks of the sampling of its first sequence. Without a seed one is drawn.
+    """What `request` asks of the sampling of its first sequence. Without a seed one is drawn. `bad_words`: its own.
 
     A field that is left out or null has the checkpoint's default, else OpenAI's.
     """
@@ -51,7 +54,7 @@ def sampling_params(
         min_tokens=request.min_tokens or 0,
         logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
-        bad_words=_bad_words(gateway, request.bad_words or ()),
+        bad_words=bad_words,
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         allowed_ids=tuple(request.allowed_token_ids or ()),
@@ -131,7 +134,8 @@ def truncated(prompt_ids: list[int], request: SamplingFields) -> list[int]:
     return prompt_ids[:n] if request.truncation_side == "right" else prompt_ids[-n:]
 
 
-def _bad_words(gateway: Gateway, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-    """Each word as it is written at the beginning of a text and after a space."""
-    texts = [text for word in words for text in (word, f" {word}")]
-    return tuple({tuple(ids) for ids in gateway.tokenizer.encode_all(texts) if ids})
+async def bad_words(gateway: Gateway, request: SamplingFields) -> BadWords:
+    """The token ids of each word, as it is written at the beginning of a text and after a space."""
+    texts = [text for word in request.bad_words or () for text in (word, f" {word}")]
+    encoded = await aside(gateway.tokenizer.encode_all, texts, sum(map(len, texts)))
+    return tuple({tuple(ids) for ids in encoded if ids})

@@ -14,6 +14,8 @@ from typing import Self
 from cluster.errors import RequestError
 from cluster.gateway.journal import Entry
 from cluster.gateway.latency import Waits
+from cluster.gateway.prefixes import prefixes_of
+from cluster.gateway.router_choice import best_router
 from cluster.gateway.router_stream import RouterStream
 from cluster.gateway.suspects import MAX_LOSSES, Suspects
 from cluster.gateway.tenants import tenant
@@ -52,15 +54,22 @@ class SessionStats:
 class Session:
     """The gateway's side of all routers. Belongs to the running asyncio loop.
 
-    `update` says which routers there are; `generate` runs one request. A request waits at most `rejoin_timeout_s`
-    for a router when there is none, whether it is new or was running on one that died.
+    `update` says which routers there are; `generate` runs one request. A request waits at most `rejoin_timeout_s` for a
+    router when there is none, whether it is new or was running on one that died. `prefix_cache`: a router computes what
+    prompts have in common once, so prompts that begin alike are better sent to the same.
     """
 
     def __init__(
-        self, credentials: Credentials, routers: Mapping[str, str] | None = None, *, rejoin_timeout_s: float = 120.0
+        self,
+        credentials: Credentials,
+        routers: Mapping[str, str] | None = None,
+        *,
+        rejoin_timeout_s: float = 120.0,
+        prefix_cache: bool = True,
     ) -> None:
         self._credentials = credentials
         self._rejoin_timeout_s = rejoin_timeout_s
+        self._prefix_cache = prefix_cache
         self._streams: list[RouterStream] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._ids = count()
@@ -126,7 +135,8 @@ class Session:
         if origin or traceparent or asks is not None:
             whose = "" if asks is None else asks.name
             params = replace(params, origin=origin, traceparent=traceparent, tenant=whose)
-        entry = Entry(str(next(self._ids)), prompt_ids, params)
+        prefixes = prefixes_of(prompt_ids, params.cache_salt) if self._prefix_cache else ()
+        entry = Entry(str(next(self._ids)), prompt_ids, params, prefixes)
         self._requests += 1
         self._open[entry.request_id] = entry
         try:
@@ -158,7 +168,7 @@ class Session:
     # Where a request runs.
 
     def _place(self, entry: Entry) -> None:
-        """Give a request to the ready router with the fewest of ours, or let it wait for one."""
+        """Give a request to a ready router, or let it wait for one."""
         candidates = self._candidates(entry)
         if not candidates or self._suspects.holds_back(entry):
             self._wait(entry)
@@ -171,8 +181,8 @@ class Session:
             if not candidates:
                 entry.fail(min(filter(None, refusals), key=lambda error: error.retry_after_s or 0))
                 return
-        entry.stream = min(candidates, key=lambda stream: stream.n_open)
-        entry.stream.submit(entry.submit(), whose)
+        entry.stream = best_router(candidates, entry)
+        entry.stream.submit(entry.submit(), whose, entry.prefixes)
 
     def _place_waiting(self) -> None:
         for entry in [entry for entry in self._open.values() if entry.expiry is not None]:

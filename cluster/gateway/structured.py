@@ -51,7 +51,7 @@ def check_alone(request: SamplingFields) -> None:
 async def compiled(gateway: Gateway, param: str, value: Any, make: Callable[[Any], str]) -> str:
     """The grammar that `make` makes of the field `param`. Raises RequestError where it cannot be compiled."""
     try:
-        source = make(value)
+        source = await asyncio.to_thread(make, value)
     except (ValueError, TypeError) as error:
         raise _invalid(param, str(error)) from error
     if len(source) > limits.MAX_GRAMMAR_CHARACTERS:
@@ -82,28 +82,28 @@ def _asked(request: SamplingFields) -> Iterator[tuple[str, Any, Callable[[Any], 
         yield "response_format.structures", tag, _from_structural_tag
     wanted = request.structured_outputs
     if wanted is not None:
-        yield "structured_outputs.json", _schema(wanted.json_), grammar.from_json_schema
+        yield "structured_outputs.json", _schema(wanted.json_, "structured_outputs.json"), grammar.from_json_schema
         yield "structured_outputs.json_object", wanted.json_object and ANY_OBJECT, grammar.from_json_schema
         yield "structured_outputs.regex", wanted.regex, grammar.from_regex
         yield "structured_outputs.choice", wanted.choice, grammar.from_choice
         yield "structured_outputs.grammar", wanted.grammar, _from_grammar
         yield "structured_outputs.structural_tag", wanted.structural_tag, _from_structural_tag
-    yield "guided_json", _schema(request.guided_json), grammar.from_json_schema
+    yield "guided_json", _schema(request.guided_json, "guided_json"), grammar.from_json_schema
     yield "guided_regex", request.guided_regex, grammar.from_regex
     yield "guided_choice", request.guided_choice, grammar.from_choice
     yield "guided_grammar", request.guided_grammar, _from_grammar
 
 
-def _schema(value: JsonObject | str | None) -> JsonObject | None:
+def _schema(value: JsonObject | str | None, param: str) -> JsonObject | None:
     """A schema may come as text."""
     if not isinstance(value, str):
         return value
     try:
         schema = json.loads(value)
     except ValueError as error:
-        raise _invalid("json", f"is not JSON: {error}") from error
+        raise _invalid(param, f"is not JSON: {error}") from error
     if not isinstance(schema, dict):
-        raise _invalid("json", "must be an object")
+        raise _invalid(param, "must be an object")
     return schema
 
 
@@ -144,7 +144,8 @@ async def _path_at_fault(grammars: GrammarCompiler, schema: Mapping[str, Any]) -
         for step, inner in _inner(part):
             tried += 1
             try:
-                await _compile(grammars, grammar.from_json_schema(shared | dict(inner)))
+                source = await asyncio.to_thread(grammar.from_json_schema, shared | dict(inner))
+                await _compile(grammars, source)
             except (RequestError, ValueError):
                 path, part = path + step, inner
                 break

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.responses import Response
 
 from cluster.errors import RequestError
 from cluster.gateway import response_bodies
 from cluster.gateway.context import Gateway
 from cluster.gateway.conversation import render
 from cluster.gateway.json_bodies import JsonRoute
+from cluster.gateway.offload import aside
 from cluster.gateway.prompts import decode, encode
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from cluster.gateway.sse import dump_large
 from cluster.gateway.tools import toolbox
 
 _OF_CHATS = (
@@ -22,20 +25,19 @@ _OF_CHATS = (
 def token_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(tags=["tokens"], route_class=JsonRoute)
 
-    @router.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> response_bodies.Tokenized:
+    @router.post("/tokenize", response_model=response_bodies.Tokenized)
+    async def tokenize(request: TokenizeRequest) -> Response:
         """The token ids of a text, or of the prompt that messages make."""
         gateway.check_model(request.model)
         text, special = await _text(gateway, request)
         tokens = await encode(gateway, text, add_special_tokens=special)
-        return response_bodies.Tokenized(
-            count=len(tokens),
-            max_model_len=gateway.model.max_context,
-            tokens=tokens,
-            token_strs=[gateway.tokenizer.token(token_id) for token_id in tokens]
-            if request.return_token_strs
-            else None,
-        )
+
+        def answer(tokens: list[int]) -> str:
+            names = [gateway.tokenizer.token(token_id) for token_id in tokens] if request.return_token_strs else None
+            counts = {"count": len(tokens), "max_model_len": gateway.model.max_context}
+            return dump_large(counts | {"tokens": tokens, "token_strs": names})
+
+        return Response(await aside(answer, tokens, len(tokens)), media_type="application/json")
 
     @router.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> response_bodies.Detokenized:

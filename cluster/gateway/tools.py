@@ -31,9 +31,13 @@ class Toolbox:
     legacy: bool  # asked for as `functions`, to be answered as `function_call`
 
     @property
+    def is_offered(self) -> bool:
+        """Whether there is a function that the model may call."""
+        return self.choice != "none" and bool(self.functions)
+
     def described(self) -> list[JsonObject] | None:
         """For a chat template; None without any that the model may call."""
-        if self.choice == "none" or not self.functions:
+        if not self.is_offered:
             return None
         functions = [
             function.model_dump(exclude_none=True, exclude=set(function.unknown())) for function in self.functions
@@ -67,7 +71,7 @@ def toolbox(request: ChatRequest) -> Toolbox:
 
 def format_of(gateway: Gateway, tools: Toolbox) -> ToolFormat | None:
     """How the model writes calls; None where it has nothing to call."""
-    if tools.described is None:
+    if not tools.is_offered:
         return None
     return TOOL_FORMATS[gateway.config.tool_call_parser or gateway.tokenizer.tool_format or DEFAULT_FORMAT]
 
@@ -83,7 +87,7 @@ def marks(gateway: Gateway, tools: Toolbox) -> set[str]:
 def parser(gateway: Gateway, tools: Toolbox, prompt: str, *, follows_grammar: bool) -> MessageParser | None:
     """For one answer to `prompt`; None where there is nothing to find in it."""
     thinks = gateway.tokenizer.teaches(THINK) and not follows_grammar
-    if tools.described is None and not thinks:
+    if not tools.is_offered and not thinks:
         return None
     return MessageParser(
         format_of(gateway, tools),

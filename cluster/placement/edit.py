@@ -71,6 +71,16 @@ def move(placement: Placement, layer: int, expert: int, source: str | None, targ
     return _next(placement, homes, target)
 
 
+def check_there(placement: Placement, layer: int, expert: int) -> None:
+    """PlacementError unless the model has that expert."""
+    if not 0 <= layer < placement.n_layers:
+        raise PlacementError(f"there is no layer {layer}; layers are 0 to {placement.n_layers - 1}")
+    if not placement.replicas[layer]:
+        raise PlacementError(f"layer {layer} is dense: it has no experts")
+    if not 0 <= expert < placement.n_experts:
+        raise PlacementError(f"there is no expert {expert}; experts are 0 to {placement.n_experts - 1}")
+
+
 def check(placement: Placement, slots: Mapping[str, int], before: Placement | None = None) -> None:
     """Raise PlacementError unless every expert has a replica, each on a worker of `slots`, and none has too many.
 
@@ -94,12 +104,7 @@ def check(placement: Placement, slots: Mapping[str, int], before: Placement | No
 
 
 def _homes(placement: Placement, layer: int, expert: int) -> list[list[dict[str, float]]]:
-    if not 0 <= layer < placement.n_layers:
-        raise PlacementError(f"there is no layer {layer}; layers are 0 to {placement.n_layers - 1}")
-    if not placement.replicas[layer]:
-        raise PlacementError(f"layer {layer} is dense: it has no experts")
-    if not 0 <= expert < placement.n_experts:
-        raise PlacementError(f"there is no expert {expert}; experts are 0 to {placement.n_experts - 1}")
+    check_there(placement, layer, expert)
     return placement.homes()
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,11 @@ class Load:
     def imbalance(self) -> float:
         """Max over mean of the workers' recent rows; 1.0 is perfect, also without any rows."""
         return imbalance(self.recent.values())
+
+    def among(self, workers: Collection[str]) -> Load:
+        """The same, its window that of `workers` alone and of all of them: who left is not idle, and who has just come
+        is."""
+        return replace(self, recent={worker: self.recent.get(worker, 0.0) for worker in sorted(workers)})
 
 
 def imbalance(loads: Iterable[float]) -> float:

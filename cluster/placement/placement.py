@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
@@ -79,6 +80,11 @@ class Placement:
             for layer in range(self.n_layers)
         ]
 
+    @property
+    def holding(self) -> frozenset[str]:
+        """The workers that hold any expert: one of `workers` that was emptied does not."""
+        return frozenset(self.workers[i] for i in {i for experts in self.replicas for held in experts for i in held})
+
     def shard(self, worker: str) -> tuple[tuple[int, int], ...]:
         """The `(layer, expert)` pairs that `worker` holds, ascending; none for a worker that is not in it."""
         if worker not in self.workers:
@@ -115,7 +121,9 @@ class Placement:
 
 def _scaled(shares: Sequence[float]) -> tuple[float, ...]:
     total = sum(shares)
-    return tuple(share / total for share in shares) if total > 0 else (1 / len(shares),) * len(shares)
+    if total == math.inf:  # too large for a float, which each of them is not
+        return _scaled([share / max(shares) for share in shares])
+    return tuple(share / total for share in shares) if total > 0 else tuple(1 / len(shares) for _ in shares)
 
 
 def striped(

@@ -24,6 +24,7 @@ from cluster.placement.placement import Placement
 from cluster.placement.shares import counts, divide
 from cluster.placement.swaps import swap
 
+_LARGE = 1e100
 _SLACKS = (1e-9, 0.001, 0.003, 0.01, 0.03, 0.1)  # how much longer than the mean a layer may take, tried in this order
 
 
@@ -72,7 +73,7 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
     """The placement that makes the largest worker load least, its epoch following `current`.
 
     loads_LE: rows of each expert, [L, E], at least 0. Only `workers` hold anything afterwards. Raises PlacementError
-    when their slots do not suffice for `Limits.least_homes` of every expert.
+    when their slots do not suffice for `Limits.least_homes` of every expert, and for loads or speeds that are none.
 
     What is pinned in `current` stays, and takes its share.
     """
@@ -85,6 +86,10 @@ def balance(loads_LE: Floats, workers: Sequence[Worker], current: Placement, lim
     fleet = _interleaved(workers)
     n_layers, n_experts = loads_LE.shape
     _check(current, fleet, n_experts, limits.least_homes)
+    if not np.isfinite(loads_LE).all() or (loads_LE < 0).any():
+        raise PlacementError("loads are finite numbers, 0 or more")
+    if loads_LE.max(initial=0.0) > _LARGE:  # their sums are to be finite too
+        loads_LE = loads_LE / loads_LE.max()
     # An expert without rows needs a home all the same, and a little is what makes it count.
     loads_LE = np.maximum(loads_LE, loads_LE.mean() * 1e-6 + 1e-12)
     speed_W = np.array([worker.speed for worker in fleet])
@@ -158,13 +163,16 @@ def _check(current: Placement, fleet: Sequence[Worker], n_experts: int, least: i
     """Raise PlacementError unless the workers have room for `least` homes of every expert, and for what is pinned."""
     n_slots, needed = sum(worker.slots for worker in fleet), current.n_layers * n_experts * least
     if len(fleet) < least:
-        raise PlacementError(f"{least} replicas of every expert need {least} workers; there are {len(fleet)}")
+        wanted = "experts need a worker" if least == 1 else f"{least} replicas of every expert need {least} workers"
+        raise PlacementError(f"{wanted}; there are {len(fleet)} that may be used")
     if n_slots < needed:
         experts = f"{needed} experts" if least == 1 else f"{least} replicas of {needed // least} experts"
         raise PlacementError(
             f"{experts} do not fit into the {n_slots} slots of "
             f"{len(fleet)} workers; more workers, or a larger --expert-slots, make room"
         )
+    if standing := [worker.name for worker in fleet if not 0 < worker.speed < np.inf]:
+        raise PlacementError(f"the speed of {', '.join(standing)} is no number above 0")
     names = {worker.name for worker in fleet}
     for pin in sorted(current.pins):
         if pin.worker not in names:
@@ -260,7 +268,9 @@ def _moves(current: Placement, layer: int, homes: Sequence[dict[str, float]]) ->
 def _forecast(
     loads_LE: Floats, fleet: Sequence[Worker], before: Placement, after: Placement, moved: int, limits: Limits
 ) -> Forecast:
-    was, becomes = imbalance(loads_LE, fleet, before), imbalance(loads_LE, fleet, after)
+    speed = float(np.mean([worker.speed for worker in fleet]))
+    leaving = [Worker(name, 0, speed) for name in sorted(before.holding - {worker.name for worker in fleet})]
+    was, becomes = imbalance(loads_LE, [*fleet, *leaving], before), imbalance(loads_LE, fleet, after)
     n_bytes = moved * limits.expert_bytes
     gain = max(0.0, 1 - becomes / was) if was > 0 else 0.0
     return Forecast(was, becomes, moved, n_bytes, n_bytes / limits.bytes_per_s, gain)

@@ -16,15 +16,27 @@ from cluster.placement.layout import Floats, Ints, Layout
 _SWEEPS = 80
 _RELAXATION = 1.5
 _ENOUGH = 1e-4  # relative: a sweep that lowers no layer's largest time by more ends it
+_WORTH = 1e-2  # relative: what sweeps that do not go too far have to gain, since they leave spares a few rows
 
 
 def divide(loads_LE: Floats, layout: Layout, speed_W: Floats) -> Layout:
     """The same slots with the rows of every expert divided anew: the largest time of each layer becomes least."""
-    n_layers = len(loads_LE)
     expert_LS, worker_S = layout.expert_LS, layout.worker_S
-    rows_LS = equally(loads_LE, expert_LS)
-    slot_LKR, expert_LK = _homes(loads_LE, expert_LS)
-    time_LW = Layout(expert_LS, rows_LS, worker_S).times(speed_W)
+    rows_LS, homes = equally(loads_LE, expert_LS), _homes(loads_LE, expert_LS)
+    # Going too far gets many experts faster to where they belong, and a few to and fro beside it.
+    rows_LS = _swept(loads_LE, Layout(expert_LS, rows_LS, worker_S), speed_W, homes, _RELAXATION)
+    exact_LS = _swept(loads_LE, Layout(expert_LS, rows_LS, worker_S), speed_W, homes, 1.0)
+    largest_L, exact_L = (Layout(expert_LS, rows, worker_S).times(speed_W).max(1) for rows in (rows_LS, exact_LS))
+    better_L1 = (exact_L < largest_L * (1 - _WORTH))[:, None]
+    return Layout(expert_LS, np.where(better_L1, exact_LS, rows_LS).clip(0), worker_S)
+
+
+def _swept(loads_LE: Floats, layout: Layout, speed_W: Floats, homes: tuple[Ints, Ints], relaxation: float) -> Floats:
+    """The rows of each slot after sweeps over all replicated experts, until one lowers no layer's largest time."""
+    n_layers = len(loads_LE)
+    slot_LKR, expert_LK = homes
+    worker_S, rows_LS = layout.worker_S, layout.rows_LS.copy()
+    time_LW = layout.times(speed_W)
     layer_L1 = np.arange(n_layers)[:, None]
     largest_L = time_LW.max(1)
     for _ in range(_SWEEPS):
@@ -38,7 +50,7 @@ def divide(loads_LE: Floats, layout: Layout, speed_W: Floats) -> Layout:
             base_LR = np.where(exists_LR, time_LW[layer_L1, worker_LR] - old_LR / speed_W[worker_LR], np.inf)
             rows_L = np.where(expert_LK[:, k] >= 0, loads_LE[layer_L1[:, 0], expert_LK[:, k].clip(0)], 0.0)
             new_LR = _fill(rows_L, base_LR, speed_LR)
-            new_LR = (old_LR + _RELAXATION * (new_LR - old_LR)).clip(0)
+            new_LR = (old_LR + relaxation * (new_LR - old_LR)).clip(0)
             new_LR *= (rows_L / new_LR.sum(1).clip(1e-300))[:, None]
             layers, which = np.nonzero(exists_LR)
             changed = (new_LR - old_LR)[layers, which]
@@ -47,7 +59,7 @@ def divide(loads_LE: Floats, layout: Layout, speed_W: Floats) -> Layout:
         before_L, largest_L = largest_L, time_LW.max(1)
         if (largest_L >= before_L * (1 - _ENOUGH)).all():
             break
-    return Layout(expert_LS, rows_LS.clip(0), worker_S)
+    return rows_LS
 
 
 def _fill(rows_L: Floats, base_LR: Floats, speed_LR: Floats) -> Floats:

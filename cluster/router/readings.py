@@ -41,8 +41,10 @@ def of_own_experts(engine: Engine) -> Iterable[Reading]:
 
 def of_exchange(exchange: Exchange, per_expert: bool) -> Iterable[Reading]:
     """The exchange's; those of each expert and layer only with `per_expert`."""
-    counters = exchange.counters
+    counters, workers = exchange.counters, frozenset(exchange.workers)
     for worker, rows_L in counters.rows_L.copy().items():
+        if worker not in workers:  # it has left
+            continue
         if per_expert:
             rows = enumerate(rows_L.tolist())
             yield from (Reading(series.WORKER_TOKENS, n, (str(layer), worker)) for layer, n in rows)
@@ -54,6 +56,8 @@ def of_exchange(exchange: Exchange, per_expert: bool) -> Iterable[Reading]:
                 rows = enumerate(rows_E)
                 yield from (Reading(series.EXPERT_TOKENS, n, (str(layer), str(expert))) for expert, n in rows)
     for labels, traffic in counters.traffic.copy().items():
+        if labels[0] not in workers:
+            continue
         yield Reading(series.REQUESTS, traffic.requests, labels)
         yield Reading(series.SENT, traffic.sent_bytes, labels)
         yield Reading(series.RECEIVED, traffic.received_bytes, labels)
@@ -61,7 +65,7 @@ def of_exchange(exchange: Exchange, per_expert: bool) -> Iterable[Reading]:
         yield Reading(series.WAIT, traffic.wait_seconds, labels)
         yield Reading(series.COMPUTE, traffic.compute_seconds, labels)
     ejected = exchange.ejected
-    for worker in exchange.workers:
+    for worker in sorted(workers):
         yield Reading(series.RETRIES, counters.retries[worker], (worker,))
         yield Reading(series.DEADLINES, counters.late[worker], (worker,))
         yield Reading(series.HEDGES, counters.hedged[worker], (worker,))

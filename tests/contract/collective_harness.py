@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class CollectiveWorkers:
         self._transports: dict[str, CollectiveTransport] = {}
         self._store, self._store_address = host_store(_HOST)
         self._lock = threading.RLock()
+        self._numbers = count()
         self._started = 0
         self._closed = False
 
@@ -69,7 +71,7 @@ class CollectiveWorkers:
         return self.shards[worker]
 
     def transport(self) -> Transport:
-        name = f"router-{len(self._transports)}"
+        name = f"router-{next(self._numbers)}"  # asked by threads at once
         transport = self._make(name)
         with self._lock:
             self._transports[name] = transport

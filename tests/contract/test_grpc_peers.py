@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.contract.harness import MODEL_NAME, GrpcWorkers
 from tests.contract.model import Model
 from tests.credentials import CREDENTIALS, PATIENT_S
+from tests.waiting import wait_until
 from workers import wire
 from workers.errors import WorkerLost
 from workers.pb import experts_pb2, experts_pb2_grpc
@@ -124,10 +124,7 @@ def test_calls_that_end_badly_leave_the_others_of_their_connection_alone(workers
         cancelled = good(iter(request(60000)), timeout=20, metadata=METADATA)
         cancelled.cancel()
         assert describe(channel).worker == "a"
-        deadline = time.monotonic() + 10
-        while describe(channel).streams and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert describe(channel).streams == 0, "a stream that ended is still held"
+        wait_until(lambda: describe(channel).streams == 0)
 
 
 @pytest.mark.parametrize(

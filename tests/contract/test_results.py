@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -120,11 +120,8 @@ def test_routers_do_not_disturb_each_other(make_workers: MakeWorkers, n_routers:
                 ):
                     wrong.append(f"router {router}, step {step}, layer {layer}")
 
-    threads = [threading.Thread(target=route, args=(router,)) for router in range(n_routers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(n_routers) as threads:
+        list(threads.map(route, range(n_routers)))
     assert wrong == []
 
 

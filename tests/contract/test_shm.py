@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 
@@ -21,9 +23,11 @@ from tests.contract.harness import MODEL_NAME, ShmWorkers, start_all
 from tests.contract.model import Model, batch
 from tests.contract.test_results import run
 from tests.credentials import CREDENTIALS, PATIENT_S
+from tests.waiting import wait_until
 from workers.transport.base import Declined, Rows, Tag
 from workers.transport.batcher import Batcher
 from workers.transport.grpc.client import GrpcTransport
+from workers.transport.grpc.handshake import EXCHANGE_METHOD, Hello, key
 from workers.transport.grpc.server import ExpertServer
 from workers.transport.shm.router import ShmWay
 from workers.transport.shm.worker import Lane, ShmAcceptor
@@ -55,8 +59,8 @@ def first_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def n_rings(process: subprocess.Popen[str]) -> int:
-    return Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8").count(MAPPED)
+def n_rings(pid: int) -> int:
+    return Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").count(MAPPED)
 
 
 def exchange_over(addresses: dict[str, str]) -> Exchange:
@@ -69,7 +73,7 @@ def test_a_worker_that_is_killed_costs_nothing_and_leaves_nothing(start: Start) 
     workers = {name: start("worker_process", name) for name in ("a", "b")}
     exchange = exchange_over({name: first_line(process) for name, process in workers.items()})
     expected_TD = run(exchange, GIVEN)
-    assert all(n_rings(process) == 2 for process in workers.values()), "rows do not go through shared memory"
+    assert all(n_rings(process.pid) == 2 for process in workers.values()), "rows do not go through shared memory"
     handles = [exchange.dispatch(1, GIVEN.x_TD, GIVEN.ids_TK, GIVEN.weights_TK) for _ in range(3)]
     workers["a"].kill()
     began = time.monotonic()
@@ -86,10 +90,10 @@ def test_a_router_that_is_killed_leaves_nothing_with_its_workers(start: Start) -
     for _ in range(2):
         router = start("router_process", f"a={address}")
         assert first_line(router) == "asked"
-        assert n_rings(worker) == 2
+        assert n_rings(worker.pid) == 2
         router.kill()
         deadline = time.monotonic() + 60
-        while n_rings(worker):
+        while n_rings(worker.pid):
             assert time.monotonic() < deadline, "the rings of a router that is gone stay"
             time.sleep(0.05)
     assert set(os.listdir("/dev/shm")) == before
@@ -103,6 +107,34 @@ def test_a_router_that_is_killed_leaves_nothing_with_its_workers(start: Start) -
     )
     expected_TD = MODEL.reference(1, GIVEN.x_TD, GIVEN.ids_TK, GIVEN.weights_TK)
     torch.testing.assert_close(run(exchange, GIVEN).double(), expected_TD, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("moment", ["before the worker has answered", "after it"])
+def test_streams_that_are_cancelled_at_any_moment_leave_no_lane(moment: str) -> None:
+    """gRPC cancels what serves a stream, and may again while that cleans up: what waits there is never done."""
+    workers = ShmWorkers(MODEL)
+    workers.start("a", [(0, 0)])
+    server, before = workers.servers["a"], n_rings(os.getpid())
+    gc.disable()  # rings go with their stream, not when garbage happens to be collected
+    try:
+        for _ in range(100):
+            offered = ShmWay().offer("a")
+            asked = (*Hello("a", "cancels", MODEL_NAME).metadata, (key("shm", "offer"), offered.text))
+            with grpc.insecure_channel(server.address) as channel:
+                over = threading.Event()
+                requests = iter(over.wait, True)
+                call = channel.stream_stream(EXCHANGE_METHOD)(requests, metadata=CREDENTIALS.metadata + asked)
+                if moment == "after it":
+                    call.initial_metadata()
+                call.cancel()
+                over.set()
+        del offered
+        wait_until(lambda: server.numbers()["streams"] == server.numbers()["streams_over_shared_memory"] == 0)
+        wait_until(lambda: all(thread.name != "shm-cancels" for thread in threading.enumerate()))
+        wait_until(lambda: n_rings(os.getpid()) == before)
+    finally:
+        gc.enable()
+        workers.close()
 
 
 @pytest.mark.parametrize("side", ["router", "worker"])

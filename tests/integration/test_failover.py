@@ -45,7 +45,7 @@ def test_survivors_take_over_what_a_killed_worker_held_alone(fleet: RunningClust
     chaos(fleet, "kill", "expert-1")
     [taken] = [receipt for receipt in receipts(fleet) if receipt["action"] == "fail-over of expert-1"]
     assert taken["added"] > 0 and not taken["error"]
-    wait_until(lambda: receipts(fleet)[-1]["action"] == "end of the fail-over", 40)
+    wait_until(lambda: receipts(fleet)[-1]["action"] == "end of the fail-over")
     placement = json.loads(fleet.command("placement", "show", "--json").stdout)
     assert placement["pins"] == ["0:1@expert-2"]
     spread = [len(homes) for experts in placement["homes"] for homes in experts]
@@ -74,4 +74,4 @@ def test_requests_of_a_router_that_is_cut_off_go_on_elsewhere(fleet: RunningClus
         over.set()
         watching.join()
     assert "isolated" in states
-    wait_until(fleet.ready, 20)
+    wait_until(fleet.ready)

@@ -80,18 +80,21 @@ def reachable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Pa
 def served(
     command: Sequence[str | Path], model: Path, log: Path, environ: Mapping[str, str], **options: object
 ) -> Iterator[RunningCluster]:
-    """`COMMAND serve MODEL`, ready, and ended by Ctrl-C: with code 0, a last word, and no process left."""
+    """`COMMAND serve MODEL`, ready, and ended by Ctrl-C as a terminal sends it, to every process of the group: with
+    code 0, a last word, and no process left."""
     port = free_port()
     words = [*map(str, command), "serve", str(model), "--port", str(port), "--kv-cache-mb", "16"]
     with log.open("w") as file:
-        process = psutil.Popen(words, env=environ, stdout=file, stderr=subprocess.STDOUT, **options)
+        process = psutil.Popen(
+            words, env=environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options
+        )
     cluster = RunningCluster(process, f"http://127.0.0.1:{port}", port, model.name, log, dict(environ))
     try:
         wait_until(lambda: "ready in" in log.read_text() or process.poll() is not None, 240)
         assert process.poll() is None, log.read_text()
         yield cluster
         family = cluster.family()
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 0
         assert log.read_text().rstrip().endswith("stopped")
         assert "Traceback" not in log.read_text()

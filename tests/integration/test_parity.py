@@ -91,15 +91,6 @@ def processes() -> Iterator[Processes]:
     running.close()
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower with several, above all beside five processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def dense_row(top: Sequence[tuple[int, float]]) -> Tensor:
     row = torch.full((len(top),), float("nan"))
     for token, logprob in top:
@@ -151,15 +142,20 @@ def complete(cluster: RunningCluster, prompt: Sequence[int]) -> tuple[list[int],
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(
-    ("family", "shape"),
-    [("mixtral", "sixteen_experts_top_4"), ("qwen2_moe", "window_in_every_other_layer_dense_first"), ("llama", "gqa")],
+    ("family", "shape", "transport"),
+    [
+        ("mixtral", "sixteen_experts_top_4", "grpc"),
+        ("qwen2_moe", "window_in_every_other_layer_dense_first", "shm"),
+        ("llama", "gqa", "auto"),
+    ],
 )
-def test_a_whole_cluster(family: str, shape: str, tmp_path: Path) -> None:
+def test_a_whole_cluster(family: str, shape: str, transport: str, tmp_path: Path) -> None:
     """A mixture, one with dense layers among its sparse ones, and a dense model, which routers serve alone."""
     model = save_shape(tmp_path / "model", family, shape, seed=7, vocab_size=VOCABULARY)
     write_tokenizer(tmp_path / "model")
     options = ("--routers", "2", "--expert-workers", "3", "--block-size", "4", "--max-batch-tokens", "64")
-    with running_cluster(tmp_path, tmp_path / "model", *options, "--kv-cache-mb", "16") as cluster:
+    options += ("--transport", transport, "--kv-cache-mb", "16")
+    with running_cluster(tmp_path, tmp_path / "model", *options) as cluster:
         workers = [process for process in cluster.status()["processes"] if process["role"] == "expert"]
         assert len(workers) == (0 if family == "llama" else 3)
         prompts = [random_tokens(VOCABULARY, 3 + 5 * i, seed=i) for i in range(16)]

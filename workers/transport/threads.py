@@ -66,5 +66,15 @@ class LoopThread:
         self._loop.run_forever()
         if not self._closing:
             raise RuntimeError("the loop stopped by itself")
+        self._loop.run_until_complete(_end_tasks(self._loop))
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
+
+
+async def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what still waits for something; one that will not end is left behind."""
+    left = asyncio.all_tasks(loop) - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=1)

@@ -16,7 +16,8 @@ from cluster.gateway.messages import errors
 from cluster.gateway.messages.form import MessageForm
 from cluster.gateway.messages.schemas import CountRequest, MessagesRequest
 from cluster.gateway.messages.translate import chat_request
-from cluster.gateway.prompts import encode, give_way
+from cluster.gateway.offload import give_way
+from cluster.gateway.prompts import encode
 from cluster.gateway.schemas.chat import ChatRequest
 from cluster.gateway.tools import toolbox
 

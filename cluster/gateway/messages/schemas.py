@@ -17,6 +17,7 @@ from cluster.gateway.schemas.fields import (
     Stop,
     Text,
     conversation,
+    of_text,
 )
 from cluster.router import limits
 
@@ -45,12 +46,14 @@ class ToolUseBlock(Body):
 class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: Text
-    content: Text | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
+    content: Text | Annotated[list[Annotated[TextBlock, BeforeValidator(of_text)]], Field(fail_fast=True)] | None = None
     is_error: bool | None = None
 
 
 Block = Annotated[
-    TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+    TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock,
+    Field(discriminator="type"),
+    BeforeValidator(of_text),
 ]
 
 
@@ -84,7 +87,7 @@ class OutputConfig(Body):
 class CountRequest(Body):
     model: Annotated[str, Field(description="The id that /v1/models shows")]
     messages: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True), BeforeValidator(conversation)]
-    system: Text | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
+    system: Text | Annotated[list[Annotated[TextBlock, BeforeValidator(of_text)]], Field(fail_fast=True)] | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True), Small] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Annotated[JsonObject | None, Field(description="Accepted; a model thinks as its template says")] = None

@@ -15,7 +15,7 @@ from cluster.gateway.conversation import converse
 from cluster.gateway.generation import respond
 from cluster.gateway.http_errors import refusal_of
 from cluster.gateway.json_bodies import JsonRoute
-from cluster.gateway.prompts import give_way
+from cluster.gateway.offload import give_way
 from cluster.gateway.responses.form import Item, ResponseForm
 from cluster.gateway.responses.schemas import ResponsesRequest
 from cluster.gateway.responses.store import ResponseStore, Stored

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from cluster.gateway.schemas.fields import (
     MAX_TOOLS,
+    Absent,
     Body,
     FunctionName,
     JsonObject,
@@ -19,14 +20,14 @@ from cluster.gateway.schemas.fields import (
     at_most,
     conversation,
 )
-from cluster.gateway.schemas.messages import TextPart
+from cluster.gateway.schemas.messages import Part
 from cluster.router import limits
 
 
 class InputMessage(Body):
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: Text | Annotated[list[Part], Field(fail_fast=True)]
 
 
 class InputCall(Body):
@@ -39,7 +40,7 @@ class InputCall(Body):
 class InputResult(Body):
     type: Literal["function_call_output"]
     call_id: Text
-    output: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+    output: Text | Annotated[list[Part], Field(fail_fast=True)]
 
 
 class InputReasoning(Body):
@@ -47,7 +48,21 @@ class InputReasoning(Body):
     content: list[JsonObject] | None = None
 
 
-InputItem = InputCall | InputResult | InputReasoning | InputMessage
+def _kind(item: Any) -> Any:
+    return (item.get("type") or "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+InputItem = Annotated[
+    Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputResult, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")]
+    | Annotated[InputMessage, Tag("message")],
+    Discriminator(
+        _kind,
+        custom_error_type="item_type",
+        custom_error_message="'type' must be 'message', 'function_call', 'function_call_output' or 'reasoning'",
+    ),
+]
 
 
 class FunctionTool(Body):
@@ -76,9 +91,21 @@ class TextOptions(Body):
     verbosity: str | None = None
 
 
+def _input(value: Any) -> Any:
+    if value in (None, []) or not isinstance(value, str | list):
+        raise ValueError("must be a text, or a list of at least one item")
+    return value
+
+
+_Items = BeforeValidator(conversation)  # in the class the name is a field's
+
+
 class ResponsesRequest(Body):
     model: Annotated[str, Field(description="The id that /v1/models shows")]
-    input: Text | Annotated[list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(conversation)]
+    input: Annotated[
+        Text | Annotated[list[InputItem], Field(min_length=1, fail_fast=True), _Items],
+        BeforeValidator(_input),
+    ]
     instructions: Text | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True), Small] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
@@ -101,6 +128,8 @@ class ResponsesRequest(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     background: No | None = None
+    conversation: Absent = None
+    prompt: Absent = None
 
     @property
     def n_logprobs(self) -> int | None:

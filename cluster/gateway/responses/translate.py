@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cluster.errors import RequestError
 from cluster.gateway.responses.schemas import (
     InputCall,
     InputItem,
@@ -22,9 +23,11 @@ Told = dict[str, Any]
 def chat_request(body: ResponsesRequest, before: Sequence[Told]) -> tuple[ChatRequest, list[Told]]:
     """The same as a chat request after the messages `before`; and all its messages but the instructions.
 
-    Raises pydantic.ValidationError where chat would not take it.
+    Raises pydantic.ValidationError where chat would not take it, and RequestError where there is nothing to answer.
     """
     told = [*before, *_messages(body.input)]
+    if not told:
+        raise RequestError("'input' has no message", code="invalid_value", param="input")
     instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
     asked: Told = {"model": body.model, "messages": [*instructions, *told]}
     asked |= {name: getattr(body, name) for name in ("temperature", "top_p", "stream", "parallel_tool_calls")}

@@ -8,13 +8,32 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator
 
+from cluster.gateway.schemas.known import asks_for_nothing
 from cluster.router import limits
+
+_NO_TEXT = frozenset(
+    [
+        "audio_url",
+        "document",
+        "file",
+        "image",
+        "image_url",
+        "input_audio",
+        "input_file",
+        "input_image",
+        "input_video",
+        "video_url",
+    ]
+)
 
 
 def _whole(text: str) -> str:
     """JSON can write half a surrogate pair, which is no character."""
     if not text.isascii():
-        text.encode()  # UnicodeEncodeError is a ValueError, as pydantic wants it
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("has half of a surrogate pair, which is no character") from error
     return text
 
 
@@ -58,6 +77,20 @@ def _small(value: Any) -> Any:
     return value
 
 
+def _absent(value: Any) -> Any:
+    if value is not None:
+        raise ValueError("is not supported")
+    return value
+
+
+def of_text(part: Any) -> Any:
+    """Look at what a part of a message is before its fields."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in _NO_TEXT:
+        raise ValueError(f"is of type '{kind}'; this model reads text alone")
+    return part
+
+
 def _boolean(value: Any) -> Any:
     """To Python 0 is False; to JSON it is not."""
     if not isinstance(value, bool):
@@ -87,6 +120,7 @@ Biases = Annotated[
 Penalty = Annotated[float, Field(ge=-limits.MAX_PENALTY, le=limits.MAX_PENALTY)]
 NTop = Annotated[Integer, Field(ge=0, le=limits.MAX_LOGPROBS)]
 MaxTokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
+Absent = Annotated[None, BeforeValidator(_absent)]
 No = Annotated[Literal[False], BeforeValidator(_boolean)]
 One = Annotated[Literal[1], BeforeValidator(_number)]
 Empty = Annotated[list[Any], Field(max_length=0)]
@@ -118,13 +152,14 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True), WrapValidator(_unless
 
 
 class Body(BaseModel):
-    """`unknown`: names of fields that this server does not know, here and in what it holds."""
+    """`unknown`: names of fields that this server does not know and that ask for something, here and in what it
+    holds."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
 
     def unknown(self) -> Iterator[str]:
         if extra := self.__pydantic_extra__:
-            yield from (name for name, value in extra.items() if value is not None)
+            yield from (name for name, value in extra.items() if not asks_for_nothing(name, value))
         for name in _fields_with_bodies(type(self)):
             value = getattr(self, name)
             for item in value if isinstance(value, list) else (value,):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from cluster.gateway.schemas.fields import MAX_TOOLS, Body, FunctionName, JsonObject, Text, conversation
+from cluster.gateway.schemas.fields import MAX_TOOLS, Body, FunctionName, JsonObject, Text, conversation, of_text
 
 
 class TextPart(Body):
@@ -20,6 +20,9 @@ class TextPart(Body):
     @property
     def said(self) -> str:
         return self.text or self.refusal if self.type not in ("thinking", "reasoning", "reasoning_text") else ""
+
+
+Part = Annotated[TextPart, BeforeValidator(of_text)]
 
 
 class FunctionCall(Body):
@@ -43,7 +46,7 @@ class Message(Body):
         ),
     ]
     content: Annotated[
-        Text | Annotated[list[TextPart], Field(fail_fast=True)] | None,
+        Text | Annotated[list[Part], Field(fail_fast=True)] | None,
         Field(description="null: an assistant that only calls"),
     ] = None
     name: Text | None = None

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import grpc
@@ -135,28 +135,27 @@ class ExpertServer:
     async def _exchange(self, _frames: object, context: Context) -> None:
         """One router, for as long as it lives."""
         ended, nonsense = threading.Event(), asyncio.get_running_loop().create_future()
-        accepted = await self._greet(context, nonsense)
-        self._streams += 1
-        try:
+        # What ends with it does so without waiting: a stream that ends may be cancelled at each await, also here.
+        with ExitStack() as stream:
+            stream.callback(ended.set)
+            accepted = await self._greet(context, nonsense, stream)
+            self._count_stream(1)
+            stream.callback(self._count_stream, -1)
             if accepted is not None:
                 accepted.start()
-            while (first := await _read(context, nonsense)) is not grpc.aio.EOF:
-                self._take_in_hand(1)
-                try:
-                    await self._answer(first, context, lambda: not ended.is_set())
-                finally:
-                    self._take_in_hand(-1)
-        except WireError as error:
-            await self._abort(context, str(error))
-        finally:
-            ended.set()
-            self._streams -= 1
-            if accepted is not None:
-                await self._loop.off_loop(accepted.close)
-                self._accepted.discard(accepted)
+            try:
+                while (first := await _read(context, nonsense)) is not grpc.aio.EOF:
+                    self._take_in_hand(1)
+                    try:
+                        await self._answer(first, context, lambda: not ended.is_set())
+                    finally:
+                        self._take_in_hand(-1)
+            except WireError as error:
+                await self._abort(context, str(error))
 
-    async def _greet(self, context: Context, nonsense: asyncio.Future[str]) -> Accepted | None:
-        """Refuse whoever awaits another worker or model; else say who this is, and which faster way it takes.
+    async def _greet(self, context: Context, nonsense: asyncio.Future[str], stream: ExitStack) -> Accepted | None:
+        """Refuse whoever awaits another worker or model; else say who this is, and which faster way it takes, which
+        ends with `stream`.
 
         nonsense: why the stream has to end, from that way.
         """
@@ -178,14 +177,24 @@ class ExpertServer:
             offer = values.get(key(way.name, "offer"))
             if offer is None or accepted is not None:
                 continue
+            accepting = asyncio.ensure_future(self._loop.off_loop(way.accept, offer, asked.router, end))
+            stream.callback(accepting.add_done_callback, self._leave)  # nobody may wait for it any more
             try:
-                accepted = await self._loop.off_loop(way.accept, offer, asked.router, end)
+                accepted = await asyncio.shield(accepting)
                 self._accepted.add(accepted)
                 words.append((key(way.name, "accept"), accepted.text))
             except Declined as declined:
                 words.append((key(way.name, "declined"), str(declined)))
         await context.send_initial_metadata(tuple(words))
         return accepted
+
+    def _leave(self, accepting: asyncio.Future[Accepted]) -> None:
+        if not accepting.cancelled() and accepting.exception() is None:
+            self._accepted.discard(accepting.result())
+            accepting.result().close()
+
+    def _count_stream(self, streams: int) -> None:
+        self._streams += streams
 
     def _take_in_hand(self, messages: int) -> None:
         self._in_hand += messages
@@ -263,11 +272,14 @@ class ExpertServer:
 async def _read(context: Context, nonsense: asyncio.Future[str]) -> Any:
     """The next frame. Raises WireError where a faster way of the stream makes no sense any more."""
     frame = asyncio.ensure_future(context.read())
-    await asyncio.wait((frame, nonsense), return_when=asyncio.FIRST_COMPLETED)
-    if nonsense.done():
-        frame.cancel()
-        raise WireError(nonsense.result())
-    return frame.result()
+    try:
+        await asyncio.wait((frame, nonsense), return_when=asyncio.FIRST_COMPLETED)
+        if nonsense.done():
+            raise WireError(nonsense.result())
+        return frame.result()
+    finally:
+        frame.cancel()  # nobody awaits it any more
+        del frame  # what it raised holds this call, which shall not hold it: the stream's rings would stay with both
 
 
 async def _whole(first: bytes, context: Context) -> tuple[Header, memoryview]:

@@ -21,7 +21,7 @@ from cluster.bench.gateway import Client
 from cluster.bench.load import Arrival, Gateway, Record, Routers, closed_loop, follow, make_prompts, open_loop
 from cluster.bench.serve import serve, summary
 from cluster.bench.sse_client import HTTPError, post_events
-from cluster.fleet.run_state import RunState, credentials_path
+from cluster.fleet.run_state import RunState, credentials_path, since_boot
 from cluster.gateway.session import Session
 from cluster.router.service import GenerationService
 from tests.credentials import CREDENTIALS
@@ -171,7 +171,7 @@ def test_the_command_prints_one_json_object(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     process = psutil.Process()
     run_dir = str(tmp_path)
-    state = RunState(process.pid, process.create_time(), "", 8000, "", run_dir, "tiny", "grpc", "as configured")
+    state = RunState(process.pid, since_boot(process), "", 8000, "", run_dir, "tiny", "grpc", "as configured")
     state.write()
     CREDENTIALS.write(credentials_path(tmp_path))
     command = [sys.executable, "-m", "tests.fake_router", "router-7", "0.001"]

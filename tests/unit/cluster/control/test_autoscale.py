@@ -131,6 +131,18 @@ def test_advice_is_given_and_only_auto_acts(mode: str) -> None:
     assert asked == ([] if mode == "advise" else [(6, None, "autoscale, expert: waiting at 2.00 of its target")])
 
 
+def test_a_drained_worker_does_not_hide_the_load_of_the_others() -> None:
+    fleet = Fleet()
+    fleet.membership.aim(replace(fleet.membership.goal, drained=frozenset({"expert-0"})))
+    autoscaler = Autoscaler(fleet.membership, None, AutoscaleOptions("advise"), 64)  # type: ignore[arg-type]
+    for i in range(2):
+        for worker in WORKERS:
+            detail: dict[str, object] = {"compute_seconds": 0.0 if worker == "expert-0" else 3.5 * i}
+            fleet.membership.report(Member("expert", worker, 1, "n", "ready", "x:1", epoch=1, detail=detail), 0.0)
+        asyncio.run(autoscaler.look(5.0 * i))
+    assert autoscaler.health.signals["expert"]["utilisation"] == pytest.approx(1.0)
+
+
 def test_limits_may_change_while_it_runs() -> None:
     """A pool that was at its limit grows on under a higher one, as after an upgrade of the chart; a controller that was
     restarted, with the options of the start, hears of it from the members."""

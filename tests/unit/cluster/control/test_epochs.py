@@ -112,6 +112,16 @@ def test_one_change_at_a_time_each_on_what_is_in_force() -> None:
         Epochs(FIRST).propose(SECOND.numbered(3), "too far", 0.0, 1.0)
 
 
+def test_a_change_that_began_on_an_older_placement_gives_way_to_the_newer_one() -> None:
+    """Would catch a controller that, just restarted, puts the second epoch in the place of the seventh."""
+    epochs = begun()
+    change = epochs.change
+    epochs.adopt(FIRST.numbered(7))
+    epochs.advance(fleet(member("r0", 7), member("r1", 7)), 1.0)
+    assert epochs.placement.epoch == 7 and epochs.next is None
+    assert change is not None and change.done and "newer placement" in change.error
+
+
 def test_a_restarted_controller_takes_the_newer_placement_and_has_it_acknowledged_again() -> None:
     epochs = Epochs(FIRST)
     epochs.adopt(SECOND.numbered(7))

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cluster.control.membership import HUNG_AFTER_S, LOST_AFTER_S, REBUILD_S, Membership
 from cluster.control.view import Member, Preparation, View
 from cluster.errors import PlacementError
 from cluster.placement.edit import replicate
+from cluster.placement.load import Load
 from cluster.placement.placement import striped
 from tests.fake_fleet import goal_of
 
@@ -109,6 +111,24 @@ def test_a_restarted_controller_waits_for_the_placement_that_a_member_has_heard_
     assert not m.settled(0.2) and m.view.version >= 10**20
     m.adopt(View(10**20, (), striped(2, 4, ["expert-0"], epoch=5)))
     assert m.settled(0.2) and m.view.placement.epoch == 5
+
+
+def test_who_left_counts_in_no_imbalance_and_has_no_series() -> None:
+    """Would catch an imbalance of 2 after four workers became two, and one of 1 where a worker gets nothing at all."""
+    m = membership()
+    m.report(EXPERT, 0.0)
+    m.epochs.placement = striped(2, 4, ["expert-0", "expert-1"], epoch=2)
+    zero_LE = np.zeros((2, 4))
+    load = Load(
+        zero_LE.astype(np.int64), zero_LE, {"expert-0": 90, "expert-9": 50}, {"expert-0": 30.0, "expert-9": 9.0}
+    )
+    m.report(replace(ROUTER, load=load), 0.0)
+    assert m.load is not None and m.load.recent == {"expert-0": 30.0, "expert-1": 0.0} and m.load.imbalance == 2.0
+    assert m.rows == {"expert-0": 90, "expert-1": 0}
+    m.report(replace(EXPERT, pid=EXPERT.pid + 1), 0.0)
+    assert m.restarts == {"expert-0": 1}
+    m.ended("expert-0")
+    assert not m.restarts
 
 
 def test_a_restarted_controller_shows_nothing_before_it_heard_everybody() -> None:

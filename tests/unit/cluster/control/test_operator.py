@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections import Counter
 from dataclasses import replace
 from itertools import product
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -21,7 +24,7 @@ from cluster.control.view import Member
 from cluster.errors import PlacementError
 from cluster.placement.placement import striped
 from cluster.placement.planner import Forecast
-from tests.fake_fleet import WORKERS, Fleet
+from tests.fake_fleet import SKEWED, WORKERS, Fleet
 from tests.loop import until
 
 
@@ -35,6 +38,16 @@ def test_a_verb_that_fails_half_way_leaves_the_placement_before(monkeypatch: pyt
     assert fleet.changes > 2 and fleet.homes == before
     [receipt] = fleet.operator.receipts
     assert "no memory" in receipt.error and receipt.forecast is not None and receipt.forecast.gain > 0.1
+
+
+def test_a_verb_that_can_go_neither_on_nor_back_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch an operator who is told that all is as before while half of a rebalance is in force."""
+    monkeypatch.setattr(module, "_STEP", 1)
+    fleet = Fleet()
+    fleet.failing = {2, 3}
+    with pytest.raises(PlacementError, match=r"no memory; and the placement before cannot be restored \(.*no memory\)"):
+        asyncio.run(fleet.operator.rebalance())
+    assert "cannot be restored" in fleet.operator.receipts[0].error
 
 
 def test_verbs_wait_for_each_other_and_leave_receipts() -> None:
@@ -70,8 +83,12 @@ def test_of_mixed_cards_the_faster_gets_more_and_the_smaller_what_it_holds() -> 
         said = {"epoch": 1, "slots": slots, "bytes_per_s": speed * 10**12}
         fleet.membership.report(Member("expert", worker, 1, "n", "ready", "x:1", **said), 0.0)
     planned = fleet.operator.plan().placement
-    fast, slow, small = (len(planned.shard(worker)) for worker in WORKERS)
-    assert fast > 2 * slow > 0 and small <= 2, "one slot stays free for moves"
+    rows = Counter[str]()
+    for layer, expert in product(range(2), range(4)):
+        for worker, share in planned.homes()[layer][expert].items():
+            rows[worker] += share * SKEWED[layer, expert]
+    assert rows["expert-0"] > 2.5 * rows["expert-1"] > 0
+    assert len(planned.shard("expert-2")) <= 2, "one slot stays free for moves"
 
 
 def test_what_a_drain_leaves_alone_stays() -> None:
@@ -96,12 +113,87 @@ def test_the_api_asks_for_its_token_and_says_why_not() -> None:
     refused = client.post("/placement/drop", json={"layer": 0, "expert": 0, "worker": "expert-0"})
     assert refused.status_code == 409 and "only replica" in refused.json()["detail"]
     planned = client.get("/placement/plan").json()
-    applied = client.put("/placement", json={"homes": planned["homes"]})
+    applied = client.put("/placement", json=planned)
+    stale = client.put("/placement", json=planned)
+    assert stale.status_code == 409 and "planned for epoch 1, and epoch 2 is in force" in stale.json()["detail"]
     assert applied.status_code == 200 and applied.json()["added"] == planned["forecast"]["moved_replicas"] > 0
     assert client.put("/placement", json={"homes": planned["homes"][:1]}).status_code == 409
     assert client.post("/rebalance", json={"dry_run": True}).json()["forecast"]["moved_replicas"] == 0
     assert client.get("/rebalancer").json()["mode"] == "advise"
     assert client.get("/receipts").json()[0]["action"] == "apply a placement"
+
+
+SECRET = {"Authorization": "Bearer secret"}
+
+
+def client_of(fleet: Fleet) -> TestClient:
+    rebalancer = Rebalancer(fleet.operator, RebalanceOptions(), 10)
+    app = create_app(fleet.membership, fleet.operator, fleet.scaler, rebalancer, "secret")
+    return TestClient(app, headers=SECRET)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "why"),
+    [
+        ("POST /placement/replicate", '{"layer": 0, "expert": 99}', 409, "there is no expert 99; experts are 0 to 3"),
+        ("POST /placement/replicate", '{"layer": 9, "expert": 0}', 409, "there is no layer 9"),
+        ("POST /placement/replicate", '{"layer": 0, "expert": 0, "worker": "expert-1"}', 409, "expert-1 is drained"),
+        ("POST /placement/move", '{"layer": 0, "expert": 0, "target": "expert-1"}', 409, "expert-1 is drained"),
+        ("POST /placement/pin", '{"layer": 0, "expert": 0, "worker": "expert-1"}', 409, "drain expert-1 --undo"),
+        ("PUT /placement", '{"homes": {"expert-1": 1}}', 409, "expert-1 is drained"),
+        ("PUT /placement", '{"homes": {}}', 409, "layer 0, expert 0 would have no replica"),
+        ("PUT /placement", '{"homes": {"expert-0": 2, "expert-2": -1}}', 422, "homes.0.0.expert-2: Input should be"),
+        ("PUT /placement", '{"homes": {"expert-0": NaN}}', 422, "homes.0.0.expert-0: Input should be a finite"),
+        ("PUT /placement", '{"homes": {"expert-0": 1e999}}', 422, "homes.0.0.expert-0: Input should be a finite"),
+        ("POST /placement/plan", '{"loads": [[NaN, 1, 1, 1]]}', 422, "loads.0.0: Input should be a finite"),
+        ("POST /workers/expert-7/undrain", "", 409, "there is no expert worker expert-7"),
+        ("POST /scale", '{"expert_workers": 1000000000}', 422, "expert_workers: Input should be less"),
+        ("POST /scale", '{"expert_workers": 9}', 409, "9 expert workers are more than the model has experts"),
+        ("POST /scale", '{"routers": 2, "timeout_s": Infinity}', 422, "timeout_s: Input should be less"),
+        (
+            "POST /chaos",
+            '{"kind": "slow", "member": "expert-0", "seconds": 1e999}',
+            422,
+            "seconds: Input should be less",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_sentence(path: str, body: str, status: int, why: str) -> None:
+    """Would catch a verb that answers 500, that takes a share below 0 or a NaN, or fills a worker that was drained."""
+    fleet = Fleet()
+    asyncio.run(fleet.operator.drain("expert-1"))
+    before = fleet.homes
+    if '"homes"' in body:  # the placement in force, with these homes of its first expert
+        first = json.dumps(before).replace(json.dumps(before[0][0]), body[len('{"homes": ') : -1], 1)
+        body = f'{{"homes": {first}}}'
+    method, url = path.split()
+    answer = client_of(fleet).request(method, url, content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, why in answer.json()["detail"]) == (status, True), answer.text
+    assert fleet.homes == before and fleet.membership.goal.scaling is None
+
+
+def test_a_stranger_s_body_is_not_read_and_nobody_s_is_read_without_end() -> None:
+    """Would catch a controller that anybody who reaches its port can fill."""
+    app = create_app(Mock(), Mock(), Mock(), Mock(), "secret")
+    read = []
+
+    async def ask(token: str) -> int:
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            read.append(token)
+            return {"type": "http.request", "body": bytes(2**20), "more_body": True}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"authorization", f"Bearer {token}".encode()), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "PUT", "path": "/placement", "query_string": b"", "headers": headers}
+        await app(scope, receive, send)  # type: ignore[arg-type]
+        return int(sent[0]["status"])
+
+    assert asyncio.run(ask("wrong")) == 401 and not read
+    assert asyncio.run(ask("secret")) == 413 and 30 < len(read) < 40
 
 
 def test_where_routers_hold_the_experts_there_is_nothing_to_place() -> None:

@@ -9,9 +9,12 @@ from dataclasses import replace
 import pytest
 
 from cluster.control import fleet as fleet_module
+from cluster.control import operator as operator_module
 from cluster.control import scaling as scaling_module
 from cluster.control.fleet import Fleet as Follower
 from cluster.control.goal import Processes, Scaling, check_resized
+from cluster.control.options import ProcessBytes
+from cluster.control.scaling import Scaler
 from cluster.control.view import GATEWAYS, Member, View
 from cluster.errors import PlacementError
 from tests.fake_fleet import WORKERS, FakeLauncher, Fleet
@@ -54,6 +57,21 @@ def test_numbers_go_up_and_the_highest_leave() -> None:
     fewer = more.resized(workers=2, routers=1, gateways=2)
     assert fewer == Processes(("expert-0", "expert-1"), ("router-0",), 2)
     assert (more | fewer) == replace(more, gateways=2) and str(fewer) == "2 expert workers, 1 router, 2 gateways"
+
+
+def test_who_was_drained_leaves_first() -> None:
+    """Would catch an operator who drains a bad worker, takes one away, and loses a good one."""
+    fleet, launcher = started()
+
+    async def drain_and_scale() -> None:
+        await fleet.operator.drain("expert-0")
+        await fleet.scaler.scale(workers=2)
+        await until(lambda: "end expert-0" in launcher.log)
+        await fleet.scaler.scale(workers=3)
+
+    run(fleet, launcher, drain_and_scale)
+    assert launcher.log == ["end expert-0", "start expert-3"] and not fleet.membership.goal.drained
+    assert fleet.membership.goal.processes.workers == ("expert-1", "expert-2", "expert-3")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +128,52 @@ def test_a_router_that_leaves_ends_only_when_it_has_nothing_more_to_do() -> None
     run(fleet, launcher, more_and_fewer)
     assert open_at_end == [0]
     assert not fleet.membership.goal.leaving
+
+
+def test_more_than_there_is_memory_for_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch `scale --routers 100` on a laptop, after which the system ends whatever process it likes."""
+    fleet, launcher = started()
+    scaler = Scaler(fleet.membership, fleet.operator, 5.0, 10, ProcessBytes(worker=3 << 30, router=1 << 30))
+    monkeypatch.setattr(scaling_module, "available_bytes", lambda: 4 << 30)
+
+    async def scale() -> None:
+        with pytest.raises(
+            PlacementError, match="5 expert workers, 1 router, 1 gateway need 6,144 MiB more, 4,096 MiB"
+        ):
+            await scaler.scale(workers=5)
+        assert (await scaler.scale(workers=4, routers=2)).error == ""
+
+    run(fleet, launcher, scale)
+    assert launcher.log == ["start expert-3", "start router-1"]
+
+
+def test_a_new_worker_that_holds_experts_is_not_ended_when_the_rest_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a scaling that a fail-over interrupts, and that then ends the only home of experts."""
+    monkeypatch.setattr(operator_module, "_STEP", 1)
+    fleet, launcher = started()
+
+    async def scale() -> None:
+        fleet.failing = {2, 3}  # the second step, and the first one back
+        with pytest.raises(PlacementError, match="that hold experts by now stay"):
+            await fleet.scaler.scale(workers=5)
+
+    run(fleet, launcher, scale)
+    stayed = fleet.membership.epochs.placement.holding - set(WORKERS)
+    assert 1 <= len(stayed) <= 2 and set(fleet.membership.goal.processes.workers) == stayed | set(WORKERS)
+    assert sum(line.startswith("end") for line in launcher.log) == 2 - len(stayed)
+
+
+def test_whatever_goes_wrong_ends_the_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch an autoscaler that waits for ever for a scaling that a fault of ours ended."""
+    fleet, launcher = started()
+    monkeypatch.setattr(fleet.operator, "plan", lambda *_: 1 // 0)
+
+    async def scale() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await fleet.scaler.scale(workers=4)
+
+    run(fleet, launcher, scale)
+    assert fleet.membership.goal.scaling is None and fleet.membership.goal.processes == NOW
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from cluster.control.view import View
+from cluster.control.view import Member, View
 from cluster.errors import ExpertMeshError, StartError
-from cluster.fleet import snapshot
-from cluster.fleet.run_state import RunDirectory, RunState, find
+from cluster.fleet import operator_cli, snapshot
+from cluster.fleet.run_state import RunDirectory, RunState, find, since_boot
 from cluster.placement.placement import striped
 from cluster.state_dir import VARIABLE
 
@@ -24,7 +25,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunState:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     process = psutil.Process()
     url = "http://127.0.0.1:8000"
-    return RunState(process.pid, process.create_time(), url, 8000, "", str(tmp_path), "tiny", "grpc", "as configured")
+    return RunState(process.pid, since_boot(process), url, 8000, "", str(tmp_path), "tiny", "grpc", "as configured")
 
 
 def test_found_while_it_lives(mine: RunState) -> None:
@@ -40,6 +41,15 @@ def test_a_recycled_pid_is_not_taken_for_it(mine: RunState) -> None:
     replace(mine, started=mine.started - 1000).write()
     with pytest.raises(ExpertMeshError, match="no cluster"):
         find()
+
+
+def test_it_is_found_when_the_clock_was_set(mine: RunState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells the time of day of the boot by the clock of now, and so every process seems to be another."""
+    mine.write()
+    for owner, name in ((psutil, "boot_time"), (psutil.Process, "create_time")):
+        true = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, true=true: true(*given) + 3600)
+    assert find() == mine
 
 
 def test_two_clusters_need_a_port(mine: RunState) -> None:
@@ -74,6 +84,24 @@ def test_a_directory_that_is_gone_or_full_costs_the_snapshot_and_not_the_cluster
     snapshot.write(state, view)
     with pytest.raises(ExpertMeshError, match="/gone was removed"):
         snapshot.read()
+
+
+def test_a_full_disk_hides_the_state_and_not_the_way_to_the_controller(
+    mine: RunState, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Would catch an operator who can ask for nothing any more because a snapshot cannot be renewed."""
+    mine.write()
+    (tmp_path / "admin_token").write_text("secret")
+    controller = Member("controller", "controller", 1, "n", "ready", "127.0.0.1:7")
+    snapshot.write(mine, View(1, (controller,), striped(1, 1, ["expert-0"])))
+    written = time.time()
+    monkeypatch.setattr(snapshot, "time", SimpleNamespace(time=lambda: written + 60))
+    with pytest.raises(ExpertMeshError, match=r"has said nothing for 15 s$"):
+        snapshot.read()
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=0))
+    with pytest.raises(ExpertMeshError, match=r"disk of .* is full"):
+        snapshot.read()
+    assert operator_cli._admin(None) == ("http://127.0.0.1:7", "secret")
 
 
 def test_the_run_directory_is_private_and_short_enough_for_sockets() -> None:

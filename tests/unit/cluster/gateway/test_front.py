@@ -31,6 +31,13 @@ def test_packed_bodies(served: Served, coding: str) -> None:
     assert post(served, BODY, "br").status_code == 415
 
 
+def test_a_body_in_several_members_is_read_whole_and_one_that_ends_early_is_refused(served: Served) -> None:
+    for coding in ("gzip", "zstd"):
+        assert post(served, PACKED[coding](BODY[:20]) + PACKED[coding](BODY[20:]), coding).status_code == 200
+    for broken in (gzip.compress(BODY)[:-9], gzip.compress(BODY) + b"more", gzip.compress(b"") * 1000):
+        assert post(served, broken, "gzip").json()["error"]["code"] == "invalid_encoding"
+
+
 def test_head_and_slashes(served: Served) -> None:
     for path in ("/v1/models", "/v1/models/", "/health//", "/ping"):
         answer = httpx.head(served.url + path)

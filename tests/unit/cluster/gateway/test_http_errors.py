@@ -62,7 +62,7 @@ def post(served: Served, path: str, body: Any) -> httpx.Response:
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"logits_processors": []}, "logits_processors", "unsupported_parameter"),
         ({"guided_json": {"type": "objekt"}}, "guided_json", "invalid_value"),
-        ({"guided_json": "{"}, "json", "invalid_value"),
+        ({"guided_json": "{"}, "guided_json", "invalid_value"),
         ({"guided_regex": "(("}, "guided_regex", "invalid_value"),
         ({"guided_choice": []}, "guided_choice", "invalid_value"),
         ({"guided_grammar": "start: x"}, "guided_grammar", "invalid_value"),
@@ -102,7 +102,7 @@ def test_a_bad_field_is_named(served: Served, path: str, change: dict[str, Any],
         ({"messages": [USER | {"content": 5}]}, "messages[0].content", "invalid_value"),
         (
             {"messages": [USER | {"content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages[0].content[0].type",
+            "messages[0].content[0]",
             "invalid_value",
         ),
         (
@@ -198,6 +198,30 @@ def test_a_full_queue_is_429_with_retry_after(served: Served, stream: bool, n: i
     assert refused(response) == (429, None, "queue_full")
     assert response.headers["retry-after"] == "3"
     assert served.session.open == 0
+
+
+def test_what_is_refused_is_told_what_to_do(served: Served) -> None:
+    """Would catch a sentence that names our types, the wrong field, or a field that is ignored though it changes the
+    answer; and one that is refused with the value that means what is done anyway."""
+    image = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
+    said = {
+        ("/v1/chat/completions", "messages"): ([USER | {"content": image}], "is of type 'image_url'; this model reads"),
+        ("/v1/chat/completions", "use_beam_search"): (True, "'n' asks for several sampled answers"),
+        ("/v1/chat/completions", "guided_json"): ("{", "'guided_json': is not JSON"),
+        ("/v1/responses", "input"): ([], "'input': must be a text, or a list of at least one item"),
+        ("/v1/responses", "input "): ([{"type": "reasoning", "summary": []}], "'input' has no message"),
+        ("/v1/responses", "input  "): ([{"type": "item_reference", "id": "a"}], "'type' must be 'message', 'function"),
+        ("/v1/responses", "conversation"): ("conv_1", "'conversation': is not supported"),
+        ("/v1/responses", "prompt"): ({"id": "p"}, "'prompt': is not supported"),
+        ("/v1/messages", "messages"): ([USER | {"content": [{"type": "document"}]}], "is of type 'document'; this"),
+        ("/v1/embeddings", "input"): ("Hello", "This server generates text, by POST to /v1/chat/completions"),
+        ("/v1/models", "input"): ("Hello", "This path takes GET alone"),
+    }
+    for (path, field), (value, words) in said.items():
+        answer = post(served, path, {"max_tokens": 1, "input": "Hello"} | CHAT | {field.strip(): value})
+        assert answer.status_code in (400, 404, 405) and words in answer.json()["error"]["message"], answer.text
+    same = {"use_beam_search": False, "best_of": 1, "length_penalty": 1.0, "early_stopping": False, "suffix": ""}
+    assert post(served, "/v1/chat/completions", CHAT | same).status_code == 200
 
 
 def test_unknown_routes_and_methods_have_the_envelope_too(served: Served) -> None:

@@ -219,7 +219,7 @@ async def test_a_full_queue_beside_a_router_that_just_drains_is_a_refusal(monkey
         loop = asyncio.get_running_loop()
 
         def submit(*_: object) -> None:
-            asyncio.run_coroutine_threadsafe(draining.service.set_state("draining"), loop).result(5)
+            asyncio.run_coroutine_threadsafe(draining.service.set_state("draining"), loop).result(60)
             raise RequestError("this router is being stopped", code="draining", status=503)
 
         monkeypatch.setattr(draining.engine, "submit", submit)
@@ -456,3 +456,61 @@ async def test_requests_tell_whose_they_are() -> None:
         tenant.set(None)
         await tokens_of(session, [1], SamplingParams(max_tokens=2))
         assert [params.tenant for _, params, _ in router.engine.submitted] == ["search", ""]
+
+
+@in_loop
+async def test_conversations_go_back_to_the_router_that_has_their_beginning() -> None:
+    params = SamplingParams(max_tokens=3)
+    async with cluster(FakeEngine(step_s=0.002), FakeEngine(step_s=0.002)) as (session, routers):
+        prompts = {1: [1] * 100, 2: [2] * 100}
+        prompts[1] += await tokens_of(session, prompts[1], params)  # to the first: both have nothing to do
+        another = session.generate([9], SamplingParams(max_tokens=100_000))
+        for _ in range(3):
+            await anext(another)  # runs on the first, which has the second router answer what is new
+            for name, prompt in prompts.items():
+                prompt += await tokens_of(session, prompt, params) + [name] * 50
+        await another.aclose()
+        for name, prompt in prompts.items():
+            prompt += await tokens_of(session, prompt, params) + [name] * 50
+        asked = [[prompt[0] for prompt, _, _ in router.engine.submitted] for router in routers]
+        assert asked == [[1, 9, 1, 1, 1, 1], [2, 2, 2, 2]]
+
+
+@in_loop
+async def test_a_router_that_is_clearly_busier_is_passed_over_whatever_is_in_its_cache() -> None:
+    params, prompt = SamplingParams(max_tokens=1000), [3] * 200
+    async with cluster(FakeEngine(step_s=0.01), FakeEngine(step_s=0.01)) as (session, _):
+        tasks: list[asyncio.Task[list[int]]] = []
+        open_on: list[list[int]] = []
+        for index in range(4):
+            tasks.append(asyncio.create_task(tokens_of(session, [*prompt, index], params)))
+            await until(lambda: session.stats().requests == len(tasks))
+            open_on.append(sorted(stream.requests for stream in session.stats().streams))
+        assert open_on == [[0, 1], [0, 2], [1, 2], [2, 2]]  # the second has the prompt too, and fewer requests
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@in_loop
+async def test_what_a_lost_router_had_in_its_cache_counts_no_more() -> None:
+    params, prompt = SamplingParams(max_tokens=2), [3] * 200
+    async with cluster(FakeEngine(), FakeEngine()) as (session, routers):
+        await tokens_of(session, prompt, params)
+        first = next(router for router in routers if router.engine.submitted)
+        await first.stop()
+        await tokens_of(session, prompt, params)
+        again = GenerationService(
+            FakeEngine(),
+            "127.0.0.1",
+            int(first.service.address.rsplit(":", 1)[1]),
+            router=first.service.router,
+            credentials=CREDENTIALS,
+        )
+        await again.start()
+        await until(lambda: all(stream.state == "ready" for stream in session.stats().streams))
+        for _ in range(3):
+            await tokens_of(session, [*prompt, 9], params)
+        second = next(router for router in routers if router is not first)
+        assert len(second.engine.submitted) == 4
+        await again.stop()

@@ -143,3 +143,35 @@ def test_two_slots_a_worker_are_filled_by_pairs() -> None:
     assert drifted.forecast.moved_replicas < 3 * 288 / 2, "a fresh plan moves nearly all of them"
     total = sum(share for experts in plan.placement.homes() for homes in experts for share in homes.values())
     assert total == pytest.approx(3 * 256)
+
+
+@pytest.mark.parametrize("slower", [0.5, 0.1, 0.004])
+def test_two_homes_of_one_expert_are_done_at_the_same_time(slower: float) -> None:
+    """Would catch a division that goes too far, sees that it became worse, and stays there: 1.5 instead of 1.0."""
+    workers = [Worker("w0", 9), Worker("w1", 9, speed=slower)]
+    plan = balance(np.array([[100.0, 0.0, 0.0]]), workers, striped(1, 3, ["w0"]), Limits(least_homes=2))
+    assert plan.forecast.imbalance_after == pytest.approx(1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e100, 1e307])
+def test_loads_of_any_size_give_the_same_plan(scale: float) -> None:
+    loads_LE = zipf(3, 8, 1.0, np.random.default_rng(3))
+    before = striped(3, 8, ["w0", "w1", "w2"])
+    plan, same = (balance(loads, fleet(3, 12), before) for loads in (loads_LE, loads_LE / loads_LE.max() * scale))
+    assert same.placement.replicas == plan.placement.replicas
+    assert same.forecast.imbalance_after == pytest.approx(plan.forecast.imbalance_after)
+
+
+@pytest.mark.parametrize("load", [np.nan, np.inf, -1.0])
+def test_loads_that_are_none_are_refused(load: float) -> None:
+    with pytest.raises(PlacementError, match="finite numbers, 0 or more"):
+        balance(np.array([[1.0, load]]), fleet(2, 2), striped(1, 2, ["w0", "w1"]))
+    with pytest.raises(PlacementError, match="the speed of w1 is no number above 0"):
+        balance(np.array([[1.0, 1.0]]), fleet(2, 2, w1=load), striped(1, 2, ["w0", "w1"]))
+
+
+def test_a_forecast_counts_the_workers_that_leave() -> None:
+    """Would catch an imbalance below 1: what those hold would count for nothing."""
+    before = striped(4, 8, ["w0", "w1", "w2", "w3"])
+    forecast = balance(np.ones((4, 8)), fleet(2, 17), before).forecast
+    assert forecast.imbalance_before == pytest.approx(1.0) and forecast.imbalance_after == pytest.approx(1.0)

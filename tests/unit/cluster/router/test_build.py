@@ -19,6 +19,7 @@ from cluster.router.build import build_engine, dense_bytes
 from cluster.router.params import SamplingParams
 from cluster.router.sizing import context_limit, expert_bytes, pool_blocks
 from workers.checkpoint import Checkpoint
+from workers.host_memory import available_bytes
 from workers.kernels import select
 from workers.kernels.select import formats_for
 from workers.shard import ExpertShard, load_shard
@@ -104,11 +105,11 @@ def test_the_limit_of_a_container_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert memory.available_bytes(tmp_path) == 1000  # no such files
+    assert available_bytes(tmp_path) == 1000  # no such files
     (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text("300\n")
     (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 30\nactive_file 20\n")
-    assert memory.available_bytes(tmp_path) == expected
+    assert available_bytes(tmp_path) == expected
 
 
 def test_the_longest_sequence_is_what_all_limits_allow(directory: Path) -> None:

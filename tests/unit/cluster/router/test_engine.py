@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from cluster.config import Config
@@ -29,15 +27,6 @@ from cluster.router.sequence import Sequence
 from tests.reference import TOLERANCE, Paged, random_tokens, reference_logits, save_shape
 
 STEPS = 64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads only cost time on models this small."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 class Model:

@@ -6,7 +6,6 @@ a preemption, a shared prefix, a continuation, a merge on a slow stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,6 @@ from tests.reference import Paged, gate_margins, random_tokens, save_shape
 from workers.pb import generation_pb2 as pb
 
 N = 24
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads only cost time on models this small."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 @pytest.fixture(scope="module")

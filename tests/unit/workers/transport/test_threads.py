@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 
@@ -32,8 +33,8 @@ EngineThread(Engine(), print).start()
 
 @pytest.mark.parametrize("end", [_RAISES, _STOPS, _WATCHDOG, _ENGINE])
 def test_its_process_ends_with_it(end: str) -> None:
-    code = f"import time\nfrom workers.transport.threads import *\n{end}\ntime.sleep(30)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25, check=False)
+    code = f"import time\nfrom workers.transport.threads import *\n{end}\ntime.sleep(300)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "its process ends" in done.stderr
 
@@ -47,3 +48,22 @@ def test_a_loop_that_is_closed_leaves_the_process_alone() -> None:
     assert thread.run(say()) == "7"
     thread.close()
     assert not thread.is_alive
+
+
+def test_what_waits_in_a_loop_that_is_closed_ends_in_order() -> None:
+    thread, ended = LoopThread("experts"), []
+
+    async def wait() -> None:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.append("in order")
+
+    async def begin() -> None:
+        waiting.append(asyncio.create_task(wait()))
+        await asyncio.sleep(0)
+
+    waiting: list[asyncio.Task[None]] = []
+    thread.run(begin())
+    thread.close()
+    assert waiting[0].cancelled() and ended == ["in order"]
