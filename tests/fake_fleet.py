@@ -35,11 +35,12 @@ class Fleet:
     Its processes are started and ended by a `FakeLauncher`, once `control.fleet.Fleet` is run.
     """
 
-    def __init__(self, slots: int = 8) -> None:
+    def __init__(self, slots: int = 8, most_slots: int = 8) -> None:
         goal = Goal(processes=Processes(WORKERS, ("router-0",), 1))
         self.membership = Membership(striped(2, 4, WORKERS), goal, 0.0, 1)
         for worker in WORKERS:
-            self.membership.report(Member("expert", worker, 1, "n", "ready", "x:1", epoch=1, slots=slots), 0.0)
+            said = {"epoch": 1, "slots": slots, "most_slots": most_slots}
+            self.membership.report(Member("expert", worker, 1, "n", "ready", "x:1", **said), 0.0)
         by_worker = dict.fromkeys(WORKERS, 1e5)
         load = Load(SKEWED.astype(np.int64), SKEWED, dict.fromkeys(WORKERS, 1), by_worker)
         self.membership.report(Member("router", "router-0", 1, "n", "ready", "x:1", epoch=1, load=load), 0.0)
@@ -103,7 +104,7 @@ class FakeLauncher:
         if process in self.broken:
             raise RuntimeError(self.broken[process])
         role = "router" if process.startswith("router-") else "expert"
-        self.membership.report(Member(role, process, 1, "n", "ready", "x:1", epoch=1, slots=8), 0.0)
+        self.membership.report(Member(role, process, 1, "n", "ready", "x:1", epoch=1, slots=8, most_slots=8), 0.0)
 
     def end(self, process: str) -> None:
         self.log.append(f"end {process}")

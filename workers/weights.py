@@ -22,13 +22,6 @@ class Matrix:
         """Bytes that a product reads."""
         return sum(tensor.nbytes for tensor in (self.values_ND, self.scale_N, self.bias_N) if tensor is not None)
 
-    def rows(self, begin: int, end: int) -> Matrix:
-        """The outputs begin:end, in the same memory."""
-        parts = (None if t is None else t[begin:end] for t in (self.values_ND, self.scale_N, self.bias_N))
-        values, scale, bias = parts
-        assert values is not None
-        return Matrix(values, scale, bias)
-
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:

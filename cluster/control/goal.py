@@ -84,6 +84,12 @@ class Goal:
     ending: frozenset[str] = frozenset()  # nodes that end: expert workers there are to hold nothing, but do elsewhere
     bounds: Bounds | None = None  # None: those of the start
 
+    @property
+    def n_holding(self) -> int:
+        """Expert workers that hold experts once a scaling that is under way is done."""
+        processes = self.processes if self.scaling is None else self.scaling.after
+        return len(set(processes.workers) - self.drained)
+
 
 NO_GOAL = Goal()
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -167,13 +167,13 @@ class Operator:
                 f"the model has {now.n_layers} layers of {now.n_experts} experts; these loads are of another"
             )
         limits = replace(limits or Limits(expert_bytes=self._expert_bytes), least_homes=self._least_homes)
-        return balance(loads_LE, self._workers(without), now, limits)
+        return balance(loads_LE, self._workers(frozenset(without)), now, limits)
 
     async def rebalance(self, limits: Limits | None = None, action: str = "rebalance") -> Receipt:
         """The placement that suits the recent load."""
         async with self.lock:
             plan = self.plan(limits)
-            return await self.reach(plan.placement, action, plan.forecast)
+            return await self.reach(plan.placement, action, plan.forecast, self.room(()))
 
     @property
     def recent_rows(self) -> float:
@@ -192,7 +192,7 @@ class Operator:
             self._check_there(worker)
             # What the others hold stays: a drain is no rebalance.
             plan = self.plan(Limits(expert_bytes=self._expert_bytes, tolerance=np.inf), [worker])
-            receipt = await self.reach(plan.placement, f"drain {worker}", plan.forecast)
+            receipt = await self.reach(plan.placement, f"drain {worker}", plan.forecast, self.room([worker]))
             self._aim(self._membership.goal.drained | {worker})
             return receipt
 
@@ -204,8 +204,10 @@ class Operator:
         async with self.lock:
             self._check_there(worker)
             node = next(m.node for m in self._membership.view.members if m.id == worker)
-            plan = self.plan(Limits(expert_bytes=self._expert_bytes, tolerance=np.inf), self._workers_of(node))
-            receipt = await self.reach(plan.placement, f"drain the node of {worker}", plan.forecast)
+            leaving = self._workers_of(node)
+            plan = self.plan(Limits(expert_bytes=self._expert_bytes, tolerance=np.inf), leaving)
+            action = f"drain the node of {worker}"
+            receipt = await self.reach(plan.placement, action, plan.forecast, self.room(leaving))
             goal = self._membership.goal
             there = {member.node for member in self._membership.view.members}
             self._membership.aim(replace(goal, ending=(goal.ending & there) | {node}))
@@ -232,8 +234,19 @@ class Operator:
     def _placement(self) -> Placement:
         return self._membership.epochs.placement
 
-    def _workers(self, without: Iterable[str] = ()) -> list[Worker]:
-        left_out = self.drained | set(without)
+    def room(self, without: Collection[str]) -> dict[str, int]:
+        """Slots of each live worker for a plan that leaves some out: where memory alone limits the others, they have
+        room for all experts and half as many."""
+        slots, most = self._membership.slots, self._membership.most_slots
+        staying = slots.keys() - self.drained - set(without)
+        if (without or self.drained) and staying:
+            n_replicas = sum(map(len, self._placement.replicas)) * self._least_homes
+            share = -(-3 * n_replicas // (2 * len(staying)))
+            slots |= {worker: max(slots[worker], share) for worker in staying if slots[worker] and not most[worker]}
+        return slots
+
+    def _workers(self, without: Collection[str]) -> list[Worker]:
+        left_out, slots = self.drained | set(without), self.room(without)
         members = [m for m in self._membership.view.members if m.role == "expert" and m.state == "ready"]
         members = [member for member in members if member.id not in left_out]
         known = all(member.bytes_per_s for member in members)
@@ -242,7 +255,7 @@ class Operator:
         return [
             Worker(
                 member.id,
-                member.slots - 1 if member.slots else n,
+                slots[member.id] - 1 if slots[member.id] else n,
                 float(member.bytes_per_s) if known else 1.0,
                 member.node,
             )
@@ -266,12 +279,21 @@ class Operator:
             raise PlacementError(f"every expert worker that is not drained has layer {layer}, expert {expert}")
         return max(sorted(room), key=lambda worker: room[worker])
 
-    async def reach(self, goal: Placement, action: str, forecast: Forecast | None = None) -> Receipt:
-        """`goal` in steps that each fit beside what is there. The caller holds `lock`."""
-        way = list(steps(self._placement, goal, self._membership.slots, _STEP))
-        return await self._go(way, action, forecast)
+    async def reach(
+        self, goal: Placement, action: str, forecast: Forecast | None = None, slots: Mapping[str, int] | None = None
+    ) -> Receipt:
+        """`goal` in steps that each fit beside what is there, in `slots` where those are others than workers say. The
+        caller holds `lock`."""
+        way = list(steps(self._placement, goal, slots or self._membership.slots, _STEP))
+        return await self._go(way, action, forecast, slots)
 
-    async def _go(self, way: list[Placement], action: str, forecast: Forecast | None = None) -> Receipt:
+    async def _go(
+        self,
+        way: list[Placement],
+        action: str,
+        forecast: Forecast | None = None,
+        slots: Mapping[str, int] | None = None,
+    ) -> Receipt:
         """One placement after another; when one fails, back to the first."""
         before = self._placement
         load = self._membership.load
@@ -285,7 +307,7 @@ class Operator:
                 if self._urgent > urgent:
                     raise PlacementError(f"{action}: gave way to a fail-over")
                 if not urgent:  # a fail-over may need more than what is planned for
-                    edit.check(placement, self._membership.slots, self._placement)
+                    edit.check(placement, slots or self._membership.slots, self._placement)
                 change = await self._change(placement, action)
                 reached = placement.epoch
                 receipt.added += len(change.adds)

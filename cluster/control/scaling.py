@@ -122,7 +122,7 @@ class Scaler:
         # What the others hold stays where it is while workers leave: that is no rebalance.
         limits = Limits(expert_bytes=self._expert_bytes, tolerance=np.inf if leaving else 0.01)
         plan = self._operator.plan(limits, leaving)
-        return await self._operator.reach(plan.placement, action, plan.forecast)
+        return await self._operator.reach(plan.placement, action, plan.forecast, self._operator.room(leaving))
 
     async def _await_ready(self, before: Processes, after: Processes, timeout_s: float) -> None:
         """The new ones: how those are that were there is no reason against it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -102,7 +103,8 @@ class RayLauncher:
 
     def why(self, error: Exception) -> str:
         """The cause of what Ray raised."""
-        return str(error) if isinstance(error, ExpertMeshError) else reason(error)
+        # What an actor raised is of both kinds, and its text is then Ray's, with a stack in colours.
+        return str(error) if isinstance(error, ExpertMeshError) and not isinstance(error, RayError) else reason(error)
 
     def _on_nodes(self, kind: Kind) -> Kind:
         """Without its custom resource where no node has it, unless it is asked for."""

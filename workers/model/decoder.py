@@ -59,11 +59,11 @@ class Decoder:
         steps = [self._captured.step(batch, number) for number, batch in enumerate(begun)]
         whole = steps[0] if len(steps) == 1 and observer is None else None
         if whole is not None and self.experts.by(self._ops) is not None:
-            delta, ids_by_layer = whole.run(
+            x_RD, ids_by_layer = whole.run(
                 "layers", lambda ops: self._through_layers(ops, self.experts.by(ops), whole.batch)
             )
             self._routed = [ids_by_layer]
-            return self._logits(self._ops, whole.batch, delta)
+            return self._logits(self._ops, x_RD)
         flights = [(batch if step is None else step.batch, step) for batch, step in zip(begun, steps, strict=True)]
         self._routed = [{} for _ in flights]
         for layer in self._layers:
@@ -78,7 +78,7 @@ class Decoder:
                     observer.chosen(layer.index, q_start if len(asked[1]) == q_start[-1] else None, *asked[1:])
                 if layer.ffn is not None:  # while the experts compute
                     self._feed_forward(layer, batch, step, asked[0])
-        logits = [self._logits(self._ops, batch, _combine(self.experts, batch)) for batch, _ in flights]
+        logits = [self._logits(self._ops, self._normed(self._ops, batch, self.experts)) for batch, _ in flights]
         return logits[0] if len(logits) == 1 else torch.cat(logits)  # a copy of one would cost as much as a layer
 
     def routing(self) -> Tensor:
@@ -110,17 +110,15 @@ class Decoder:
         choices of all rows are put, [T, K], by layer.
         """
         batch = self._micro_batch(token_T, metadata, logit_rows_R)
-        delta, ids_by_layer = self._through_layers(ops, experts or self.experts, batch)
+        x_RD, ids_by_layer = self._through_layers(ops, experts or self.experts, batch)
         if expert_ids is not None:
             expert_ids.update(ids_by_layer)
-        return self._logits(ops, batch, delta)
+        return self._logits(ops, x_RD)
 
-    def _through_layers(
-        self, ops: Ops, experts: Experts | None, batch: MicroBatch
-    ) -> tuple[Delta | None, dict[int, Tensor]]:
-        """What the experts of the last layer give, None where it has none; and by layer the experts of each row.
+    def _through_layers(self, ops: Ops, experts: Experts | None, batch: MicroBatch) -> tuple[Tensor, dict[int, Tensor]]:
+        """The normalised rows whose logits are wanted; and by layer the experts of each row.
 
-        Where it is captured, the latter are the graph's own memory: every replay writes to it.
+        Where it is captured, all of it is the graph's own memory: every replay writes to it.
         """
         assert experts is not None
         ids_by_layer: dict[int, Tensor] = {}
@@ -131,7 +129,7 @@ class Decoder:
             ids_by_layer[layer.index] = asked[1]
             if layer.ffn is not None:
                 layer.feed_forward(ops, batch, asked[0])
-        return _combine(experts, batch), ids_by_layer
+        return self._normed(ops, batch, experts), ids_by_layer
 
     def captures(self, batch: Batch) -> bool:
         """Whether `batch`, as the only one of a step, is computed by captured calls."""
@@ -185,14 +183,16 @@ class Decoder:
             x_TD = x_TD * self.spec.embed_scale
         return MicroBatch(x_TD=x_TD, metadata=metadata, cos_Tr=cos_Tr, sin_Tr=sin_Tr, logit_rows_R=logit_rows_R)
 
-    def _logits(self, ops: Ops, batch: MicroBatch, delta: Delta | None) -> Tensor:
-        spec = self.spec
+    def _normed(self, ops: Ops, batch: MicroBatch, experts: Experts) -> Tensor:
+        """What the head is given, [R, D]: the residual stream with what the last layer's experts gave, normalised."""
+        spec, delta = self.spec, _combine(experts, batch)
         if delta is None:
-            x_RD = ops.rms_norm(batch.x_TD, self._norm_D, spec.norm_eps)
-        else:
-            x_RD = ops.add_rms_norm(batch.x_TD, delta, self._norm_D, spec.norm_eps, spec.residual_scale)
+            return ops.rms_norm(batch.x_TD, self._norm_D, spec.norm_eps)
+        return ops.add_rms_norm(batch.x_TD, delta, self._norm_D, spec.norm_eps, spec.residual_scale)
+
+    def _logits(self, ops: Ops, x_RD: Tensor) -> Tensor:
         logits_RV = ops.linear(x_RD, self._head).float()
-        return logits_RV if spec.logits_scaling == 1 else logits_RV / spec.logits_scaling
+        return logits_RV if self.spec.logits_scaling == 1 else logits_RV / self.spec.logits_scaling
 
 
 def _combine(experts: Experts, batch: MicroBatch) -> Delta | None:

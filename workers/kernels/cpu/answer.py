@@ -42,12 +42,12 @@ class CpuAnswers:
         self._memory = (
             torch.tensor([[layer.address_E2.data_ptr(), layer.rows_E.data_ptr()] for layer in layers]),
             torch.empty(n_places(first.n_experts, most_pairs), dtype=torch.int64),
-            torch.empty(most_pairs, first.ffn_size),
+            torch.empty(most_pairs, 2 * first.ffn_size),
             torch.empty(2 * most_pairs, dtype=torch.int32),
         )
-        tables, places, hidden_PF, copies = self._memory
+        tables, places, hidden_P2F, copies = self._memory
         self._bytes = first.expert_bytes
-        pairs, products = expert_arguments(first, hidden_PF, places, most_pairs)
+        pairs, products = expert_arguments(first, hidden_P2F, places, most_pairs)
         self._pairs, self._experts = kernel.pairs.arguments(1, pairs), kernel.experts.arguments(1, products)
         self._read = kernel.read_request.arguments(
             1,

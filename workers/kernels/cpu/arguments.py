@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 
 class Linear(NamedTuple):
-    """y[T, N] = x[T, K] @ weight[N, K].T + bias; with `up`, another weight: silu(x @ weight.T) * (x @ up.T)."""
+    """y[T, N] = x[T, K] @ weight[N, K].T + bias. If `gated`, the first half of a row is then silu(it) * the second."""
 
     x: int
     x_stride: int
     weight: int
-    up: int  # 0: none
-    bias: int  # 0: none
+    gated: int
+    bias: int  # 0: none; nor of what is gated
     y: int
     n_rows: int
     k: int
@@ -171,7 +171,7 @@ class Experts(NamedTuple):
     active: int
     starts: int
     token_rows: int
-    hidden: int
+    hidden: int  # [P, 2F]: the gate's products, then the hidden rows, and the up products
     hidden_stride: int
     hidden_rows: int
     y: int

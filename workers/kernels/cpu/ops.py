@@ -43,18 +43,14 @@ class CpuOps:
         use_huge_pages(weight_ND)
         return Matrix(weight_ND, None, None if bias_N is None else bias_N.float().contiguous())
 
-    def linear(self, x_TD: Tensor, weight: Matrix) -> Tensor:
-        return self._linear(x_TD, weight)
-
-    def _linear(self, x_TD: Tensor, weight: Matrix, up: Matrix | None = None) -> Tensor:
+    def linear(self, x_TD: Tensor, weight: Matrix, *, gated: bool = False) -> Tensor:
         x_TD = _with_unit_stride(x_TD)
         n_rows, (n, k) = len(x_TD), weight.values_ND.shape
         y_TN = self.empty(n_rows, n)
         team = kernel.team(weight.nbytes)
         rows = self.empty(team, n_rows, dtype=torch.int64)
         values = arguments.Linear(
-            x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0), weight=weight.values_ND.data_ptr(),
-            up=0 if up is None else up.values_ND.data_ptr(),
+            x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0), weight=weight.values_ND.data_ptr(), gated=gated,
             bias=0 if weight.bias_N is None else weight.bias_N.data_ptr(), y=y_TN.data_ptr(), n_rows=n_rows, k=k,
             n=n, kind=kernel.kinds()[weight.values_ND.dtype], rows=rows.data_ptr(),
         )  # fmt: skip
@@ -152,11 +148,10 @@ class CpuOps:
         return ids_TK, weights_TK
 
     def swiglu(self, x_TD: Tensor, w13: Matrix, w2: Matrix, gate: Matrix | None = None) -> Tensor:
-        ffn_size = len(w13.values_ND) // 2
-        hidden_TF = self._linear(x_TD, w13.rows(0, ffn_size), w13.rows(ffn_size, 2 * ffn_size))
-        y_TD = self._linear(hidden_TF, w2)
+        hidden_T2F = self.linear(x_TD, w13, gated=True)
+        y_TD = self.linear(hidden_T2F[:, : w2.values_ND.shape[1]], w2)
         if gate is not None:
-            logits_T1 = self._linear(x_TD, gate)
+            logits_T1 = self.linear(x_TD, gate)
             values = arguments.GateRows(
                 y=y_TD.data_ptr(), logits=logits_T1.data_ptr(), n_rows=len(y_TD), d=y_TD.shape[1]
             )
@@ -210,9 +205,9 @@ class CpuOps:
     ) -> None:
         """`pairs`: addresses of token_P and expert_P, int32."""
         n_pairs = len(y_PD)
-        hidden_PF = self.empty(n_pairs, layer.ffn_size)
+        hidden_P2F = self.empty(n_pairs, 2 * layer.ffn_size)
         places = self.empty(n_places(layer.n_experts, n_pairs), dtype=torch.int64)
-        in_order, products = expert_arguments(layer, hidden_PF, places, n_pairs)
+        in_order, products = expert_arguments(layer, hidden_P2F, places, n_pairs)
         in_order = in_order._replace(
             token=pairs[0], expert=pairs[1], n_pairs=n_pairs, x=x_TD.data_ptr(), x_stride=4 * x_TD.stride(0),
             missing=missing_1.data_ptr(),

@@ -91,6 +91,20 @@ def test_of_mixed_cards_the_faster_gets_more_and_the_smaller_what_it_holds() -> 
     assert len(planned.shard("expert-2")) <= 2, "one slot stays free for moves"
 
 
+@pytest.mark.parametrize("least", [1, 2])
+def test_of_three_workers_one_can_be_drained_or_taken_away(least: int) -> None:
+    """Would catch three workers, each with half more than an equal share as on CPUs, of which none can ever leave."""
+    share = -(-3 * 8 * least // (2 * 3))
+    fleet = Fleet(share, most_slots=0)
+    fleet.membership.epochs.placement = striped(2, 4, WORKERS, spares=least - 1)
+    operator = Operator(fleet.membership, fleet.change, 10, least_homes=least)
+    asyncio.run(operator.drain("expert-1"))
+    assert fleet.membership.epochs.placement.holding == {"expert-0", "expert-2"}
+    full = Fleet(share, most_slots=share)
+    with pytest.raises(PlacementError, match="do not fit"):
+        asyncio.run(Operator(full.membership, full.change, 10, least_homes=least).drain("expert-1"))
+
+
 def test_what_a_drain_leaves_alone_stays() -> None:
     fleet = Fleet()
     before = fleet.homes

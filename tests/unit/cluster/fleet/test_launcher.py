@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from cluster.config import Config
+from cluster.errors import CheckpointError
 from cluster.fleet import launcher as module
 from cluster.fleet.launcher import EXPERT_RESOURCE, Kind, RayLauncher
 
@@ -45,3 +47,14 @@ def test_the_custom_resource_is_asked_for_where_a_node_has_it_or_always(
     launcher = RayLauncher(Config(require_node_roles=required), "", WORKER, WORKER, "", unused, unused)
     assert launcher._on_nodes(WORKER).bundle == bundle
     assert Kind("", 0.0, 0.0, 1, {}).bundle == {}, "no placement group then"
+
+
+def test_why_a_process_did_not_start_is_a_sentence() -> None:
+    """Would catch an operator who is shown Ray's stack in colours instead of the file that is missing."""
+    unused: Any = None
+    launcher = RayLauncher(Config(), "", unused, unused, "", unused, unused)
+    raised = RayTaskError(
+        "ready", "Traceback", CheckpointError("model.safetensors: no such file")
+    ).as_instanceof_cause()
+    assert isinstance(raised, CheckpointError)
+    assert launcher.why(raised) == launcher.why(CheckpointError(str(raised.cause))) == "model.safetensors: no such file"

@@ -71,7 +71,7 @@ def _rows(a, t, end, g, mine):  # type: ignore[no-untyped-def]
     j = begin
     while j < last:
         n, out = min(size - j % size, last - j), scores + 4 * (j - begin)
-        dots(FLOAT32, _block(a, a.keys, table, g, j), 0, row_bytes, 0, n, mine, n_queries, a.head, out, a.score_stride)
+        dots(FLOAT32, _block(a, a.keys, table, g, j), row_bytes, 0, n, mine, n_queries, a.head, out, a.score_stride)
         j += n
     for i in range(n_queries):
         seen = position[t + i // group] + 1

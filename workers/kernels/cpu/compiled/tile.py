@@ -6,7 +6,6 @@ Addresses and sizes are int64; strides are in bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -18,6 +17,8 @@ from workers.kernels.cpu.kernel import FLOAT32
 
 #: Weight rows and most token rows of a tile.
 ROWS, COLUMNS = 4, 6
+#: Up to so many token rows, the memory is what a tile waits for.
+_WAITING = 5
 
 
 class _Tile(Vectors):
@@ -66,14 +67,23 @@ class _Tile(Vectors):
         sums = {pair: b.phi(self.vector) for pair in pairs}
         weight_offset = offset if self.kind == FLOAT32 else b.lshr(offset, c64(1))
         w = [self.load(self.kind, b.add(row, weight_offset)) for row in weights]
-        for row in weights if ahead is not None else ():
-            wanted = b.inttoptr(b.add(b.add(row, weight_offset), ahead), byte)
-            b.call(prefetch, [wanted, I32(0), I32(2), I32(1)])
+        if ahead is not None:
+            further = self.anew(b.add(weight_offset, ahead))
+            for row in weights:
+                b.call(prefetch, [b.inttoptr(b.add(row, further), byte), I32(0), I32(2), I32(1)])
         added = {}
-        for j, token in enumerate(tokens):
-            x = self.load(FLOAT32, b.add(token, offset))
+        if 1 < self.columns <= _WAITING:
+            # x is loaded again for each weight row: so a core runs less far ahead of the weights it asked for early,
+            # and streams them up to a half faster.
             for r in range(len(weights)):
-                added[r, j] = self.fma(w[r], x, sums[r, j])
+                again = self.anew(offset)
+                for j, token in enumerate(tokens):
+                    added[r, j] = self.fma(w[r], self.load(FLOAT32, b.add(token, again)), sums[r, j])
+        else:
+            for j, token in enumerate(tokens):
+                x = self.load(FLOAT32, b.add(token, offset))
+                for r in range(len(weights)):
+                    added[r, j] = self.fma(w[r], x, sums[r, j])
         following = b.add(offset, c64(4 * LANES))
         offset.add_incoming(c64(0), before)
         offset.add_incoming(following, body)
@@ -136,50 +146,22 @@ def dots(kind: int, rows: int, columns: int) -> Any:
     """The product of `rows` weight rows of a `kind` with `columns` token rows:
     `out[j, r] = dot(weight row r, token row j)`, stride in bytes.
 
-    Call it as `(weight, 0, weight_stride, token_rows, k, out, out_stride, ahead)`, addresses and bytes.
+    Call it as `(weight, weight_stride, token_rows, k, out, out_stride, ahead)`, addresses and bytes.
     """
-
-    def emit(tile: _Tile, args: Any, first: int, rows: int) -> None:
-        weight, _, stride, tokens, k, out, out_stride, ahead = args
-        acc = tile.dots(tile.rows(weight, stride, first, rows), ahead, tokens, k)
-        sums = tile.sums([acc[r][j] for j in range(columns) for r in range(rows)])
-        tile.store_sums(sums, rows, tile.b.add(out, ir.Constant(I64, 4 * first)), out_stride)
-
-    return _tile(kind, rows, 1, columns, emit)
-
-
-def swiglu(kind: int, rows: int, columns: int) -> Any:
-    """`out[j, r] = silu(dot(gate row r, token row j)) * dot(up row r, token row j)`, stride in bytes; half as many.
-
-    Call it as `(gate, up, weight_stride, token_rows, k, out, out_stride, ahead)`, addresses and bytes.
-    """
-
-    def emit(tile: _Tile, args: Any, first: int, rows: int) -> None:
-        gate, up, stride, tokens, k, out, out_stride, ahead = args
-        weights = [*tile.rows(gate, stride, first, rows), *tile.rows(up, stride, first, rows)]
-        acc = tile.dots(weights, ahead, tokens, k)
-        order = [(r, j) for j in range(columns) for r in range(rows)]
-        gates, ups = tile.sums([acc[r][j] for r, j in order]), tile.sums([acc[rows + r][j] for r, j in order])
-        both = [tile.b.fmul(tile.silu(g), u) for g, u in zip(gates, ups, strict=True)]
-        tile.store_sums(both, rows, tile.b.add(out, ir.Constant(I64, 4 * first)), out_stride)
-
-    return _tile(kind, rows, 2, columns, emit)
-
-
-def _tile(kind: int, rows: int, matrices: int, columns: int, emit: Callable[[_Tile, Any, int, int], None]) -> Any:
-    """The tile in as few parts as the registers allow: accumulators, a vector of each weight row and one of x."""
-    parts = 1 if matrices * rows * (columns + 1) < REGISTERS else 2
-    rows_of_part = max(rows // parts, 1)
+    # In as few parts as the registers allow: accumulators, a vector of each weight row and one of x.
+    part = rows if rows * (columns + 1) < REGISTERS else rows // 2
 
     @intrinsic
-    def tile(
-        _context: Any, _w: Any, _up: Any, _dw: Any, _tokens: Any, _k: Any, _out: Any, _dout: Any, _ahead: Any
-    ) -> Any:
+    def tile(_context: Any, _w: Any, _dw: Any, _tokens: Any, _k: Any, _out: Any, _dout: Any, _ahead: Any) -> Any:
         def codegen(ctx: Any, b: Any, _sig: Any, args: Any) -> Any:
-            for first in range(0, rows, rows_of_part):
-                emit(_Tile(b, columns, kind), args, first, rows_of_part)
+            weight, stride, tokens, k, out, out_stride, ahead = args
+            tile = _Tile(b, columns, kind)
+            for first in range(0, rows, part):
+                acc = tile.dots(tile.rows(weight, stride, first, part), ahead, tokens, k)
+                sums = tile.sums([acc[r][j] for j in range(columns) for r in range(part)])
+                tile.store_sums(sums, part, b.add(out, ir.Constant(I64, 4 * first)), out_stride)
             return ctx.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return tile

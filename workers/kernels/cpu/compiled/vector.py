@@ -52,6 +52,10 @@ class Vectors:
         """The lanes of both vectors, numbered through, that `lanes` names."""
         return self.b.shuffle_vector(one, other, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
+    def anew(self, value: Any) -> Any:
+        """The same int64, of which the compiler does not know that it is: what is loaded by it is loaded again."""
+        return self.b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [value], True)
+
     def all_lanes(self, value: Any) -> Any:
         """A vector of LANES times a number."""
         vector = ir.VectorType(value.type, LANES)
@@ -90,11 +94,6 @@ class Vectors:
                 f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), self.vector, pointer.type, I32, mask.type
             )
             self.b.call(store, [vector, pointer, I32(4), mask])
-
-    def silu(self, x: Any) -> Any:
-        """`x / (1 + exp(-x))`."""
-        e = exp(self.b, self.b.fsub(self.zero, x))
-        return self.b.fdiv(x, self.b.fadd(ir.Constant(self.vector, [1.0] * LANES), e))
 
 
 def exp(b: Any, x: Any) -> Any:
