@@ -83,8 +83,7 @@ def _served(byte_level_path: Path) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def roomy(byte_level_path: Path) -> Iterator[Served]:
-    """A gateway with room for prompts that tell of tools; its template knows nothing of them."""
+def _roomy(byte_level_path: Path) -> Iterator[Served]:
     with serve(byte_level_path, max_context=2000) as served:
         yield served
 
@@ -92,7 +91,17 @@ def roomy(byte_level_path: Path) -> Iterator[Served]:
 @pytest.fixture
 def served(_served: Served) -> Iterator[Served]:
     """The gateway most tests use; its session as new."""
-    script = _served.session.script
-    _served.session.reset()
-    yield _served
-    _served.session.script = script
+    yield from _as_new(_served)
+
+
+@pytest.fixture
+def roomy(_roomy: Served) -> Iterator[Served]:
+    """A gateway with room for prompts that tell of tools; its template knows nothing of them. Its session as new."""
+    yield from _as_new(_roomy)
+
+
+def _as_new(served: Served) -> Iterator[Served]:
+    script = served.session.script
+    served.session.reset()
+    yield served
+    served.session.script = script
