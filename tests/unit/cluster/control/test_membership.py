@@ -90,9 +90,10 @@ def test_a_change_that_no_worker_has_room_for_is_refused() -> None:
     m.report(replace(EXPERT, most_slots=8), 0.0)
     with pytest.raises(PlacementError, match="there is no expert worker expert-9; there are expert-0"):
         m.propose(replicate(m.view.placement, 0, 0, "expert-9"), "a test", 0.0, 1.0)
-    m.report(replace(EXPERT, most_slots=7), 0.0)
-    with pytest.raises(PlacementError, match="room for 7 experts and would hold 8"):
-        m.propose(m.view.placement.numbered(2), "a test", 0.0, 1.0)
+    m.report(replace(EXPERT, id="expert-1", most_slots=1), 0.0)
+    two = replicate(replicate(m.view.placement, 0, 0, "expert-1"), 0, 1, "expert-1")
+    with pytest.raises(PlacementError, match="expert-1 has room for 1 experts and would hold 2"):
+        m.propose(two.numbered(2), "a test", 0.0, 1.0)
 
 
 def test_a_change_is_news_and_what_is_for_the_controller_alone_is_not() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from cluster.control import operator as operator_module
 from cluster.control import scaling as scaling_module
 from cluster.control.fleet import Fleet as Follower
 from cluster.control.goal import Goal, Processes, Scaling, check_resized
+from cluster.control.membership import LOST_AFTER_S
 from cluster.control.options import ProcessBytes
 from cluster.control.scaling import Scaler
 from cluster.control.view import GATEWAYS, Member, View
@@ -257,7 +259,8 @@ def test_a_restarted_controller_goes_on_with_what_was_begun_and_knows_who_is_dra
 
 
 def test_nobody_is_ended_before_all_that_are_there_have_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "LOST_AFTER_S", 0.05)
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(fleet_module, "time", clock)
     fleet, launcher = started()
     launcher.running.add("expert-9")
     follower = Follower(fleet.membership, launcher)
@@ -266,6 +269,7 @@ def test_nobody_is_ended_before_all_that_are_there_have_spoken(monkeypatch: pyte
         waiting = asyncio.create_task(follower.begin())
         await asyncio.sleep(0.02)
         assert not waiting.done() and launcher.log == []
+        clock.now = LOST_AFTER_S + 1
         await waiting
 
     asyncio.run(begin())

@@ -41,3 +41,15 @@ def test_a_replica_comes_moves_and_goes() -> None:
 def test_what_cannot_be_is_refused_with_the_reason(change: Callable[[], object], error: str) -> None:
     with pytest.raises(PlacementError, match=error):
         change()
+
+
+def test_who_has_more_than_there_is_room_for_may_keep_or_lose_it() -> None:
+    """Would catch a fleet in which nothing can be moved any more after a drain was undone and room shrank."""
+    before = striped(2, 4, ["a", "b"])
+    slots = {"a": 3, "b": 3}
+    check(move(before, 0, 0, "a", "b"), {"a": 3, "b": 5}, before)
+    with pytest.raises(PlacementError, match="b has room for 3 experts and would hold 5"):
+        check(move(before, 0, 0, "a", "b"), slots, before)
+    check(before.numbered(2), slots, before)
+    with pytest.raises(PlacementError, match="a has room for 3 experts and would hold 4"):
+        check(before, slots)
