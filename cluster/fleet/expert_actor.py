@@ -213,6 +213,7 @@ class ExpertWorker:
         if config.expert_slots or self._capacity.slots or self._view is None:
             return config.expert_slots or self._capacity.slots
         # Where some have left or are drained, the others have room for what those held.
-        placement, n_workers = self._view.placement, max(1, min(config.expert_workers or 1, self._view.goal.n_holding))
+        n_started = config.expert_workers or 1
+        placement, n_workers = self._view.placement, min(n_started, self._view.goal.n_holding or n_started)
         n_replicas = placement.n_layers * placement.n_experts * (1 + config.spare_replicas)
         return -(-3 * n_replicas // (2 * n_workers))

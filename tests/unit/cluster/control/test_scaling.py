@@ -12,7 +12,7 @@ from cluster.control import fleet as fleet_module
 from cluster.control import operator as operator_module
 from cluster.control import scaling as scaling_module
 from cluster.control.fleet import Fleet as Follower
-from cluster.control.goal import Processes, Scaling, check_resized
+from cluster.control.goal import Goal, Processes, Scaling, check_resized
 from cluster.control.options import ProcessBytes
 from cluster.control.scaling import Scaler
 from cluster.control.view import GATEWAYS, Member, View
@@ -57,6 +57,14 @@ def test_numbers_go_up_and_the_highest_leave() -> None:
     fewer = more.resized(workers=2, routers=1, gateways=2)
     assert fewer == Processes(("expert-0", "expert-1"), ("router-0",), 2)
     assert (more | fewer) == replace(more, gateways=2) and str(fewer) == "2 expert workers, 1 router, 2 gateways"
+
+
+def test_who_is_to_hold_experts_is_known_before_the_others_have_left() -> None:
+    """Would catch workers that have no room yet for what those who leave are about to give them."""
+    goal = Goal(processes=NOW)
+    assert (goal.n_holding, Goal().n_holding) == (3, 0)
+    assert replace(goal, drained=frozenset({"expert-1"})).n_holding == 2
+    assert replace(goal, scaling=Scaling(NOW, NOW.resized(workers=2))).n_holding == 2
 
 
 def test_who_was_drained_leaves_first() -> None:
