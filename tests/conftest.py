@@ -1,5 +1,6 @@
 """Fixtures that every test may ask for."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,3 +25,9 @@ settings.register_profile("expertmesh", deadline=None)
 settings.load_profile("expertmesh")
 
 __all__ = ["cluster", "tiny_checkpoint"]
+
+
+def pytest_collection_finish() -> None:
+    """What the modules and thousands of tests are made of stays: no collection has to look through it again."""
+    gc.collect()
+    gc.freeze()

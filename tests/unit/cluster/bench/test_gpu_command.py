@@ -55,6 +55,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_model, "of_depth", lambda n: SPEC)
     monkeypatch.setattr(random_model.RandomModel, "transformers", lambda self: None)
     monkeypatch.setattr(command, "_BLOCKS", 4)
+    monkeypatch.setattr(command, "_forget", lambda: None)  # half a second each time
     monkeypatch.setattr(ours, "OurEngine", Engine)
     monkeypatch.setattr(theirs, "Transformers", Engine)
 
