@@ -113,6 +113,15 @@ def test_a_worker_that_stays_away_is_named(make_workers: MakeWorkers) -> None:
     torch.testing.assert_close(run(exchange, GIVEN).double(), EXPECTED, atol=1e-5, rtol=1e-5)
 
 
+def test_a_step_that_is_computed_again_takes_no_reply_of_the_first_time(make_workers: MakeWorkers) -> None:
+    workers = make_workers(MODEL)
+    exchange = exchange_over(workers, ONCE)
+    exchange.begin_step(1)
+    exchange.dispatch(1, -GIVEN.x_TD, GIVEN.ids_TK, GIVEN.weights_TK)
+    exchange.begin_step(1)
+    torch.testing.assert_close(run(exchange, GIVEN).double(), EXPECTED, atol=1e-5, rtol=1e-5)
+
+
 def test_closing_ends_the_wait(make_workers: MakeWorkers) -> None:
     workers = make_workers(MODEL)
     exchange = exchange_over(workers, ONCE)

@@ -45,8 +45,8 @@ class Sender:
         """Number what follows. What the step before sent and did not take in is given up."""
         self.views.abandon()
         self.pool.abandon()
-        self._step = step
-        self._part = 0
+        if step != self._step:  # else it is computed again: no late reply of the first time is taken for another's
+            self._step, self._part = step, 0
 
     def enter(self) -> int:
         """Put the newest view in force; a dispatch under its epoch is outstanding until `Views.leave`."""
