@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.control.membership import Membership
-from cluster.control.operator import Operator, Receipt
+from cluster.control.operator import Operator
 from cluster.control.rebalancer import Rebalancer
+from cluster.control.receipt import Receipt
 from cluster.control.view import Member
 from cluster.placement.load import WINDOW_S, Load, imbalance
 from cluster.placement.placement import Placement

@@ -10,18 +10,18 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from cluster.control.epochs import Change
 from cluster.control.events import Events, Kind
 from cluster.control.membership import Membership
+from cluster.control.receipt import Receipt
 from cluster.control.tally import Tally
 from cluster.errors import PlacementError
 from cluster.placement import edit
 from cluster.placement.layout import Floats
-from cluster.placement.load import imbalance
 from cluster.placement.placement import Placement
 from cluster.placement.planner import Forecast, Limits, Plan, Worker, balance
 from cluster.placement.spares import homeless
@@ -33,31 +33,6 @@ _STEP = 64  # replicas that are added under one epoch, about
 _RECEIPTS = 100
 
 MakeChange = Callable[[Placement, str], Awaitable[Change]]
-
-
-@dataclass(slots=True)
-class Receipt:
-    """One action on the placement: why, what it was to bring, what it cost, what came of it."""
-
-    action: str
-    began: float  # seconds since 1970
-    epoch_before: int
-    epoch_after: int = 0
-    added: int = 0  # replicas
-    removed: int = 0
-    seconds: float = 0.0
-    forecast: Forecast | None = None
-    error: str = ""  # why the placement before is in force
-    imbalance_before: float = 1.0  # of the workers' rows in the window at its begin
-    rows_then: dict[str, int] | None = None  # of each worker, since start, when it ended
-
-    def realised(self, rows_now: dict[str, int]) -> float | None:
-        """Imbalance of the rows that workers got since; None before there were any."""
-        then = self.rows_then
-        if then is None:
-            return None
-        since = {worker: max(0, rows - then.get(worker, 0)) for worker, rows in rows_now.items()}
-        return imbalance(since.values()) if sum(since.values()) > 0 else None
 
 
 class Operator:
@@ -172,8 +147,7 @@ class Operator:
     async def rebalance(self, limits: Limits | None = None, action: str = "rebalance") -> Receipt:
         """The placement that suits the recent load."""
         async with self.lock:
-            plan = self.plan(limits)
-            return await self.reach(plan.placement, action, plan.forecast, self.room(()))
+            return await self.follow(self.plan(limits), action)
 
     @property
     def recent_rows(self) -> float:
@@ -190,9 +164,7 @@ class Operator:
         """Everything that `worker` holds goes elsewhere, and nothing comes to it until `undrain`."""
         async with self.lock:
             self._check_there(worker)
-            # What the others hold stays: a drain is no rebalance.
-            plan = self.plan(Limits(expert_bytes=self._expert_bytes, tolerance=np.inf), [worker])
-            receipt = await self.reach(plan.placement, f"drain {worker}", plan.forecast, self.room([worker]))
+            receipt = await self._empty([worker], f"drain {worker}")
             self._aim(self._membership.goal.drained | {worker})
             return receipt
 
@@ -204,14 +176,16 @@ class Operator:
         async with self.lock:
             self._check_there(worker)
             node = next(m.node for m in self._membership.view.members if m.id == worker)
-            leaving = self._workers_of(node)
-            plan = self.plan(Limits(expert_bytes=self._expert_bytes, tolerance=np.inf), leaving)
-            action = f"drain the node of {worker}"
-            receipt = await self.reach(plan.placement, action, plan.forecast, self.room(leaving))
+            receipt = await self._empty(self._workers_of(node), f"drain the node of {worker}")
             goal = self._membership.goal
             there = {member.node for member in self._membership.view.members}
             self._membership.aim(replace(goal, ending=(goal.ending & there) | {node}))
             return receipt
+
+    async def _empty(self, workers: Collection[str], action: str) -> Receipt:
+        """What the others hold stays: a drain is no rebalance."""
+        plan = self.plan(Limits(expert_bytes=self._expert_bytes, tolerance=np.inf), workers)
+        return await self.follow(plan, action, workers)
 
     def _check_there(self, worker: str) -> None:
         named = {*self._membership.slots, *self._placement.workers, *self._membership.goal.drained}
@@ -234,7 +208,7 @@ class Operator:
     def _placement(self) -> Placement:
         return self._membership.epochs.placement
 
-    def room(self, without: Collection[str]) -> dict[str, int]:
+    def _room(self, without: Collection[str]) -> dict[str, int]:
         """Slots of each live worker for a plan that leaves some out: where memory alone limits the others, they have
         room for all experts and half as many."""
         slots, most = self._membership.slots, self._membership.most_slots
@@ -246,7 +220,7 @@ class Operator:
         return slots
 
     def _workers(self, without: Collection[str]) -> list[Worker]:
-        left_out, slots = self.drained | set(without), self.room(without)
+        left_out, slots = self.drained | set(without), self._room(without)
         members = [m for m in self._membership.view.members if m.role == "expert" and m.state == "ready"]
         members = [member for member in members if member.id not in left_out]
         known = all(member.bytes_per_s for member in members)
@@ -279,13 +253,14 @@ class Operator:
             raise PlacementError(f"every expert worker that is not drained has layer {layer}, expert {expert}")
         return max(sorted(room), key=lambda worker: room[worker])
 
-    async def reach(
-        self, goal: Placement, action: str, forecast: Forecast | None = None, slots: Mapping[str, int] | None = None
-    ) -> Receipt:
-        """`goal` in steps that each fit beside what is there, in `slots` where those are others than workers say. The
-        caller holds `lock`."""
-        way = list(steps(self._placement, goal, slots or self._membership.slots, _STEP))
-        return await self._go(way, action, forecast, slots)
+    async def reach(self, goal: Placement, action: str) -> Receipt:
+        """`goal` in steps that each fit beside what is there. The caller holds `lock`."""
+        return await self._go(list(steps(self._placement, goal, self._membership.slots, _STEP)), action)
+
+    async def follow(self, plan: Plan, action: str, without: Collection[str] = ()) -> Receipt:
+        """The same for a plan that leaves workers out, in the room that it was made for."""
+        slots = self._room(without)
+        return await self._go(list(steps(self._placement, plan.placement, slots, _STEP)), action, plan.forecast, slots)
 
     async def _go(
         self,
@@ -300,7 +275,7 @@ class Operator:
         receipt = Receipt(action, time.time(), before.epoch, forecast=forecast)
         receipt.imbalance_before = 1.0 if load is None else load.imbalance
         self.receipts.append(receipt)
-        self.events.add(_kind(action), f"{action}: begun")
+        self.events.add(_kind(receipt.verb), f"{action}: begun")
         began, reached, urgent = time.monotonic(), before.epoch, self._urgent
         try:
             for placement in way:
@@ -329,7 +304,7 @@ class Operator:
                 f"epoch {receipt.epoch_after} after {receipt.seconds:.2f} s, {receipt.added} replicas loaded, "
                 f"{receipt.removed} unloaded"
             )
-            self.events.add(_kind(action), f"{action}: {outcome}", level="error" if receipt.error else "good")
+            self.events.add(_kind(receipt.verb), f"{action}: {outcome}", level="error" if receipt.error else "good")
             _log.info("%s: %s", action, outcome)
         return receipt
 
@@ -358,8 +333,7 @@ class Operator:
             receipt.error += f"; and the placement before cannot be restored ({error}), one between the two is in force"
 
 
-def _kind(action: str) -> Kind:
-    verb = action.partition(" ")[0].rstrip(":")
+def _kind(verb: str) -> Kind:
     kinds: dict[str, Kind] = {
         "rebalance": "rebalance", "scale": "scale", "fail-over": "failover", "end": "failover"
     }  # fmt: skip

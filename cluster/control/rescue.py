@@ -8,7 +8,8 @@ import time
 from contextlib import suppress
 
 from cluster.control.membership import Membership
-from cluster.control.operator import Operator, Receipt
+from cluster.control.operator import Operator
+from cluster.control.receipt import Receipt
 from cluster.errors import PlacementError
 from cluster.placement.placement import Placement, Replica
 from cluster.placement.spares import homeless, sheltered, without

@@ -16,8 +16,9 @@ import numpy as np
 
 from cluster.control.goal import Processes, Scaling, check_resized
 from cluster.control.membership import Membership
-from cluster.control.operator import Operator, Receipt
+from cluster.control.operator import Operator
 from cluster.control.options import ProcessBytes
+from cluster.control.receipt import Receipt
 from cluster.control.view import GATEWAYS
 from cluster.errors import PlacementError
 from cluster.placement.planner import Limits
@@ -121,8 +122,7 @@ class Scaler:
             return await self._operator.reach(self._membership.epochs.placement, action)
         # What the others hold stays where it is while workers leave: that is no rebalance.
         limits = Limits(expert_bytes=self._expert_bytes, tolerance=np.inf if leaving else 0.01)
-        plan = self._operator.plan(limits, leaving)
-        return await self._operator.reach(plan.placement, action, plan.forecast, self._operator.room(leaving))
+        return await self._operator.follow(self._operator.plan(limits, leaving), action, leaving)
 
     async def _await_ready(self, before: Processes, after: Processes, timeout_s: float) -> None:
         """The new ones: how those are that were there is no reason against it."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from cluster.control.operator import Receipt
+from cluster.control.receipt import Receipt
 
 
 @dataclass(slots=True)
@@ -23,7 +21,7 @@ class Tally:
 
     def add(self, receipt: Receipt) -> None:
         """An action that has ended."""
-        verb = receipt.action.partition(" ")[0].rstrip(":")
+        verb = receipt.verb
         (self.failed if receipt.error else self.done)[verb] += 1
         self.seconds[verb] += receipt.seconds  # type: ignore[assignment]  # a Counter of float
         self.loaded[verb] += receipt.added

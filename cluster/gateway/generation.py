@@ -105,9 +105,8 @@ def respond(gateway: Gateway, choices: list[Choice], n: int, form: Form, *, stre
 
 def _check_scores(choices: Sequence[Choice]) -> None:
     asked = ((len(choice.prompt_ids), choice.params.prompt_logprobs) for choice in choices)
-    if (
-        n_scores := sum(n_prompt * (1 + n_top) for n_prompt, n_top in asked if n_top is not None)
-    ) > _MOST_PROMPT_SCORES:
+    n_scores = sum(n_prompt * (1 + n_top) for n_prompt, n_top in asked if n_top is not None)
+    if n_scores > _MOST_PROMPT_SCORES:
         message = f"The scores of the prompts are {n_scores} numbers; at most {_MOST_PROMPT_SCORES} are allowed"
         raise RequestError(f"{message}: send fewer prompts at once", code="invalid_value", param="prompt_logprobs")
 
